@@ -43,7 +43,7 @@ class KVCache:
         )
 
     def extended(self, positions: jax.Array, valid: jax.Array) -> KVCache:
-        """The bookkeeping after T more tokens; `positions` and `valid` are ``[B, T]``. Keys are written by the blocks."""
+        """The bookkeeping after T more tokens, `positions` and `valid` ``[B, T]``; the blocks write the keys."""
         start = (0, self.length)
         return self.replace(  # pyright: ignore[reportAttributeAccessIssue]
             positions=jax.lax.dynamic_update_slice(self.positions, positions.astype(jnp.int32), start),

@@ -28,6 +28,10 @@ def _rematerialised(config: DecoderConfig) -> Any:
     return nn.remat(DecoderBlock, policy=policies[config.remat], prevent_cse=False)
 
 
+def _partitioned(init: Any, axes: tuple[str, ...]) -> Any:
+    return nn.with_logical_partitioning(init, axes)
+
+
 class Projection(nn.Module):
     """A dense map whose input and output may have several axes, such as heads.
 
@@ -47,15 +51,16 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[..., in axes]`` to ``[..., features]``."""
         inputs = x.shape[x.ndim - self.num_inputs :]
         shape = (*inputs, *self.features)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=tuple(range(self.num_inputs)))
-        kernel = self.param("kernel", nn.with_logical_partitioning(init, self.axes), shape, self.dtype)
+        kernel = self.param("kernel", _partitioned(init, self.axes), shape, self.dtype)
         contracted = tuple(range(self.num_inputs))
         y = jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - self.num_inputs, x.ndim)), contracted), ((), ())))
         if self.use_bias:
             names = self.axes[self.num_inputs :]
-            zeros = nn.with_logical_partitioning(nn.initializers.zeros, names)
+            zeros = _partitioned(nn.initializers.zeros, names)
             y = y + self.param("bias", zeros, self.features, self.dtype)
         return y
 
@@ -67,7 +72,8 @@ class RMSNorm(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("norm",))
+        """Normalises the last axis of ``[..., M]``."""
+        ones = _partitioned(nn.initializers.ones, ("norm",))
         scale = self.param("scale", ones, (x.shape[-1],), self.config.jax_dtype)
         x32 = x.astype(jnp.float32)
         normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
@@ -88,6 +94,7 @@ class SelfAttention(nn.Module):
         mask: jax.Array,
         table: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """``[B, T, M]`` to ``[B, T, M]``, and this layer's cache with the new keys and values written at `slot`."""
         c = self.config
 
         def heads(count: int, name: str) -> jax.Array:
@@ -116,6 +123,7 @@ class GatedMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., M]`` to ``[..., M]``."""
         c = self.config
 
         def dense(size: int, axes: tuple[str, str], name: str) -> Projection:
@@ -140,6 +148,7 @@ class DecoderBlock(nn.Module):
         mask: jax.Array,
         table: tuple[jax.Array, jax.Array],
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
+        """One step of the scan over layers: ``[B, T, M]`` and the layer's cache, in and out."""
         normed = RMSNorm(self.config, name="input_norm")(x)
         attended, layer_cache = SelfAttention(self.config, name="attention")(normed, layer_cache, slot, mask, table)
         x = x + attended
@@ -155,19 +164,19 @@ class Decoder(nn.Module):
     def setup(self) -> None:
         """Declares the embedding table, the scanned blocks, the last norm and the head."""
         c = self.config
-        table = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("vocab", "embed"))
+        table = _partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
         self.embed_tokens = self.param("embed_tokens", table, (c.vocab_size, c.hidden_size), c.jax_dtype)
         self.layers = nn.scan(
             _rematerialised(c),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),
+            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         self.final_norm = RMSNorm(c)
         if not c.tie_word_embeddings:
-            head = nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed", "vocab"))
+            head = _partitioned(nn.initializers.normal(0.02), ("embed", "vocab"))
             self.lm_head = self.param("lm_head", head, (c.hidden_size, c.vocab_size), c.jax_dtype)
 
     def __call__(

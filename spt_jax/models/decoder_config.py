@@ -7,6 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from spt_jax.errors import UserError
+
 REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 
@@ -18,11 +20,13 @@ class RopeScaling:
     Attributes:
         kind: ``"linear"`` divides every frequency by `factor` (position interpolation, arXiv 2306.15595); ``"llama3"``
             does so for wavelengths beyond ``original_max_position_embeddings / low_freq_factor``, leaves those below
-            ``original_max_position_embeddings / high_freq_factor`` and blends between (Llama 3.1, arXiv 2407.21783).
+            ``original_max_position_embeddings / high_freq_factor`` and blends between (Llama 3.1, arXiv 2407.21783);
+            ``"factors"`` divides each pair's frequency by its own factor (how GGUF files store the same).
         factor: The stretch.
         low_freq_factor: Llama 3 only.
         high_freq_factor: Llama 3 only.
         original_max_position_embeddings: Llama 3 only; tokens.
+        factors: ``"factors"`` only; one divisor for each of the ``head_dim // 2`` pairs.
     """
 
     kind: str
@@ -30,6 +34,7 @@ class RopeScaling:
     low_freq_factor: float = 1.0
     high_freq_factor: float = 4.0
     original_max_position_embeddings: int = 8192
+    factors: tuple[float, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,14 +83,14 @@ class DecoderConfig:
 
     def __post_init__(self) -> None:
         if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
+            raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
                 f"({self.num_key_value_heads})"
             )
         if self.dtype not in DTYPES:
-            raise ValueError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
+            raise UserError(f"dtype is {self.dtype!r}; allowed: {', '.join(DTYPES)}")
         if self.remat not in REMAT_POLICIES:
-            raise ValueError(f"remat is {self.remat!r}; allowed: {', '.join(REMAT_POLICIES)}")
+            raise UserError(f"remat is {self.remat!r}; allowed: {', '.join(REMAT_POLICIES)}")
 
     @property
     def jax_dtype(self) -> Any:

@@ -20,11 +20,15 @@ def rotary_frequencies(config: DecoderConfig) -> np.ndarray:
     scaling = config.rope_scaling
     if scaling is None:
         return frequencies.astype(np.float32)
+    if scaling.kind == "factors":
+        if len(scaling.factors) != len(frequencies):
+            raise ValueError(f"{len(scaling.factors)} rope factors for {len(frequencies)} rotated pairs")
+        return (frequencies / np.asarray(scaling.factors)).astype(np.float32)
     stretched = frequencies / scaling.factor
     if scaling.kind == "linear":
         return stretched.astype(np.float32)
     if scaling.kind != "llama3":
-        raise ValueError(f"rope_scaling kind is {scaling.kind!r}; allowed: linear, llama3")
+        raise ValueError(f"rope_scaling kind is {scaling.kind!r}; allowed: linear, llama3, factors")
     turns = scaling.original_max_position_embeddings * frequencies / (2 * np.pi)
     share = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     share = np.clip(share, 0.0, 1.0)  # 1: a short wavelength, kept; 0: a long one, stretched

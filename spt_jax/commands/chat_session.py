@@ -1,0 +1,201 @@
+"""The conversation's loop: reads lines, obeys commands, shows replies as they are generated."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import json
+import sys
+import unicodedata
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+
+from spt_jax.commands.atomic_file import write_atomically
+from spt_jax.commands.conversation import ORDERS, Conversation, Exchange, Order, read_order
+from spt_jax.commands.replying import Responder, RestoredRun, Selection
+from spt_jax.errors import UserError
+from spt_jax.generation.sampling import Greedy, SamplingRule, Temperature
+
+LineReader = Callable[[], str]
+"""Gives the next line without its end; raises EOFError when there is none."""
+
+# Greedy decoding would only repeat itself; this is mild enough to stay on topic.
+_RETRY_RULE = Temperature(0.8)
+
+
+def line_reader() -> LineReader:
+    """A reader of the terminal, with history, arrow keys and completion of commands, or of standard input's lines."""
+    if not sys.stdin.isatty():
+        return _read_plain_line
+    from prompt_toolkit import PromptSession
+    from prompt_toolkit.completion import WordCompleter
+
+    completer = WordCompleter([f"/{name}" for name in ORDERS], sentence=True, meta_dict=_slashed(ORDERS))
+    session: PromptSession[str] = PromptSession(completer=completer, complete_while_typing=True)
+    return lambda: session.prompt("you> ")
+
+
+def _slashed(orders: dict[str, str]) -> dict[str, str]:
+    return {f"/{name}": meaning for name, meaning in orders.items()}
+
+
+def _read_plain_line() -> str:
+    try:
+        line = sys.stdin.readline()
+    except UnicodeDecodeError as error:
+        raise UserError(f"standard input is not {error.encoding} text") from error
+    if not line:
+        raise EOFError
+    # Under some locales bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer takes.
+    return line.rstrip("\r\n").encode("utf-8", "replace").decode("utf-8")
+
+
+def _printable(text: str) -> str:
+    """Without control characters: an LM must not steer the terminal."""
+    return "".join(character for character in text if unicodedata.category(character) not in ("Cc", "Cs"))
+
+
+class ChatSession:
+    """One conversation at a terminal.
+
+    Args:
+        run: The restored run.
+        responder: Replies with the run.
+        conversation: Where to begin.
+        console: What is written to.
+        workdir: Where /save puts files without a name.
+    """
+
+    def __init__(
+        self, run: RestoredRun, responder: Responder, conversation: Conversation, console: Console, workdir: Path
+    ) -> None:
+        self.conversation = conversation
+        self._run = run
+        self._responder = responder
+        self._console = console
+        self._workdir = workdir
+        self._seed = responder.settings.seed
+        self._said_dropped = False
+        self._saved: set[Path] = set()
+
+    def run(self, read: LineReader) -> None:
+        """Obeys lines until /exit or the end of input."""
+        while True:
+            try:
+                line = read()
+            except KeyboardInterrupt:
+                self._note("Ctrl-D or /exit leaves.")
+                continue
+            except EOFError:
+                return
+            if not self.obey(line):
+                return
+
+    def obey(self, line: str) -> bool:
+        """Does what one line asks for; False when it asks to leave. A user's mistake is told, never raised."""
+        try:
+            order = read_order(line)
+            if order.name == "exit":
+                return False
+            self._obey(order)
+        except UserError as error:
+            self._note(str(error))
+        return True
+
+    def _obey(self, order: Order) -> None:
+        if order.name == "say":
+            if order.argument:
+                self._answer(self.conversation, order.argument, self._responder.settings.rule)
+        elif order.name == "retry":
+            self._retry()
+        elif order.name == "clear":
+            self.conversation = self.conversation.cleared()
+            self._said_dropped = False
+            self._note("The conversation starts over; the persona stays.")
+        elif order.name == "persona":
+            self._change_persona(order.argument)
+        elif order.name == "save":
+            self._save(order.argument)
+        else:
+            for name, meaning in ORDERS.items():
+                self._note(f"/{name:<8} {meaning}")
+
+    def _retry(self) -> None:
+        conversation, message = self.conversation.taken_back()
+        rule = self._responder.settings.rule
+        if isinstance(rule, Greedy):
+            rule = _RETRY_RULE
+            self._note(
+                f"Greedy decoding would repeat itself; this reply is sampled at temperature {rule.temperature} "
+                "(--temperature samples all)."
+            )
+        self._seed += 1
+        self._answer(conversation, message, rule)
+
+    def _answer(self, conversation: Conversation, message: str, rule: SamplingRule) -> None:
+        """Replies to `message` after `conversation`, which becomes the session's once a reply began."""
+        tokens = self._run.encode_context(conversation.persona, conversation.history(message))
+        self._say_once_if_dropped(conversation, message, tokens)
+        selection = self._responder.select([tokens])[0]
+        stream = self._responder.stream(selection, seed=self._seed, rule=rule)
+        self._show_selection(selection)
+        pieces = iter(stream)
+        try:
+            with self._patience():
+                piece = next(pieces, "")
+            while piece:
+                self._console.out(_printable(piece), end="", highlight=False)
+                piece = next(pieces, "")
+        except KeyboardInterrupt:
+            self._console.out(" (stopped)", end="", style="dim", highlight=False)
+        self._console.out("" if stream.text else "(an empty reply: /retry, or other words)", highlight=False)
+        exchange = Exchange(message, stream.text, selection.prompt, selection.scores, self._seed)
+        self.conversation = conversation.answered(exchange)
+
+    def _say_once_if_dropped(self, conversation: Conversation, message: str, tokens: list[int]) -> None:
+        history = conversation.history(message)
+        if self._said_dropped or len(history) < 3:
+            return
+        if tokens == self._run.encode_context(conversation.persona, history[2:]):
+            self._said_dropped = True
+            self._note("The conversation is longer than the context: from here on the oldest turns are left out.")
+
+    def _show_selection(self, selection: Selection) -> None:
+        scores = "  ".join(f"{index}: {score:.3f}" for index, score in enumerate(selection.scores))
+        forced = " (forced)" if self._responder.settings.prompt is not None else ""
+        self._note(f"prompt {selection.prompt}{forced} answers; scores {scores}")
+
+    def _patience(self) -> contextlib.AbstractContextManager[object]:
+        # The first reply of a length compiles: seconds in which a terminal must not look dead.
+        return self._console.status("thinking") if self._console.is_terminal else contextlib.nullcontext()
+
+    def _change_persona(self, argument: str) -> None:
+        if argument == "clear":
+            self.conversation = self.conversation.without_persona()
+        elif argument:
+            self.conversation = self.conversation.with_persona(argument)
+        self._note("persona:" if self.conversation.persona else "The persona is empty; /persona TEXT adds a line.")
+        for line in self.conversation.persona:
+            self._note(f"  {line}")
+
+    def _save(self, argument: str) -> None:
+        stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
+        path = Path(argument).expanduser() if argument else self._workdir / f"chat-{stamp}.json"
+        path = path.absolute()
+        if path.exists() and path not in self._saved:
+            raise UserError(f"{path} exists already; /save FILE takes another name.")
+        settings = self._responder.settings
+        transcript = {
+            "workdir": str(self._workdir),
+            "rule": repr(settings.rule),
+            "max_new_tokens": settings.max_new_tokens,
+            **self.conversation.transcript(),
+        }
+        write_atomically(path, json.dumps(transcript, ensure_ascii=False, indent=2) + "\n")
+        self._saved.add(path)
+        self._note(f"Saved to {path}")
+
+    def _note(self, text: str) -> None:
+        self._console.out(text, style="dim", highlight=False)

@@ -1,0 +1,83 @@
+"""`spt-jax generate`: replies for a file of conversations."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from absl import flags
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from spt_jax.commands.atomic_file import check_writable, write_atomically
+from spt_jax.commands.replying import Opener, Responder, Selection, define_reply_flags, reply_settings, restored
+from spt_jax.commands.requests import Request, encode_requests, read_requests
+from spt_jax.errors import UserError
+
+FLAGS_HELP = """Replies to every conversation of a file of JSON lines.
+
+A line of the input: {"persona": ["i have two dogs."], "history": ["hi, how are you?"]}, where the history alternates
+and ends with the partner's utterance. A line of the output: the same fields, and "reply", "selected" (the prompt that
+answered) and "scores" (the retriever's, one a prompt), in the input's order.
+
+Examples:
+  spt-jax generate --workdir=runs/quickstart --input=contexts.jsonl --out=replies.jsonl
+  spt-jax generate --workdir=runs/quickstart --input=contexts.jsonl --out=sampled.jsonl --temperature=0.7 --top_k=50
+  spt-jax generate --workdir=runs/quickstart --input=contexts.jsonl --out=prompt2.jsonl --prompt=2 --batch=32
+"""
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """Adds the flags of `spt-jax generate`."""
+    define_reply_flags(flag_values)
+    flags.DEFINE_string("input", None, "File of JSON lines to reply to.", flag_values=flag_values)
+    flags.DEFINE_string("out", None, "File of JSON lines to write.", flag_values=flag_values)
+    flags.DEFINE_integer("batch", 16, "Conversations generated at once, at most.", flag_values=flag_values)
+
+
+def run(flag_values: flags.FlagValues, opener: Opener | None = None) -> int:
+    """Reads and checks all requests, replies, and writes all replies at once.
+
+    Args:
+        flag_values: Parsed flags of `define_flags`.
+        opener: Stands in for the function that opens a run.
+
+    Raises:
+        UserError: If a flag or a line is wrong or the run cannot be opened; nothing is written then.
+    """
+    settings = reply_settings(flag_values)
+    source, target = _paths(flag_values)
+    if flag_values.batch < 1:
+        raise UserError(f"--batch is {flag_values['batch'].value}; allowed: 1 or more")
+    requests = read_requests(source)
+    run_ = restored(flag_values, opener)
+    responder = Responder(run_, settings, max_batch=flag_values.batch)
+    selections = responder.select(encode_requests(requests, run_.encode_context))
+    replies = _replies_with_progress(responder, selections)
+    write_atomically(target, "".join(map(_line, requests, selections, replies)))
+    Console(stderr=True, soft_wrap=True).print(f"{len(replies)} replies in {target}", markup=False, highlight=False)
+    return 0
+
+
+def _paths(flag_values: flags.FlagValues) -> tuple[Path, Path]:
+    for name, purpose in (("input", "a file of JSON lines to reply to"), ("out", "a file to write")):
+        if not flag_values[name].value:
+            raise UserError(f"--{name} is missing; give {purpose}")
+    source, target = Path(flag_values.input), Path(flag_values.out)
+    check_writable(target)
+    if target.exists() and source.exists() and os.path.samefile(source, target):
+        raise UserError(f"--out is the input file {source} itself; name another file")
+    return source, target
+
+
+def _replies_with_progress(responder: Responder, selections: list[Selection]) -> list[str]:
+    columns = (TextColumn("replies"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True)) as progress:
+        task = progress.add_task("replies", total=len(selections))
+        return responder.replies(selections, lambda done, total: progress.update(task, completed=done, total=total))
+
+
+def _line(request: Request, selection: Selection, reply: str) -> str:
+    answer = {"reply": reply, "selected": selection.prompt, "scores": list(selection.scores)}
+    return json.dumps({**request.fields, **answer}, ensure_ascii=False) + "\n"

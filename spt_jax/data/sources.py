@@ -1,0 +1,123 @@
+"""One door to dialogues: a built-in set, a ParlAI file, JSON lines, or a table."""
+
+from __future__ import annotations
+
+import gzip
+import importlib.resources
+import lzma
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import IO
+
+from spt_jax.data.dialogue import DialogueSet
+from spt_jax.data.parlai import parse_parlai
+from spt_jax.data.problems import Problems
+from spt_jax.data.records import parse_json_lines
+from spt_jax.data.tables import BUILDERS, HUB_PREFIX, read_table
+from spt_jax.errors import UserError, nearest
+
+BUILTIN_PREFIX = "builtin:"
+BUILTIN = ("train", "heldout")
+FORMATS = ("auto", "parlai", "jsonl", "datasets")
+_OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+
+
+def read_dialogues(
+    source: str,
+    *,
+    format: str = "auto",
+    on_error: str = "raise",
+    columns: Mapping[str, str] | None = None,
+    split: str = "train",
+) -> DialogueSet:
+    """Reads every dialogue of a source.
+
+    Args:
+      source: `builtin:train` or `builtin:heldout`; a ParlAI file (`.txt`); JSON lines (`.jsonl`); either also `.gz` or
+        `.xz`; a `.parquet`, `.json`, `.csv`, `.tsv` or `.arrow` file or a folder for Hugging Face datasets; `hf:NAME`
+        for a data set on the hub.
+      format: "parlai", "jsonl" or "datasets"; "auto" goes by the name.
+      on_error: "raise" reports malformed lines as one error; "skip" leaves them out and lists them in `skipped`.
+      columns: for tables, field (persona, history, response, turns, …) -> column name.
+      split: for tables, which split.
+
+    Returns:
+      The dialogues with the sentences about skipped lines; the set's name is `source`.
+
+    Raises:
+      UserError: the source does not exist, is empty or damaged, its format is unknown, a line is malformed (with
+        `on_error="raise"`), or no dialogue is left.
+    """
+    problems = Problems(source, on_error)
+    kind = _format(source, format)
+    if columns and kind != "datasets":
+        raise UserError(
+            f"data.columns names a table's columns, but {source} is read as {kind!r}, which has none; "
+            "data.format='datasets' reads tables."
+        )
+    if kind == "datasets":
+        if not source.startswith(HUB_PREFIX):
+            _existing(source)
+        dialogues = read_table(source, problems, columns, split)
+    else:
+        parse = parse_parlai if kind == "parlai" else parse_json_lines
+        try:
+            with _open(source) as lines:
+                dialogues = parse(lines, problems)
+        except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
+            raise UserError(f"{source} cannot be read to its end: {error}.") from error
+    skipped = problems.finish()
+    if not dialogues:
+        reason = f"; all its lines are malformed, the first: {skipped[0]}" if skipped else ""
+        raise UserError(f"{source} holds no dialogue{reason}.")
+    return DialogueSet(tuple(dialogues), skipped, source)
+
+
+def _format(source: str, format: str) -> str:
+    if format not in FORMATS:
+        raise UserError(f"data.format is {format!r}, allowed are {FORMATS}.{nearest(format, FORMATS)}")
+    if format != "auto":
+        return format
+    if source.startswith(BUILTIN_PREFIX):
+        return "parlai"
+    path = Path(source).expanduser()
+    if source.startswith(HUB_PREFIX) or path.is_dir():
+        return "datasets"
+    suffix = (path.with_suffix("") if path.suffix in _OPENERS else path).suffix
+    if suffix == ".jsonl":
+        return "jsonl"
+    if suffix == ".txt":
+        return "parlai"
+    if path.suffix in BUILDERS:
+        return "datasets"
+    _existing(source)
+    known = [".txt", ".jsonl", *(name for name in BUILDERS if name != ".jsonl")]
+    raise UserError(
+        f"{source}: the format cannot be told from the name's end {path.suffix!r}; known are {', '.join(known)} "
+        f"(.txt and .jsonl also with .gz or .xz), or set data.format to one of {FORMATS[1:]}.{nearest(suffix, known)}"
+    )
+
+
+def _open(source: str) -> IO[bytes]:
+    if source.startswith(BUILTIN_PREFIX):
+        name = source.removeprefix(BUILTIN_PREFIX)
+        if name not in BUILTIN:
+            allowed = [BUILTIN_PREFIX + known for known in BUILTIN]
+            raise UserError(f"There is no built-in data set {source!r}; there are {allowed}.{nearest(source, allowed)}")
+        return (importlib.resources.files("spt_jax.data") / "builtin" / f"{name}.txt").open("rb")
+    path = _existing(source)
+    if path.is_dir():
+        raise UserError(f"{source} is a folder; a file is expected (a folder is read with data.format='datasets').")
+    if path.stat().st_size == 0:
+        raise UserError(f"{source} is empty; dialogues are expected.")
+    return _OPENERS.get(path.suffix, open)(path, "rb")  # type: ignore[return-value]
+
+
+def _existing(source: str) -> Path:
+    path = Path(source).expanduser()
+    if not path.exists():
+        siblings = [str(path.with_name(sibling.name)) for sibling in path.parent.glob("*")]
+        builtin = [BUILTIN_PREFIX + name for name in BUILTIN]
+        raise UserError(f"The data file {source} does not exist.{nearest(source, siblings + builtin)}")
+    return path

@@ -1,0 +1,143 @@
+"""Likelihood of every turn under every prompt, and the perplexities that follow; no generation."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from spt_jax.data.loader import sequential_batches
+from spt_jax.data.packing import Row
+from spt_jax.models.decoder import FrozenTree
+from spt_jax.parallel.rules import place_batch, replicated, row_devices
+from spt_jax.prompting.selective_lm import SelectiveLM, Trainable, score_turns
+
+
+@dataclasses.dataclass(frozen=True)
+class Likelihoods:
+    """One entry a turn, in the order of the dialogues.
+
+    Attributes:
+        dialogue: int ``[U]``, index of the dialogue.
+        turn: int ``[U]``, number of the turn in it, from 0.
+        tokens: int ``[U]``, target tokens, end of sequence included.
+        nll: float32 ``[U, K]``, mean negative log likelihood a target token, nats.
+        scores: float32 ``[U, K]``, the retriever's.
+    """
+
+    dialogue: np.ndarray
+    turn: np.ndarray
+    tokens: np.ndarray
+    nll: np.ndarray
+    scores: np.ndarray
+
+    @property
+    def selected(self) -> np.ndarray:
+        """int ``[U]``, the prompt with the highest score; among ties the lowest."""
+        return np.argmax(self.scores, axis=1)
+
+    @property
+    def selected_nll(self) -> np.ndarray:
+        """float32 ``[U]``, nats a token under the selected prompt."""
+        return np.take_along_axis(self.nll, self.selected[:, None], axis=1)[:, 0]
+
+    @property
+    def perplexity(self) -> float:
+        """``exp(Σ nll under the selected prompt / tokens)``, per token (METHOD, "Perplexity")."""
+        return self._perplexity(self.selected_nll)
+
+    @property
+    def oracle_perplexity(self) -> float:
+        """The same under each turn's best prompt in hindsight."""
+        return self._perplexity(self.nll.min(axis=1))
+
+    @property
+    def usage(self) -> np.ndarray:
+        """float ``[K]``, share of turns that select each prompt."""
+        return np.bincount(self.selected, minlength=self.nll.shape[1]) / len(self.tokens)
+
+    def perplexity_per_word(self, words: Sequence[int]) -> float:
+        """The total nll under the selected prompt over whitespace words; `words` counts each response's."""
+        total = float(np.sum(self.selected_nll.astype(np.float64) * self.tokens))
+        return float(np.exp(total / max(1, sum(words))))
+
+    def _perplexity(self, nll: np.ndarray) -> float:
+        return float(np.exp(np.sum(nll.astype(np.float64) * self.tokens) / self.tokens.sum()))
+
+
+@cache
+def _compiled(mesh: Mesh) -> Any:
+    return jax.jit(score_turns, static_argnums=0, out_shardings=replicated(mesh))
+
+
+def score_rows(
+    model: SelectiveLM,
+    params: FrozenTree,
+    trainable: Trainable,
+    rows: Sequence[Row],
+    *,
+    mesh: Mesh,
+    batch_size: int,
+    pad_id: int,
+    max_buckets: int = 4,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Likelihoods:
+    """Scores every turn of packed rows, forward only.
+
+    Args:
+        model: The description; its K and P are those of `trainable`, which may be a bank ``[1, 0, M]`` (no prompt).
+        params: The frozen tree.
+        trainable: The bank and the retriever.
+        rows: Packed rows of either layout.
+        mesh: The mesh of `params`.
+        batch_size: Rows scored at once, rounded up to a multiple of the devices that share rows.
+        pad_id: Fills rows up to their bucket.
+        max_buckets: Length buckets; each is a compilation.
+        on_batch: Called with (turns done, tokens done) after each batch.
+
+    Returns:
+        See `Likelihoods`.
+    """
+    devices = row_devices(mesh)
+    batch_size = -(-min(batch_size, len(rows)) // devices) * devices
+    share = batch_size // jax.process_count()
+    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    parts: list[tuple[np.ndarray, ...]] = []
+    for batch, indices in sequential_batches(rows, batch_size=batch_size, pad_id=pad_id, max_buckets=max_buckets):
+        placed = place_batch(mesh, {name: array[mine] for name, array in batch.items()})
+        nll, scores, tokens = jax.device_get(_compiled(mesh)(model, params, trainable, placed))
+        present = batch["turn_mask"] > 0
+        dialogues = np.broadcast_to(batch["dialogue_ids"][:, None], present.shape)
+        parts.append((dialogues[present], batch["turn_ids"][present], tokens[present], nll[present], scores[present]))
+        if on_batch is not None:
+            on_batch(int(present.sum()), int(batch["lengths"].sum()))
+    dialogue, turn, tokens, nll, scores = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    order = np.lexsort((turn, dialogue))
+    return Likelihoods(dialogue[order], turn[order], tokens[order].astype(np.int64), nll[order], scores[order])
+
+
+class DevelopmentEvaluator:
+    """Measures a training state on the development dialogues; the loop's `Evaluator`.
+
+    Args:
+        model: The description.
+        params: The frozen tree.
+        rows: Packed development rows.
+        options: Keyword arguments of `score_rows`.
+    """
+
+    def __init__(self, model: SelectiveLM, params: FrozenTree, rows: Sequence[Row], **options: Any) -> None:
+        self._model, self._params, self._rows, self._options = model, params, rows, options
+
+    def run(self, state: Any) -> Iterable[tuple[str, float]]:
+        """Perplexity of the selected and of the best prompt, and the share of turns that select each."""
+        likelihoods = score_rows(self._model, self._params, state.trainable, self._rows, **self._options)
+        yield "development/perplexity", likelihoods.perplexity
+        yield "development/oracle_perplexity", likelihoods.oracle_perplexity
+        for k, share in enumerate(likelihoods.usage):
+            yield f"development/usage/{k}", float(share)

@@ -1,0 +1,243 @@
+"""The evaluation of a run: the columns of the table, the predictions, the samples and the report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import platform
+from collections.abc import Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from spt_jax.data.dialogue import Dialogue
+from spt_jax.data.template import turn_history
+from spt_jax.errors import UserError
+from spt_jax.evaluation.columns import PERPLEXITY_DEFINITIONS, Column, ColumnEvaluator, spread_evenly, without_prompt
+from spt_jax.evaluation.report import ReportInputs, write_report
+from spt_jax.progress import ProgressBar
+from spt_jax.prompting.selective_lm import Trainable
+from spt_jax.training.experiment import Experiment, pack_dialogues
+from spt_jax.training.workdir import write_json
+
+NO_PROMPT, BEFORE, AFTER = "no soft prompt", "before training", "after training"
+PACKAGES = ("spt_jax", "jax", "flax", "transformers")
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """What `evaluate_run` found.
+
+    Attributes:
+        results: As ``results.json``.
+        predictions: One object a reply, in file order, as ``predictions.jsonl``.
+        samples: A few turns with the replies under every prompt, as the report shows them.
+        selection: One object a dialogue: which prompts its turns select.
+    """
+
+    results: dict[str, Any]
+    predictions: list[dict[str, Any]]
+    samples: list[dict[str, Any]]
+    selection: list[dict[str, Any]]
+
+
+def evaluate_run(
+    experiment: Experiment,
+    trainable: Trainable,
+    initial: Trainable | None,
+    dialogues: Sequence[Dialogue],
+    *,
+    replies: int | None = None,
+) -> Evaluation:
+    """Measures a trained tree on dialogues.
+
+    Args:
+        experiment: The LM, mesh and configuration.
+        trainable: The trained tree.
+        initial: The tree before training; when given, it and the LM without a prompt are measured too.
+        dialogues: At least one.
+        replies: How many turns get a reply, 0 for all; None takes ``evaluation.replies``.
+
+    Raises:
+        UserError: There is no dialogue.
+    """
+    if not dialogues:
+        raise UserError("there is no dialogue to evaluate on")
+    options = experiment.config.evaluation
+    rows = pack_dialogues(experiment.config, dialogues, experiment.lm.tokenizer).rows
+    evaluator = ColumnEvaluator(
+        experiment.lm,
+        experiment.mesh,
+        dialogues,
+        rows,
+        batch_size=options.batch,
+        max_buckets=experiment.config.data.max_buckets,
+        max_new_tokens=options.max_new_tokens,
+        replies=options.replies if replies is None else replies,
+    )
+    banks = {AFTER: (experiment.model, trainable)}
+    if initial is not None:
+        banks = {
+            NO_PROMPT: without_prompt(experiment.model, trainable),
+            BEFORE: (experiment.model, initial),
+            **banks,
+        }
+    columns: dict[str, Column] = {}
+    for name, (model, tree) in banks.items():
+        with ProgressBar(f"evaluating, {name}", evaluator.turns + len(evaluator.answered)) as bar:
+            columns[name] = evaluator.run(model, tree, bar.advance)
+    after = columns[AFTER]
+    chosen = spread_evenly(len(after.answered), options.samples) if options.samples else np.array([], np.int64)
+    samples = _samples(evaluator, trainable, columns, dialogues, chosen)
+    return Evaluation(
+        _results(experiment, columns, evaluator),
+        _predictions(evaluator, columns, dialogues),
+        samples,
+        _selection(after, dialogues),
+    )
+
+
+def _results(experiment: Experiment, columns: dict[str, Column], evaluator: ColumnEvaluator) -> dict[str, Any]:
+    metrics = columns[AFTER].metrics
+    device = jax.devices()[0]
+    return {
+        "columns": {name: column.figures for name, column in columns.items()},
+        "turns": evaluator.turns,
+        "replies": len(evaluator.answered),
+        "definitions": PERPLEXITY_DEFINITIONS | dict(metrics.definitions),
+        "versions": dict(metrics.versions) | {name: metadata.version(name) for name in PACKAGES},
+        "model": experiment.lm.identity.to_dict(),
+        "hardware": {
+            "devices": f"{jax.device_count()} × {device.device_kind}",
+            "cores": os.cpu_count(),
+            "machine": platform.machine(),
+            "python": platform.python_version(),
+        },
+    }
+
+
+def _predictions(
+    evaluator: ColumnEvaluator, columns: dict[str, Column], dialogues: Sequence[Dialogue]
+) -> list[dict[str, Any]]:
+    after = columns[AFTER]
+    predictions = []
+    for place, u in enumerate(after.answered):
+        d, t = int(after.likelihoods.dialogue[u]), int(after.likelihoods.turn[u])
+        predictions.append(
+            {
+                "dialogue": d,
+                "turn": t,
+                "persona": list(dialogues[d].persona),
+                "history": turn_history(dialogues[d], t),
+                "reference": evaluator.reference(d, t),
+                "prediction": after.replies[place],
+                "selected": int(after.likelihoods.selected[u]),
+                "scores": after.likelihoods.scores[u].tolist(),
+                "nll": after.likelihoods.nll[u].tolist(),
+            }
+        )
+    return predictions
+
+
+def _samples(
+    evaluator: ColumnEvaluator,
+    trainable: Trainable,
+    columns: dict[str, Column],
+    dialogues: Sequence[Dialogue],
+    chosen: np.ndarray,
+) -> list[dict[str, Any]]:
+    after = columns[AFTER]
+    if not len(chosen):
+        return []
+    turns = after.answered[chosen]
+    keys = [(int(after.likelihoods.dialogue[u]), int(after.likelihoods.turn[u])) for u in turns]
+    num_prompts = trainable["bank"]["prompts"].shape[0]
+    with ProgressBar("replying under every prompt", len(keys) * num_prompts) as bar:
+        repeated = [key for key in keys for _ in range(num_prompts)]
+        texts = evaluator.replies(trainable, repeated, list(range(num_prompts)) * len(keys))
+        bar.advance(len(texts))
+    samples = []
+    for i, (place, u, (d, t)) in enumerate(zip(chosen, turns, keys, strict=True)):
+        sample = {
+            "persona": list(dialogues[d].persona),
+            "history": turn_history(dialogues[d], t),
+            "reference": evaluator.reference(d, t),
+            "selected": int(after.likelihoods.selected[u]),
+            "replies": texts[i * num_prompts : (i + 1) * num_prompts],
+        }
+        if NO_PROMPT in columns:
+            sample["no_prompt"] = columns[NO_PROMPT].replies[place]
+        samples.append(sample)
+    return samples
+
+
+def _selection(column: Column, dialogues: Sequence[Dialogue]) -> list[dict[str, Any]]:
+    likelihoods = column.likelihoods
+    num_prompts = likelihoods.nll.shape[1]
+    selection = []
+    for d, dialogue in enumerate(dialogues):
+        mine = likelihoods.dialogue == d
+        selection.append(
+            {
+                "dialogue": dialogue.source or str(d),
+                "scores": likelihoods.scores[mine].mean(axis=0).tolist(),
+                "nll": likelihoods.nll[mine].mean(axis=0).tolist(),
+                "usage": (np.bincount(likelihoods.selected[mine], minlength=num_prompts) / mine.sum()).tolist(),
+            }
+        )
+    return selection
+
+
+def _logged(workdir: Path) -> list[dict[str, Any]]:
+    path = workdir / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue  # a training that is still running may be in the middle of a row
+    return rows
+
+
+def write_results(
+    workdir: Path, evaluation: Evaluation, config: ConfigDict, *, source: str, step: int, chat: str
+) -> None:
+    """Writes ``results.json``, ``predictions.jsonl`` and ``report.html`` into the working directory.
+
+    Args:
+        workdir: Where they go.
+        evaluation: What was found.
+        config: The run's configuration.
+        source: Where the dialogues came from.
+        step: The checkpoint's step.
+        chat: The command that opens the chat.
+
+    Raises:
+        UserError: A file cannot be written.
+    """
+    results = evaluation.results | {"data": source, "step": step}
+    report = ReportInputs(
+        title="Selective Prompt Tuning",
+        results=results,
+        metrics=_logged(workdir),
+        selection=evaluation.selection,
+        samples=evaluation.samples,
+        config=config.to_dict(),
+        command=chat,
+    )
+    try:
+        write_json(workdir / "results.json", results)
+        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
+        temporary = workdir / "predictions.jsonl.tmp"
+        temporary.write_text("".join(lines), encoding="utf-8")
+        os.replace(temporary, workdir / "predictions.jsonl")
+    except OSError as error:
+        raise UserError(f"the results cannot be written into {workdir}: {error.strerror}") from error
+    write_report(workdir / "report.html", report)

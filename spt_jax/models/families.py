@@ -1,0 +1,52 @@
+"""The families we can load, and how a file's own description finds its family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from spt_jax.errors import UserError, nearest
+from spt_jax.models.family import Family
+from spt_jax.models.llama import LLAMA
+
+FAMILIES: tuple[Family, ...] = (LLAMA,)
+"""Every supported family."""
+
+
+def family_of_hf(fields: Mapping[str, Any], where: str) -> Family:
+    """The family of a parsed ``config.json`` that lies at `where`.
+
+    Raises:
+        UserError: The model type or the architecture is unknown; names it and lists what is supported.
+    """
+    model_type = fields.get("model_type")
+    supported = {kind: family for family in FAMILIES for kind in family.model_types}
+    if model_type not in supported:
+        raise UserError(
+            f"{where}: model_type is {model_type!r}, which is not supported; supported: {', '.join(supported)}."
+            f"{nearest(str(model_type), supported)}"
+        )
+    family = supported[model_type]
+    for architecture in fields.get("architectures") or ():
+        if architecture not in family.architectures:
+            raise UserError(
+                f"{where}: architecture is {architecture!r}, which is not a causal LM of the {family.name} family; "
+                f"supported: {', '.join(family.architectures)}"
+            )
+    return family
+
+
+def family_of_gguf(fields: Mapping[str, Any], where: str) -> Family:
+    """The family of a GGUF file's metadata.
+
+    Raises:
+        UserError: The architecture is unknown; names it and lists what is supported.
+    """
+    architecture = fields.get("general.architecture")
+    supported = {kind: family for family in FAMILIES for kind in family.gguf_architectures}
+    if architecture not in supported:
+        raise UserError(
+            f"{where}: GGUF architecture is {architecture!r}, which is not supported; supported: "
+            f"{', '.join(supported)}.{nearest(str(architecture), supported)}"
+        )
+    return supported[architecture]

@@ -1,0 +1,71 @@
+"""Which mesh axis shards which logical axis of an array."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from spt_jax.parallel.mesh import ROW_AXES
+
+LOGICAL_AXIS_RULES: Mapping[str, str | None] = {
+    "layers": None,
+    "vocab": "tensor",
+    "embed": "fsdp",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+    "norm": None,
+}
+
+
+def parameter_sharding(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+    """The sharding of one frozen parameter.
+
+    An axis that its mesh axis does not divide evenly (three key-value heads on two devices, say) is replicated.
+
+    Args:
+        mesh: The mesh.
+        names: A logical name for each axis; None replicates it.
+        shape: The array's shape.
+    """
+    axes = [LOGICAL_AXIS_RULES[name] if name else None for name in names]
+    even = [axis if axis and size % mesh.shape[axis] == 0 else None for axis, size in zip(axes, shape, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*even))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same values on every device: the trainable tree, the optimizer's state, scalars."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def row_sharding(mesh: Mesh) -> NamedSharding:
+    """The first axis (rows) over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def row_devices(mesh: Mesh) -> int:
+    """In how many parts rows are split; the batch must be a multiple."""
+    return int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
+
+
+def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """Puts a host's part of a batch onto the mesh: rows over the row axes, ``similar`` (all pairs) on every device.
+
+    Args:
+        mesh: The mesh.
+        batch: Process-local rows ``[D / processes, ...]`` and, where there are pairs, the global ``similar``.
+
+    Returns:
+        Global arrays.
+    """
+
+    def place(name: str, x: np.ndarray) -> jax.Array:
+        sharding: Any = replicated(mesh) if name == "similar" else row_sharding(mesh)
+        return jax.make_array_from_process_local_data(sharding, x)
+
+    return {name: place(name, x) for name, x in batch.items()}

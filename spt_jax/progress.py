@@ -1,0 +1,79 @@
+"""A progress bar that also makes sense in a log file."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+PLAIN_INTERVAL_SECONDS = 10.0
+
+
+class ProgressBar:
+    """Shows how far a loop is, with a note such as the loss; on standard error, so that output stays clean.
+
+    On a terminal it is a live bar; elsewhere a line at the start, at the end and every ten seconds between.
+
+    Args:
+        description: What is going on.
+        total: How many units of work there are.
+        start: How many are already done.
+    """
+
+    def __init__(self, description: str, total: int, start: int = 0) -> None:
+        self._description, self._total, self._done, self._first = description, total, start, start
+        self._note = ""
+        self._console = Console(stderr=True)
+        self._bar: Progress | None = None
+        self._began = self._printed = time.monotonic()
+
+    def __enter__(self) -> ProgressBar:
+        if self._console.is_terminal:
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[note]}"),
+                TimeRemainingColumn(elapsed_when_finished=True),
+                console=self._console,
+            )
+            self._bar.start()
+            self._task = self._bar.add_task(self._description, total=self._total, completed=self._done, note="")
+        else:
+            self._line()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+        elif self._done > self._first:
+            self._line()
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        """Counts `count` more units; `note` replaces the text beside the bar."""
+        self._done += count
+        self._note = note or self._note
+        if self._bar is not None:
+            self._bar.update(self._task, completed=self._done, note=self._note)
+        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_SECONDS:
+            self._line()
+
+    def message(self, text: str) -> None:
+        """Prints a line without disturbing the bar."""
+        (self._bar.console if self._bar is not None else self._console).print(text, markup=False, highlight=False)
+
+    def _line(self) -> None:
+        elapsed = self._printed = time.monotonic()
+        elapsed -= self._began
+        parts = [f"{self._description} {self._done}/{self._total}"]
+        parts += [self._note] if self._note else []
+        if self._first < self._done < self._total:
+            left = elapsed / (self._done - self._first) * (self._total - self._done)
+            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+        print(" · ".join(parts), file=sys.stderr, flush=True)

@@ -1,0 +1,288 @@
+"""Checkpoints of the trainable tree and the optimizer, through Orbax; never of the frozen LM.
+
+Saving is asynchronous; the latest and the best are kept. Every checkpoint carries the sha256 of its arrays, which a
+restore computes again: a damaged step is set aside (``N`` becomes ``N.corrupt``) and the one before is taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint.checkpoint_managers import preservation_policy
+
+from spt_jax.errors import UserError
+
+Tree = Any
+METRIC = "perplexity"
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
+
+
+def tree_digest(tree: Tree) -> str:
+    """The sha256 of every leaf with its path, type and shape, in the tree's order."""
+    digest = hashlib.sha256()
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        array = np.asarray(leaf)
+        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
+        digest.update(np.ascontiguousarray(array).tobytes())
+    return digest.hexdigest()
+
+
+def _perplexity(metrics: Any) -> float:
+    value = float(metrics[METRIC])
+    return value if math.isfinite(value) else math.inf
+
+
+def _step_folders(directory: Path) -> list[int]:
+    return (
+        sorted(int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdigit())
+        if directory.is_dir()
+        else []
+    )
+
+
+class Checkpoints:
+    """The checkpoints of one working directory.
+
+    Args:
+        directory: Where they lie; made when missing.
+        keep_latest: How many of the latest are kept.
+        keep_best: How many of the best are kept, by the lowest perplexity given to `save`.
+        read_only: Only restores; a damaged step is passed over but not renamed.
+    """
+
+    def __init__(self, directory: Path, *, keep_latest: int = 2, keep_best: int = 1, read_only: bool = False) -> None:
+        self.directory = directory.absolute()
+        self._read_only = read_only
+        self._keep = (keep_latest, keep_best)
+        if read_only and not _step_folders(self.directory):
+            raise UserError(f"there is no checkpoint in {self.directory}")
+        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO
+        self._manager = self._open()
+
+    def _open(self) -> ocp.CheckpointManager:
+        keep_latest, keep_best = self._keep
+        if not self._read_only:
+            for step in _step_folders(self.directory):
+                try:
+                    self._peek(step)
+                except DamagedCheckpointError as error:
+                    self._set_aside(step, error)
+        policy = preservation_policy.AnyPreservationPolicy(
+            [
+                preservation_policy.LatestN(keep_latest),
+                preservation_policy.BestN(
+                    get_metric_fn=_perplexity, reverse=True, n=keep_best, keep_checkpoints_without_metrics=False
+                ),
+            ]
+        )
+        options = ocp.CheckpointManagerOptions(
+            create=not self._read_only,
+            read_only=self._read_only,
+            cleanup_tmp_directories=not self._read_only,
+            best_fn=_perplexity,
+            best_mode="min",
+            preservation_policy=None if self._read_only else policy,
+        )
+        return ocp.CheckpointManager(self.directory, options=options, item_names=("trainable", "optimizer", "meta"))
+
+    def _peek(self, step: int) -> dict[str, Any]:
+        """Reads the small files of a step, which Orbax would trip over later."""
+        folder = self.directory / str(step)
+        try:
+            meta = json.loads((folder / "meta" / "metadata").read_text())
+            metrics = folder / "metrics" / "metrics"
+            if metrics.exists():
+                float(json.loads(metrics.read_text())[METRIC])
+            for item in ("trainable", "optimizer"):
+                if not (folder / item).is_dir():
+                    raise FileNotFoundError(f"{item} is missing")
+            if not isinstance(meta, dict) or "digests" not in meta:
+                raise ValueError("its metadata holds no digests")
+        except Exception as error:
+            raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: {error}") from error
+        return meta
+
+    def _set_aside(self, step: int, error: Exception) -> None:
+        if self._read_only:
+            return
+        source = self.directory / str(step)
+        target = source.with_name(f"{step}.corrupt")
+        count = 1
+        while target.exists():
+            count += 1
+            target = source.with_name(f"{step}.corrupt{count}")
+        source.rename(target)
+        logging.getLogger(__name__).warning("%s; it was set aside as %s", error, target.name)
+
+    def save(self, step: int, trainable: Tree, optimizer: Tree, meta: dict[str, Any], perplexity: float | None) -> None:
+        """Starts saving a step in the background, after the one before has finished.
+
+        Args:
+            step: Steps done.
+            trainable: The trainable tree.
+            optimizer: The optimizer's state and the counters.
+            meta: JSON values kept beside the arrays.
+            perplexity: Of the development dialogues; None when the step was not evaluated.
+
+        Raises:
+            UserError: This save, or the one before it, could not be written. Earlier checkpoints stay usable.
+        """
+        # jax may reuse a donated buffer for the next step, so the arrays are fetched before anything else happens.
+        trees = jax.device_get({"trainable": trainable, "optimizer": optimizer})
+        meta = meta | {"step": step, "digests": {name: tree_digest(tree) for name, tree in trees.items()}}
+        try:
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    trainable=ocp.args.StandardSave(trainable),
+                    optimizer=ocp.args.StandardSave(optimizer),
+                    meta=ocp.args.JsonSave(meta),
+                ),
+                metrics=None if perplexity is None else {METRIC: float(perplexity)},
+            )
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def wait(self) -> None:
+        """Waits until every save is on disk; UserError when one could not be written."""
+        try:
+            self._manager.wait_until_finished()
+        except Exception as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: Exception) -> UserError:
+        good = [step for step in _step_folders(self.directory) if self._is_whole(step)]
+        last = f"the last good one is step {good[-1]}" if good else "there is no earlier one"
+        reason = " ".join(str(error).split())[:300]
+        return UserError(
+            f"a checkpoint could not be written to {self.directory} ({reason}); {last}. Free some space there and "
+            "start the same command again to go on from it."
+        )
+
+    def _is_whole(self, step: int) -> bool:
+        try:
+            self._peek(step)
+        except DamagedCheckpointError:
+            return False
+        return True
+
+    def steps(self) -> list[int]:
+        """The steps on disk, ascending."""
+        return sorted(self._manager.all_steps())
+
+    def _candidates(self, which: str) -> Iterator[int]:
+        """Steps in the order in which they should be tried."""
+        latest_first = _step_folders(self.directory)[::-1]
+        if which == "latest":
+            yield from latest_first
+            return
+        perplexities = {}
+        for step in latest_first:
+            try:
+                metrics = json.loads((self.directory / str(step) / "metrics" / "metrics").read_text())
+                perplexities[step] = _perplexity(metrics)
+            except (OSError, ValueError, KeyError):
+                continue
+        yield from sorted(perplexities, key=lambda step: (perplexities[step], -step))
+        yield from (step for step in latest_first if step not in perplexities)
+
+    def meta(self, which: str) -> dict[str, Any] | None:
+        """The JSON values beside the first readable checkpoint of `which` (``latest`` or ``best``); None without one."""
+        for step in self._candidates(which):
+            try:
+                return self._peek(step)
+            except DamagedCheckpointError:
+                continue
+        return None
+
+    def restore(self, which: str, targets: dict[str, Tree]) -> tuple[int, dict[str, Tree], dict[str, Any]] | None:
+        """Restores the latest or the best checkpoint that is whole.
+
+        Args:
+            which: ``"latest"``, ``"best"`` or a step.
+            targets: For each item wanted (``trainable``, ``optimizer``) a tree of `jax.ShapeDtypeStruct` with the
+                shardings that the arrays shall have.
+
+        Returns:
+            The step, the restored trees and the JSON values; None when there is no checkpoint at all.
+
+        Raises:
+            UserError: The shapes differ from `targets`, there is no such step, or every checkpoint is damaged.
+        """
+        candidates = list(self._candidates(which)) if which in ("latest", "best") else [int(which)]
+        if not candidates:
+            return None
+        for step in candidates:
+            try:
+                trees, meta = self._restore_step(step, targets)
+            except DamagedCheckpointError as error:
+                self._set_aside(step, error)
+                if not self._read_only:
+                    self._manager.close()
+                    self._manager = self._open()
+                last_error = error
+                continue
+            return step, trees, meta
+        raise UserError(f"no checkpoint in {self.directory} is whole: {last_error}")  # pyright: ignore[reportPossiblyUnboundVariable]
+
+    def _restore_step(self, step: int, targets: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:
+        if step not in _step_folders(self.directory):
+            raise UserError(f"there is no checkpoint of step {step} in {self.directory}; there are {self.steps()}")
+        meta = self._peek(step)
+        self._check_shapes(step, meta, targets)
+        try:
+            arguments = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
+            restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
+            trees = {name: restored[name] for name in targets}
+            whole = all(tree_digest(jax.device_get(trees[name])) == meta["digests"][name] for name in targets)
+        except Exception as error:
+            raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: {error}") from error
+        if not whole:
+            raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: its arrays are not those saved")
+        return trees, meta
+
+    def _check_shapes(self, step: int, meta: dict[str, Any], targets: dict[str, Tree]) -> None:
+        saved = meta.get("shapes", {})
+        wanted = tree_shapes(targets["trainable"]) if "trainable" in targets else {}
+        for name in sorted(set(saved) | set(wanted)):
+            if saved.get(name) != wanted.get(name):
+                raise UserError(
+                    f"the checkpoint of step {step} in {self.directory} holds {name} of shape {saved.get(name)}, "
+                    f"but this configuration needs {wanted.get(name)}"
+                )
+
+    def close(self) -> None:
+        """Waits for pending saves and frees the manager."""
+        self._manager.close()
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def tree_shapes(tree: Tree) -> dict[str, list[int]]:
+    """``{"bank/prompts": [K, P, M], ...}``, as kept beside a checkpoint."""
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
+
+
+def restore_targets(tree: Tree, sharding: jax.sharding.Sharding) -> Tree:
+    """The tree's shapes and types with one sharding for all, as `Checkpoints.restore` wants them."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)

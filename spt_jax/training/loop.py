@@ -1,0 +1,194 @@
+"""The training loop. Its order is sacred: evaluate, save (state and data position together), only then the next batch."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import jax
+import numpy as np
+
+from spt_jax.errors import UserError
+from spt_jax.progress import ProgressBar
+from spt_jax.training.checkpoint import Checkpoints, tree_shapes
+from spt_jax.training.signals import StopSignal
+from spt_jax.training.step import Metrics, TrainState
+from spt_jax.training.tracking import Tracker
+
+PERPLEXITY = "development/perplexity"
+
+
+class Evaluator(Protocol):
+    """Measures a state; the loop knows nothing else of evaluation."""
+
+    def run(self, state: TrainState) -> Iterable[tuple[str, float]]:
+        """Named figures; ``development/perplexity`` decides which checkpoint is best."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopOptions:
+    """When things happen, in steps; see the section ``train`` of the configuration."""
+
+    total_steps: int
+    log_every: int
+    evaluate_every: int
+    save_every: int
+    max_bad_steps: int
+    profile_steps: int = 0
+    profile_dir: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+    """How the loop ended: the last state and whether every step was done (False after a stop signal)."""
+
+    state: TrainState
+    finished: bool
+
+
+def save(checkpoints: Checkpoints, state: TrainState, meta: Mapping[str, Any], perplexity: float | None) -> None:
+    """Saves a state under its step."""
+    counters = {"step": state.step, "skipped": state.skipped, "bad_in_a_row": state.bad_in_a_row}
+    optimizer = {"state": state.optimizer, "counters": counters}
+    shapes = {"shapes": tree_shapes(state.trainable)}
+    checkpoints.save(int(state.step), state.trainable, optimizer, dict(meta) | shapes, perplexity)
+
+
+def train(
+    state: TrainState,
+    step_fn: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]],
+    params: Any,
+    batches: Callable[[int, int], Iterator[tuple[int, Mapping[str, np.ndarray]]]],
+    place: Callable[[Mapping[str, np.ndarray]], Any],
+    *,
+    options: LoopOptions,
+    checkpoints: Checkpoints,
+    trackers: Sequence[Tracker],
+    evaluators: Sequence[Evaluator],
+    meta: Mapping[str, Any],
+    stop: StopSignal,
+) -> Outcome:
+    """Trains from ``state.step`` to ``options.total_steps``.
+
+    Args:
+        state: The state, fresh or restored; donated.
+        step_fn: See `spt_jax.training.step.make_train_step`.
+        params: The frozen tree.
+        batches: ``(start, stop) -> (step, host batch)`` pairs; a pure function of the step.
+        place: Puts a host batch onto the devices.
+        options: When things happen.
+        checkpoints: Where states are saved.
+        trackers: Where metrics go.
+        evaluators: What is measured every ``evaluate_every`` steps, before the first and after the last.
+        meta: JSON values kept beside each checkpoint.
+        stop: Asked before every step.
+
+    Raises:
+        UserError: ``max_bad_steps`` updates in a row were not finite, or a checkpoint could not be written.
+    """
+    start = int(state.step)
+    watch = _Watch(options, trackers)
+    perplexity: float | None = None
+    with ProgressBar("training", options.total_steps, start) as bar:
+        steps = batches(start, options.total_steps)
+        for step in range(start, options.total_steps + 1):
+            last = step == options.total_steps
+            if stop.requested and not last:
+                if step > start:
+                    save(checkpoints, state, meta, None)
+                break
+            if step > start or step == 0:
+                evaluating = step % options.evaluate_every == 0 or last
+                if evaluating:
+                    watch.finish(bar)
+                    perplexity = _evaluate(state, evaluators, trackers, step, bar)
+                if evaluating or step % options.save_every == 0:
+                    save(checkpoints, state, meta, perplexity if evaluating else None)
+            if last:
+                break
+            watch.profile(step - start)
+            _, batch = next(steps)
+            state, metrics = step_fn(state, params, place(batch))
+            watch.submitted(step + 1, metrics, bar)
+        watch.close(bar)
+        checkpoints.wait()
+    return Outcome(state, finished=int(state.step) == options.total_steps)
+
+
+def _evaluate(
+    state: TrainState, evaluators: Sequence[Evaluator], trackers: Sequence[Tracker], step: int, bar: ProgressBar
+) -> float | None:
+    figures = {name: value for evaluator in evaluators for name, value in evaluator.run(state)}
+    for tracker in trackers:
+        tracker.log(step, figures)
+    if PERPLEXITY in figures:
+        bar.message(f"step {step}: development perplexity {figures[PERPLEXITY]:.3f}")
+    return figures.get(PERPLEXITY)
+
+
+class _Watch:
+    """Reads each step's metrics one step late, so that the device never waits for the host."""
+
+    def __init__(self, options: LoopOptions, trackers: Sequence[Tracker]) -> None:
+        self._options, self._trackers = options, trackers
+        self._pending: tuple[int, Metrics] | None = None
+        self._clock = time.perf_counter()
+        self._tracing = False
+
+    def submitted(self, step: int, metrics: Metrics, bar: ProgressBar) -> None:
+        pending, self._pending = self._pending, (step, metrics)
+        if pending is not None:
+            self._read(pending, bar)
+
+    def finish(self, bar: ProgressBar) -> None:
+        """Reads what is pending and leaves the time until the next step (evaluation, saving) out of the rates."""
+        if self._pending is not None:
+            self._read(self._pending, bar)
+            self._pending = None
+        self._clock = time.perf_counter()
+
+    def _read(self, pending: tuple[int, Metrics], bar: ProgressBar) -> None:
+        step, on_device = pending
+        metrics = {name: float(value) for name, value in jax.device_get(on_device).items()}
+        now = time.perf_counter()
+        seconds, self._clock = now - self._clock, now
+        metrics |= {"tokens_per_second": metrics["tokens"] / seconds, "turns_per_second": metrics["turns"] / seconds}
+        if step % self._options.log_every == 0 or step == self._options.total_steps:
+            for tracker in self._trackers:
+                tracker.log(step, metrics)
+        bar.advance(1, f"loss {metrics['loss/total']:.4f} · {metrics['tokens_per_second']:,.0f} tokens/s")
+        if not math.isfinite(metrics["loss/total"]):
+            bar.message(f"step {step}: the loss or its gradient is not finite; the update was skipped")
+        if metrics["bad_in_a_row"] >= self._options.max_bad_steps:
+            raise UserError(
+                f"{self._options.max_bad_steps} steps in a row (up to step {step}) gave a loss or gradient that is not "
+                "finite, so the run stopped; every one was skipped and the checkpoints are intact. Lower "
+                "optimizer.learning_rate or use model.dtype = float32, in a new workdir"
+            )
+
+    def close(self, bar: ProgressBar) -> None:
+        """Reads what is pending and ends a trace that is still open."""
+        self.finish(bar)
+        if self._tracing:
+            self._end_trace()
+
+    def profile(self, done: int) -> None:
+        """Starts the trace before the third step of this start, ends it `profile_steps` later."""
+        if not self._options.profile_steps:
+            return
+        if done == 2:
+            Path(self._options.profile_dir).mkdir(parents=True, exist_ok=True)
+            jax.profiler.start_trace(self._options.profile_dir)
+            self._tracing = True
+        elif self._tracing and done == 2 + self._options.profile_steps:
+            self._end_trace()
+
+    def _end_trace(self) -> None:
+        if self._pending is not None:
+            jax.block_until_ready(self._pending[1])
+        jax.profiler.stop_trace()
+        self._tracing = False

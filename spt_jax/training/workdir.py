@@ -1,0 +1,129 @@
+"""The working directory of a run: whose it is, and what may change when it is resumed."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
+
+import spt_jax
+from spt_jax.config import flatten, from_dict
+from spt_jax.errors import UserError
+from spt_jax.models.loading import LMIdentity
+
+CONFIG_FILE = "config.json"
+CHECKPOINT_FOLDER = "checkpoints"
+
+MAY_CHANGE = (
+    "train.log_every",
+    "train.evaluate_every",
+    "train.save_every",
+    "train.keep_latest",
+    "train.keep_best",
+    "train.max_bad_steps",
+    "train.profile_steps",
+    "evaluation.",
+    "mesh.",
+    "tracking.",
+    "data.prefetch",
+    "data.test",
+    "model.source",
+    "model.revision",
+    "model.remat",
+    "model.max_logit_rows",
+)
+"""Options that do not change what is learned; the identity of the LM is compared by its weights, not by its name."""
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Writes JSON atomically."""
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def absolute_paths(config: ConfigDict) -> None:
+    """Makes the paths of files in a config absolute, so that a restore works from any folder."""
+    for section, name in (("model", "source"), ("data", "train"), ("data", "development"), ("data", "test")):
+        value = config[section][name]
+        if value and Path(value).exists():
+            config[section][name] = str(Path(value).absolute())
+    if config.bank.init_file:
+        config.bank.init_file = str(Path(config.bank.init_file).absolute())
+
+
+def _read(workdir: Path) -> dict[str, Any]:
+    try:
+        record = json.loads((workdir / CONFIG_FILE).read_text(encoding="utf-8"))
+        if not {"config", "lm", "tokenizer"} <= set(record):
+            raise ValueError("it lacks 'config', 'lm' or 'tokenizer'")
+    except FileNotFoundError as error:
+        raise UserError(f"{workdir} is not the working directory of a run: it has no {CONFIG_FILE}") from error
+    except (ValueError, OSError) as error:
+        raise UserError(f"{workdir / CONFIG_FILE} cannot be read: {error}") from error
+    return record
+
+
+def read_config(workdir: Path) -> tuple[ConfigDict, LMIdentity, str]:
+    """The configuration of the run in `workdir`, the LM it was trained on and its tokenizer's fingerprint.
+
+    Raises:
+        UserError: There is no run, or its record cannot be read.
+    """
+    record = _read(workdir)
+    return from_dict(record["config"]), LMIdentity.from_dict(record["lm"]), record["tokenizer"]
+
+
+def check_workdir(workdir: Path, config: ConfigDict) -> None:
+    """Refuses a folder that holds another run, or something else, before any weight is loaded.
+
+    Raises:
+        UserError: Names the options that differ, with both values.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; allowed: a folder, new or of the same run")
+    if not workdir.is_dir() or not any(workdir.iterdir()):
+        return
+    if not (workdir / CONFIG_FILE).exists():
+        raise UserError(f"{workdir} is not empty and holds no run (no {CONFIG_FILE}); choose another --workdir")
+    old, new = flatten(from_dict(_read(workdir)["config"])), flatten(config)
+    free = MAY_CHANGE + (("train.steps", "train.epochs") if config.optimizer.schedule == "constant" else ())
+    differing = [f"{n} ({old[n]!r} there, {new[n]!r} here)" for n in new if old[n] != new[n] and not n.startswith(free)]
+    if differing:
+        raise UserError(f"{workdir} holds another run: {'; '.join(differing)}; choose another --workdir")
+
+
+def claim_workdir(workdir: Path, config: ConfigDict, lm: LMIdentity, tokenizer: str) -> None:
+    """Writes ``config.json``; a run that is there already must have been trained on the same weights.
+
+    Raises:
+        UserError: The LM or the tokenizer is another one; both are named.
+    """
+    if (workdir / CONFIG_FILE).exists():
+        _, old, old_tokenizer = read_config(workdir)
+        check_lm(workdir, old, lm, old_tokenizer, tokenizer)
+    workdir.mkdir(parents=True, exist_ok=True)
+    record = {
+        "spt_jax": spt_jax.__version__,
+        "lm": lm.to_dict(),
+        "tokenizer": tokenizer,
+        "config": config.to_dict(),
+    }
+    write_json(workdir / CONFIG_FILE, record)
+
+
+def check_lm(workdir: Path, saved: LMIdentity, found: LMIdentity, saved_tokenizer: str, found_tokenizer: str) -> None:
+    """Refuses an LM other than the one that the run in `workdir` was trained on; UserError names both."""
+    if saved.sha256 != found.sha256:
+        raise UserError(
+            f"the run in {workdir} was trained on {saved.name} (weights sha256 {saved.sha256[:12]}…), but "
+            f"model.source now gives {found.name} (sha256 {found.sha256[:12]}…)"
+        )
+    if saved_tokenizer != found_tokenizer:
+        raise UserError(
+            f"the run in {workdir} was trained with another tokenizer (fingerprint {saved_tokenizer[:12]}… there, "
+            f"{found_tokenizer[:12]}… here) beside the same weights {found.name}"
+        )

@@ -1,0 +1,66 @@
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from spt_jax.data import Dialogue, Turn, persona_key, split_by_persona
+from spt_jax.errors import UserError
+
+
+def dialogues_with(personas: list[int]) -> list[Dialogue]:
+    return [
+        Dialogue((f"i am number {persona}.",), (Turn("hi", f"reply {i}"),), source=f"f:{i}")
+        for i, persona in enumerate(personas)
+    ]
+
+
+@given(st.lists(st.integers(0, 6), min_size=1, max_size=12), st.integers(1, 12), st.integers(0, 3))
+def test_split_shares_no_persona_keeps_order_and_is_as_small_as_groups_allow(personas, count, seed):
+    dialogues = dialogues_with(personas)
+    sizes = [personas.count(p) for p in set(personas)]
+    sums = {sum(part) for n in range(len(sizes)) for part in itertools.combinations(sizes, n)}
+    reachable = [total for total in sums if total >= count]
+    if not reachable:
+        with pytest.raises(UserError, match="at least one must remain"):
+            split_by_persona(dialogues, count, seed)
+        return
+    rest, held = split_by_persona(dialogues, count, seed)
+    assert len(held) == min(reachable)
+    assert sorted(rest + held, key=dialogues.index) == dialogues
+    assert rest == sorted(rest, key=dialogues.index) and held == sorted(held, key=dialogues.index)
+    assert not {d.persona for d in rest} & {d.persona for d in held}
+    assert (rest, held) == split_by_persona(dialogues, count, seed)
+
+
+def test_split_depends_on_the_seed_and_every_persona_can_be_held_out():
+    dialogues = dialogues_with(list(range(8)))
+    held = {split_by_persona(dialogues, 1, seed)[1][0].persona for seed in range(60)}
+    assert len(held) == 8
+
+
+def test_personas_that_differ_in_order_case_or_spacing_are_the_same():
+    assert persona_key(("I like  cats.", "i run.")) == persona_key(("i run. ", "i like cats."))
+    same = [Dialogue(("a", "b"), (Turn("q", "r"),)), Dialogue(("B", "a "), (Turn("q", "r"),))]
+    with pytest.raises(UserError):
+        split_by_persona(same, 1, 0)
+
+
+def test_dialogues_without_persona_are_split_one_by_one():
+    rest, held = split_by_persona([Dialogue((), (Turn("q", str(i)),)) for i in range(5)], 2, 0)
+    assert (len(rest), len(held)) == (3, 2)
+
+
+def test_split_of_nothing_and_of_negative_counts():
+    dialogues = dialogues_with([0, 1])
+    assert split_by_persona(dialogues, 0, 0) == (dialogues, [])
+    with pytest.raises(UserError, match="at least 0"):
+        split_by_persona(dialogues, -1, 0)
+
+
+def test_split_of_the_real_training_file_holds_out_exactly_what_is_asked(train_set):
+    rest, held = split_by_persona(train_set.dialogues, 100, 0)
+    assert len(held) == 100 and len(rest) == len(train_set) - 100
+    assert not {persona_key(d.persona) for d in rest} & {persona_key(d.persona) for d in held}

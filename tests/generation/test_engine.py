@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from spt_jax.errors import UserError
+from spt_jax.generation.decode import decode_loop, prefill
+from spt_jax.generation.engine import GenerationEngine
+from spt_jax.generation.sampling import Greedy, SamplingRule, Temperature
+from spt_jax.models.decoder import random_params
+
+NEW = 9
+SAMPLED = Temperature(1.3, top_k=20, top_p=0.95)
+
+
+def make_engine(tiny, eos_ids=(), max_batch=4, length_multiple=8) -> GenerationEngine:
+    return GenerationEngine(
+        tiny.config, tiny.params, eos_ids=eos_ids, pad_id=0, max_batch=max_batch, length_multiple=length_multiple
+    )
+
+
+def test_greedy_batches_of_mixed_prompts_and_lengths_equal_full_forwards(tiny, contexts):
+    engine = make_engine(tiny)
+    for shift in range(3):
+        selected = [(row + shift) % 3 for row in range(len(contexts))]
+        batched = engine.generate(tiny.bank, contexts, selected, max_new_tokens=NEW)
+        for row, (context, prompt) in enumerate(zip(contexts, selected, strict=True)):
+            expected, margin = tiny.reference(tiny.bank[prompt], context, NEW)
+            assert margin > 1e-4, "a near tie would make this comparison a coin toss"
+            assert batched[row] == expected, f"row {row} behind prompt {prompt}"
+
+
+def test_prompts_change_the_greedy_continuation(tiny, contexts):
+    engine = make_engine(tiny)
+    per_prompt = [engine.generate(tiny.bank, contexts, [k] * len(contexts), max_new_tokens=NEW) for k in range(3)]
+    assert per_prompt[0] != per_prompt[1] != per_prompt[2]
+
+
+def test_a_bank_without_tokens_is_the_lm_alone(tiny, contexts):
+    bank = jnp.zeros((1, 0, tiny.config.hidden_size))
+    batched = make_engine(tiny).generate(bank, contexts, [0] * len(contexts), max_new_tokens=NEW)
+    for context, row in zip(contexts, batched, strict=True):
+        assert row == tiny.reference(bank[0], context, NEW)[0]
+
+
+@pytest.mark.parametrize("rule", [Greedy(), SAMPLED])
+@pytest.mark.parametrize(("max_batch", "length_multiple"), [(1, 1), (3, 16), (16, 64)])
+def test_batch_size_and_padding_change_nothing(tiny, contexts, selected, rule, max_batch, length_multiple):
+    expected = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW, rule=rule, seed=3)
+    engine = make_engine(tiny, max_batch=max_batch, length_multiple=length_multiple)
+    assert engine.generate(tiny.bank, contexts, selected, max_new_tokens=NEW, rule=rule, seed=3) == expected
+
+
+@pytest.mark.parametrize("rule", [Greedy(), SAMPLED])
+def test_row_order_changes_nothing_when_rows_have_seeds(tiny, contexts, selected, rule):
+    engine = make_engine(tiny)
+    seeds = list(range(len(contexts)))
+    expected = engine.generate(tiny.bank, contexts, selected, max_new_tokens=NEW, rule=rule, seed=seeds)
+    order = [4, 0, 8, 1, 6, 5, 2, 7, 3]
+    mixed = engine.generate(
+        tiny.bank,
+        [contexts[row] for row in order],
+        [selected[row] for row in order],
+        max_new_tokens=NEW,
+        rule=rule,
+        seed=[seeds[row] for row in order],
+    )
+    assert mixed == [expected[row] for row in order]
+
+
+def test_equal_rows_draw_differently_and_seeds_matter(tiny, contexts):
+    engine = make_engine(tiny)
+
+    def draw(seed: int) -> list[list[int]]:
+        return engine.generate(tiny.bank, [contexts[0]] * 6, [0] * 6, max_new_tokens=NEW, rule=SAMPLED, seed=seed)
+
+    assert len({tuple(row) for row in draw(0)}) == 6
+    assert draw(0) == draw(0) != draw(1)
+
+
+@pytest.mark.parametrize("rule", [Greedy(), SAMPLED])
+def test_stream_equals_generate(tiny, contexts, selected, rule):
+    free_running = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW, rule=rule, seed=2)
+    engine = make_engine(tiny, eos_ids=[free_running[3][4]])
+    for context, prompt in zip(contexts, selected, strict=True):
+        whole = engine.generate(tiny.bank, [context], [prompt], max_new_tokens=NEW, rule=rule, seed=2)[0]
+        assert list(engine.stream(tiny.bank, context, prompt, max_new_tokens=NEW, rule=rule, seed=2)) == whole
+
+
+def test_a_row_ends_before_its_first_end_of_sequence_and_others_go_on(tiny, contexts, selected):
+    free_running = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW)
+    eos_ids = [free_running[2][3], free_running[5][6]]
+    rows = make_engine(tiny, eos_ids=eos_ids).generate(tiny.bank, contexts, selected, max_new_tokens=NEW)
+    for free, row in zip(free_running, rows, strict=True):
+        ends = [place for place, token in enumerate(free) if token in eos_ids]
+        assert row == free[: ends[0] if ends else NEW]
+    assert len({len(row) for row in rows}) > 1
+
+
+def test_a_row_whose_first_token_ends_it_is_empty(tiny, contexts, selected):
+    first = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=1)
+    engine = make_engine(tiny, eos_ids=[first[4][0]])
+    assert engine.generate(tiny.bank, contexts, selected, max_new_tokens=NEW)[4] == []
+    assert list(engine.stream(tiny.bank, contexts[4], selected[4], max_new_tokens=NEW)) == []
+
+
+def run_loop(tiny, lengths: list[int], eos_ids: list[int], max_new_tokens: int):
+    size = len(lengths)
+    tokens = np.arange(size * 5, dtype=np.int32).reshape(size, 5)
+    prompts = jnp.take(tiny.bank, np.zeros(size, np.int32), axis=0)
+    keys = jax.random.split(jax.random.key(0), size)
+    eos = np.asarray(eos_ids, np.int32)
+    rule: SamplingRule = Greedy()
+    lengths_ = np.asarray(lengths, np.int32)
+    state = prefill(tiny.config, tiny.params, prompts, tokens, lengths_, keys, eos, rule=rule, room=max_new_tokens)
+    return decode_loop(tiny.config, tiny.params, state, eos, rule=rule, max_new_tokens=max_new_tokens)
+
+
+def test_the_loop_stops_when_every_row_has_ended(tiny):
+    tokens, counts, state = run_loop(tiny, [5, 3], [], NEW)
+    assert counts.tolist() == [NEW, NEW] and int(state.step) == NEW
+    ends = [int(tokens[0, 2]), int(tokens[1, 4])]
+    *_, counts, state = run_loop(tiny, [5, 3], ends, NEW)
+    assert int(state.step) == int(counts.max()) + 1 < NEW
+
+
+def test_padding_rows_of_a_batch_never_keep_the_loop_running(tiny):
+    tokens, _, _ = run_loop(tiny, [5, 0], [], NEW)
+    _, counts, state = run_loop(tiny, [5, 0], [int(tokens[0, 1])], NEW)
+    assert counts[1] == 0
+    assert int(state.step) == int(counts[0]) + 1 <= 2
+
+
+def test_a_call_compiles_once_a_width(tiny):
+    # A length of its own, so that no other test has compiled these shapes.
+    engine = make_engine(tiny, max_batch=8, length_multiple=16)
+    contexts = [[1] * (1 + row % 40) for row in range(50)]
+    before = prefill._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
+    engine.generate(tiny.bank, contexts, [0] * 50, max_new_tokens=11)
+    assert prefill._cache_size() - before <= 3  # widths 16, 32 and 48  # pyright: ignore[reportFunctionMemberAccess]
+
+
+def test_batches_are_reported_until_all_rows_are_done(tiny, contexts, selected):
+    heard: list[tuple[int, int]] = []
+    make_engine(tiny).generate(
+        tiny.bank, contexts, selected, max_new_tokens=1, on_batch=lambda done, total: heard.append((done, total))
+    )
+    assert heard == [(4, 9), (8, 9), (9, 9)]
+
+
+def test_no_contexts_give_no_rows(tiny):
+    assert make_engine(tiny).generate(tiny.bank, [], []) == []
+
+
+def test_a_bfloat16_lm_with_a_float32_bank_generates(tiny, contexts, selected):
+    config = dataclasses.replace(tiny.config, dtype="bfloat16")
+    engine = GenerationEngine(config, random_params(config, jax.random.key(0)), eos_ids=[], pad_id=0)
+    rows = engine.generate(tiny.bank, contexts, selected, max_new_tokens=3)
+    assert [len(row) for row in rows] == [3] * 9
+
+
+def test_parameters_spread_over_eight_devices_give_the_same_rows(tiny, contexts, selected):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def spread(leaf: jax.Array) -> jax.Array:
+        axes = [None] * leaf.ndim
+        if leaf.shape[-1] % 8 == 0:
+            axes[-1] = "fsdp"
+        return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*axes)))
+
+    bank = jax.device_put(tiny.bank, jax.NamedSharding(mesh, jax.P()))
+    engine = GenerationEngine(tiny.config, jax.tree.map(spread, tiny.params), eos_ids=[], pad_id=0, max_batch=4)
+    expected = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW)
+    assert engine.generate(bank, contexts, selected, max_new_tokens=NEW) == expected
+    assert list(engine.stream(bank, contexts[1], selected[1], max_new_tokens=NEW)) == expected[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"bank": np.zeros((3, 4, 7))}, r"\(3, 4, 7\).*M = 16"),
+        ({"selected": [3]}, "row 0 selects prompt 3; this bank has prompts 0 to 2"),
+        ({"selected": [-1]}, "row 0 selects prompt -1"),
+        ({"selected": [0, 1]}, "1 contexts came with 2 selected"),
+        ({"contexts": [[]]}, "context of row 0 is empty"),
+        ({"contexts": [[61]]}, "outside the LM's vocabulary of 61"),
+        ({"contexts": [[1] * 90]}, "row 0 needs 96 positions|row 0 needs 99 positions"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"seed": -1}, "seed is -1"),
+        ({"seed": [1, 2]}, "1 contexts came with 2 seeds"),
+    ],
+)
+def test_arguments_that_do_not_fit_are_named(tiny, change, sentence):
+    arguments = {"bank": tiny.bank, "contexts": [[1, 2]], "selected": [0], "max_new_tokens": 5} | change
+    with pytest.raises(UserError, match=sentence):
+        make_engine(tiny).generate(**arguments)
+
+
+def test_engine_sizes_below_one_are_refused(tiny):
+    with pytest.raises(UserError, match="max_batch is 0"):
+        make_engine(tiny, max_batch=0)
+    with pytest.raises(UserError, match="length_multiple is 0"):
+        make_engine(tiny, length_multiple=0)

@@ -1,0 +1,92 @@
+from __future__ import annotations
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from spt_jax.generation.replies import cut_reply, cut_reply_official
+from spt_jax.generation.streaming import ReplyStream
+
+# Fragments that make markers likely, and characters of one to four bytes.
+FRAGMENTS = [
+    "R",
+    "Q",
+    ":",
+    "R:",
+    "Q:",
+    "Sum",
+    "mary:",
+    "Summary:",
+    "\n",
+    " ",
+    "  ",
+    "a",
+    "hi",
+    "é",
+    "好",
+    "🙂",
+    "\ufffd",
+    "5:30",
+]
+texts = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join) | st.text(max_size=30)
+
+
+def decode(ids) -> str:
+    return bytes(ids).decode("utf-8", errors="replace")
+
+
+@settings(deadline=None)
+@given(text=texts, official=st.booleans())
+def test_streamed_pieces_add_up_to_the_cut_reply(text, official):
+    cut = cut_reply_official if official else cut_reply
+    stream = ReplyStream(text.encode("utf-8"), decode, cut)
+    pieces = list(stream)
+    assert "".join(pieces) == cut(text) == stream.text
+    assert all(pieces)
+
+
+@settings(deadline=None)
+@given(fragments=st.lists(st.sampled_from(FRAGMENTS), max_size=14))
+def test_tokens_of_several_characters_add_up_too(fragments):
+    pieces = ReplyStream(range(len(fragments)), lambda ids: "".join(fragments[i] for i in ids))
+    assert "".join(pieces) == cut_reply("".join(fragments))
+
+
+@given(data=st.binary(max_size=20))
+def test_bytes_that_are_no_text_add_up_too(data):
+    assert "".join(ReplyStream(data, decode)) == cut_reply(decode(data))
+
+
+@pytest.mark.parametrize("marker", ["R:", "Q:", "Summary:", "\n"])
+def test_nothing_is_generated_after_a_cut(marker):
+    asked = []
+
+    def ids():
+        for byte in f"fine. {marker} more and more text".encode():
+            asked.append(byte)
+            yield byte
+
+    assert "".join(ReplyStream(ids(), decode)) == "fine."
+    assert bytes(asked).decode() == f"fine. {marker}"
+
+
+def test_words_are_shown_before_the_reply_is_complete():
+    shown = []
+    ids = iter("one two three".encode())
+    stream = iter(ReplyStream(ids, decode))
+    shown.append(next(stream))
+    assert shown == ["one"]
+    assert next(ids) == ord("w"), "the first word came out when the second began, not at the end"
+
+
+def test_text_without_spaces_flows_too():
+    ids = iter("好" * 40)
+    stream = iter(ReplyStream(map(ord, ids), lambda seen: "".join(map(chr, seen))))
+    assert next(stream) == "好"
+    assert sum(1 for _ in ids) > 20
+
+
+def test_an_incomplete_character_is_held_back():
+    ids = iter("a 🙂🙂 b".encode())
+    for piece in ReplyStream(ids, decode):
+        assert "\ufffd" not in piece
