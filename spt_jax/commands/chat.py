@@ -1,4 +1,14 @@
-"""`spt-jax chat`: a conversation with a trained run."""
+"""Talks with a trained run in the terminal; shows which soft prompt answers and the retriever's scores.
+
+Commands in the conversation: /persona /clear /retry /save [FILE] /help /exit, and the words clear, r, save and exit
+alone on a line. Where standard input is no terminal, its lines are the conversation.
+
+Examples:
+  spt-jax chat --workdir=runs/quickstart --persona="i have two dogs." --persona="i love the sea."
+  spt-jax chat --workdir=runs/quickstart --temperature=0.7 --top_p=0.9 --seed=3
+  spt-jax chat --workdir=runs/quickstart --prompt=2
+  spt-jax chat --workdir=runs/quickstart < questions.txt
+"""
 
 from __future__ import annotations
 
@@ -12,24 +22,12 @@ from spt_jax.commands.conversation import Conversation
 from spt_jax.commands.replying import Opener, Responder, define_reply_flags, reply_settings, restored
 from spt_jax.errors import UserError
 
-FLAGS_HELP = """Talks with a trained run; shows which soft prompt answers, and the retriever's scores.
-
-Examples:
-  spt-jax chat --workdir=runs/quickstart --persona="i have two dogs." --persona="i love the sea."
-  spt-jax chat --workdir=runs/quickstart --temperature=0.7 --top_p=0.9 --seed=3
-  spt-jax chat --workdir=runs/quickstart --prompt=2          (prompt 2 answers, whatever the scores say)
-  printf 'hi there\\nsave\\n' | spt-jax chat --workdir=runs/quickstart
-
-Commands in the conversation: /persona /clear /retry /save [FILE] /help /exit, and the words clear, r, save, exit
-alone on a line.
-"""
-
 # Each width of context compiles once: coarse steps keep a growing conversation from stalling at every turn.
 _LENGTH_MULTIPLE = 128
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
-    """Adds the flags of `spt-jax chat`."""
+    """Adds the flags of this door."""
     define_reply_flags(flag_values)
     flags.DEFINE_multi_string("persona", [], "A line of the persona; repeat for more.", flag_values=flag_values)
 

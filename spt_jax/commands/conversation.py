@@ -48,7 +48,8 @@ def read_order(line: str) -> Order:
         return Order("say", line)
     name, _, argument = line[1:].partition(" ")
     if name not in ORDERS:
-        raise UserError(f"There is no command /{name}; /help lists them.{nearest(name, ORDERS)}")
+        hint = nearest(f"/{name}", [f"/{order}" for order in ORDERS])
+        raise UserError(f"There is no command /{name}; /help lists them.{hint}")
     if argument.strip() and name not in _WITH_ARGUMENT:
         raise UserError(f"/{name} takes nothing after it, but got {argument.strip()!r}.")
     return Order(name, argument.strip())

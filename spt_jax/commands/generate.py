@@ -1,21 +1,4 @@
-"""`spt-jax generate`: replies for a file of conversations."""
-
-from __future__ import annotations
-
-import json
-import os
-from pathlib import Path
-
-from absl import flags
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-from spt_jax.commands.atomic_file import check_writable, write_atomically
-from spt_jax.commands.replying import Opener, Responder, Selection, define_reply_flags, reply_settings, restored
-from spt_jax.commands.requests import Request, encode_requests, read_requests
-from spt_jax.errors import UserError
-
-FLAGS_HELP = """Replies to every conversation of a file of JSON lines.
+"""Replies to every conversation of a file of JSON lines.
 
 A line of the input: {"persona": ["i have two dogs."], "history": ["hi, how are you?"]}, where the history alternates
 and ends with the partner's utterance. A line of the output: the same fields, and "reply", "selected" (the prompt that
@@ -27,9 +10,28 @@ Examples:
   spt-jax generate --workdir=runs/quickstart --input=contexts.jsonl --out=prompt2.jsonl --prompt=2 --batch=32
 """
 
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from absl import flags
+
+from spt_jax.commands.atomic_file import check_writable, write_atomically
+from spt_jax.commands.replying import Opener, Responder, Selection, define_reply_flags, reply_settings, restored
+from spt_jax.commands.requests import Request, encode_requests, read_requests
+from spt_jax.errors import UserError
+from spt_jax.progress import ProgressBar
+
+# Contexts that the retriever scores between two movements of the progress bar.
+_SCORED_AT_ONCE = 64
+
 
 def define_flags(flag_values: flags.FlagValues) -> None:
-    """Adds the flags of `spt-jax generate`."""
+    """Adds the flags of this door."""
     define_reply_flags(flag_values)
     flags.DEFINE_string("input", None, "File of JSON lines to reply to.", flag_values=flag_values)
     flags.DEFINE_string("out", None, "File of JSON lines to write.", flag_values=flag_values)
@@ -53,10 +55,10 @@ def run(flag_values: flags.FlagValues, opener: Opener | None = None) -> int:
     requests = read_requests(source)
     run_ = restored(flag_values, opener)
     responder = Responder(run_, settings, max_batch=flag_values.batch)
-    selections = responder.select(encode_requests(requests, run_.encode_context))
-    replies = _replies_with_progress(responder, selections)
+    selections = _selections(responder, encode_requests(requests, run_.encode_context))
+    replies = _replies(responder, selections)
     write_atomically(target, "".join(map(_line, requests, selections, replies)))
-    Console(stderr=True, soft_wrap=True).print(f"{len(replies)} replies in {target}", markup=False, highlight=False)
+    print(f"{len(replies)} replies in {target}", file=sys.stderr)
     return 0
 
 
@@ -71,11 +73,26 @@ def _paths(flag_values: flags.FlagValues) -> tuple[Path, Path]:
     return source, target
 
 
-def _replies_with_progress(responder: Responder, selections: list[Selection]) -> list[str]:
-    columns = (TextColumn("replies"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task("replies", total=len(selections))
-        return responder.replies(selections, lambda done, total: progress.update(task, completed=done, total=total))
+def _selections(responder: Responder, contexts: Sequence[Sequence[int]]) -> list[Selection]:
+    selections: list[Selection] = []
+    with ProgressBar("selecting prompts", len(contexts)) as bar:
+        for start in range(0, len(contexts), _SCORED_AT_ONCE):
+            chunk = responder.select(contexts[start : start + _SCORED_AT_ONCE])
+            selections += chunk
+            bar.advance(len(chunk))
+    return selections
+
+
+def _replies(responder: Responder, selections: Sequence[Selection]) -> list[str]:
+    done = 0
+    with ProgressBar("replies", len(selections)) as bar:
+
+        def on_batch(now_done: int, _: int) -> None:
+            nonlocal done
+            bar.advance(now_done - done)
+            done = now_done
+
+        return responder.replies(selections, on_batch)
 
 
 def _line(request: Request, selection: Selection, reply: str) -> str:

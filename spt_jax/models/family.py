@@ -118,5 +118,5 @@ def required(fields: Mapping[str, Any], key: str, where: str) -> Any:
 def refuse_unless(fields: Mapping[str, Any], key: str, allowed: tuple[Any, ...], where: str) -> None:
     """Raises `UserError` when `key` is present with a value outside `allowed`."""
     if key in fields and fields[key] not in allowed:
-        names = ", ".join(repr(value) for value in allowed if value is not None)
+        names = ", ".join("none" if value is None else repr(value) for value in allowed)
         raise UserError(f"{where}: {key} is {fields[key]!r}, which is not supported; supported: {names}")

@@ -13,6 +13,7 @@ from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tok
 from tokenizers import Tokenizer as Backend
 
 from spt_jax.errors import UserError, nearest
+from spt_jax.models.sentencepiece_bpe import sentencepiece_backend
 from spt_jax.models.tokenizer import Tokenizer
 
 _CONTROL, _USER_DEFINED = 3, 4
@@ -108,33 +109,6 @@ def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], where: str) -
     scores = _field(metadata, "scores", where)
     if len(scores) != len(tokens):
         raise UserError(f"{where} describes {len(tokens)} tokens but {len(scores)} scores; the file is damaged")
-    vocabulary = {token: number for number, token in enumerate(tokens)}
     unknown = metadata.get("tokenizer.ggml.unknown_token_id")
-    backend = Backend(
-        models.BPE(
-            vocab=vocabulary,
-            merges=_merges_of_scores(vocabulary, tokens, scores),
-            unk_token=None if unknown is None else tokens[unknown],
-            fuse_unk=True,
-            byte_fallback=True,
-        )
-    )
-    prefix = [normalizers.Prepend("▁")] if metadata.get("tokenizer.ggml.add_space_prefix", True) else []
-    backend.normalizer = normalizers.Sequence([*prefix, normalizers.Replace(" ", "▁")])
-    strip = [decoders.Strip(" ", 1, 0)] if prefix else []
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *strip])
-    return backend
-
-
-def _merges_of_scores(vocabulary: dict[str, int], tokens: list[str], scores: list[float]) -> list[tuple[str, str]]:
-    """Sentencepiece joins, of all neighbours that form a piece, the pair whose piece scores highest.
-
-    As ranked merges: every cut of every piece into two pieces, the best piece first.
-    """
-    merges = []
-    for piece, score in zip(tokens, scores, strict=True):
-        cuts = ((piece[:i], piece[i:]) for i in range(1, len(piece)))
-        pairs = [pair for pair in cuts if pair[0] in vocabulary and pair[1] in vocabulary]
-        merges.extend((score, vocabulary[left], vocabulary[right], (left, right)) for left, right in pairs)
-    merges.sort(key=lambda merge: (-merge[0], merge[1], merge[2]))
-    return [pair for *_, pair in merges]
+    prefix = bool(metadata.get("tokenizer.ggml.add_space_prefix", True))
+    return sentencepiece_backend(tokens, scores, unknown_id=unknown, add_space_prefix=prefix)

@@ -15,11 +15,12 @@ from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.families import family_of_gguf, family_of_hf
 from spt_jax.models.family import TensorTable
+from spt_jax.models.folder_tokenizer import tokenizer_of_folder
 from spt_jax.models.gguf_file import GGUFFile
 from spt_jax.models.gguf_tokenizer import tokenizer_of_gguf
 from spt_jax.models.safetensors_file import SafetensorsFolder
 from spt_jax.models.sources import Source, resolve_source
-from spt_jax.models.tokenizer import Tokenizer, tokenizer_of_folder
+from spt_jax.models.tokenizer import Tokenizer
 from spt_jax.models.weights import Checkpoint, Progress, ShardingFor, load_params
 
 

@@ -62,10 +62,11 @@ def open_experiment(config: ConfigDict) -> Experiment:
         revision=config.model.revision,
         sharding_for=partial(parameter_sharding, mesh),
     )
-    longest = config.bank.prompt_length + config.data.max_length
+    # Rows are padded to multiples of 16.
+    longest = config.bank.prompt_length + -(-config.data.max_length // 16) * 16
     if longest > lm.config.max_position_embeddings:
         raise UserError(
-            f"bank.prompt_length + data.max_length is {longest} tokens, but the context of {lm.identity.name} is "
+            f"bank.prompt_length + data.max_length takes {longest} tokens, but the context of {lm.identity.name} is "
             f"{lm.config.max_position_embeddings}; lower data.max_length"
         )
     return Experiment(config, mesh, lm, describe(config, lm))

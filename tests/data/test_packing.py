@@ -159,7 +159,7 @@ def test_real_tokenizers_need_no_fallback_on_the_whole_validation_file(name, val
     print(f"{name}: {packed.fallbacks} fallbacks, {np.mean(lengths):.1f} tokens a dialogue, {max(lengths)} at most")
     assert (len(lengths), packed.fallbacks, packed.truncated_turns, packed.split_turns) == (1000, 0, 0, 0)
     if name == "smollm2_encoder":
-        # The specification's figures, which count the last eos: 269.6 tokens a dialogue, 403 at most, 13.7 targets a turn.
+        # METHOD's figures, which count the last eos: 269.6 tokens a dialogue, 403 at most, 13.7 targets a turn.
         assert round(np.mean(lengths) + 1, 1) == 269.6 and max(lengths) + 1 == 403
         assert round(sum(len(row.target_ids) for row in packed.rows) / valid_set.turns, 1) == 13.7
 

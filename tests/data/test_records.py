@@ -87,6 +87,7 @@ def test_rows_of_a_growing_history_become_one_dialogue_and_every_turn_is_learned
     assert [d.turns for d in read] == [(Turn("q1", "r1"), Turn("q2", "r2"))] * 2
     assert [d.source for d in read] == ["t:1", "t:3"]
     assert len(rows(b, a)) == 2
+    assert len(rows(a, other)) == 2
 
 
 def test_rows_accept_texts_of_several_lines_own_openings_and_candidates_alone():

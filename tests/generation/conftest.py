@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -12,6 +13,16 @@ import pytest
 
 from spt_jax.models.decoder import FrozenTree, decode, embed, random_params, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
+
+WIDTH = 48
+
+
+@functools.partial(jax.jit, static_argnames="config")
+def _full_forward(config: DecoderConfig, params: FrozenTree, prompt: jax.Array, tokens: jax.Array, length: int):
+    embeddings = jnp.concatenate([prompt, embed(config, params, tokens)])[None]
+    positions = jnp.arange(embeddings.shape[1])[None]
+    hidden, _ = decode(config, params, embeddings, positions, positions < len(prompt) + length)
+    return vocabulary_logits(config, params, hidden[0, len(prompt) + length - 1])
 
 
 @dataclasses.dataclass
@@ -23,12 +34,10 @@ class TinyLM:
     bank: jax.Array
 
     def logits_after(self, prompt: jax.Array, tokens: Sequence[int]) -> np.ndarray:
-        """Logits ``[V]`` behind one row: no cache, no padding, no batch."""
-        text = embed(self.config, self.params, jnp.asarray(tokens, jnp.int32)[None])
-        embeddings = jnp.concatenate([prompt[None], text], axis=1)
-        positions = jnp.arange(embeddings.shape[1])[None]
-        hidden, _ = decode(self.config, self.params, embeddings, positions, jnp.ones_like(positions, bool))
-        return np.asarray(vocabulary_logits(self.config, self.params, hidden[0, -1]))
+        """Logits ``[V]`` behind one row: no cache, no batch; the row is filled to one length so as to compile once."""
+        filled = np.zeros(WIDTH, np.int32)
+        filled[: len(tokens)] = tokens
+        return np.asarray(_full_forward(self.config, self.params, prompt, filled, len(tokens)))
 
     def reference(self, prompt: jax.Array, context: Sequence[int], count: int) -> tuple[list[int], float]:
         """`count` greedy tokens by a full forward each, and the smallest margin between the best two logits."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from spt_jax.errors import UserError
+from spt_jax.generation import engine as engine_module
 from spt_jax.generation.decode import decode_loop, prefill
 from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.sampling import Greedy, SamplingRule, Temperature
@@ -17,7 +18,7 @@ NEW = 9
 SAMPLED = Temperature(1.3, top_k=20, top_p=0.95)
 
 
-def make_engine(tiny, eos_ids=(), max_batch=4, length_multiple=8) -> GenerationEngine:
+def make_engine(tiny, eos_ids=(), max_batch=4, length_multiple=40) -> GenerationEngine:
     return GenerationEngine(
         tiny.config, tiny.params, eos_ids=eos_ids, pad_id=0, max_batch=max_batch, length_multiple=length_multiple
     )
@@ -47,8 +48,10 @@ def test_a_bank_without_tokens_is_the_lm_alone(tiny, contexts):
         assert row == tiny.reference(bank[0], context, NEW)[0]
 
 
-@pytest.mark.parametrize("rule", [Greedy(), SAMPLED])
-@pytest.mark.parametrize(("max_batch", "length_multiple"), [(1, 1), (3, 16), (16, 64)])
+@pytest.mark.parametrize(
+    ("rule", "max_batch", "length_multiple"),
+    [(Greedy(), 1, 40), (Greedy(), 3, 16), (Greedy(), 16, 64), (SAMPLED, 3, 16), (SAMPLED, 16, 64)],
+)
 def test_batch_size_and_padding_change_nothing(tiny, contexts, selected, rule, max_batch, length_multiple):
     expected = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW, rule=rule, seed=3)
     engine = make_engine(tiny, max_batch=max_batch, length_multiple=length_multiple)
@@ -135,13 +138,18 @@ def test_padding_rows_of_a_batch_never_keep_the_loop_running(tiny):
     assert int(state.step) == int(counts[0]) + 1 <= 2
 
 
-def test_a_call_compiles_once_a_width(tiny):
-    # A length of its own, so that no other test has compiled these shapes.
+def test_a_call_compiles_once_a_width(tiny, monkeypatch):
+    shapes: list[tuple[int, ...]] = []
+
+    def recording(config, params, prompts, tokens, *rest, **options):
+        shapes.append((*prompts.shape, *tokens.shape))
+        return prefill(config, params, prompts, tokens, *rest, **options)
+
+    monkeypatch.setattr(engine_module, "prefill", recording)
     engine = make_engine(tiny, max_batch=8, length_multiple=16)
-    contexts = [[1] * (1 + row % 40) for row in range(50)]
-    before = prefill._cache_size()  # pyright: ignore[reportFunctionMemberAccess]
-    engine.generate(tiny.bank, contexts, [0] * 50, max_new_tokens=11)
-    assert prefill._cache_size() - before <= 3  # widths 16, 32 and 48  # pyright: ignore[reportFunctionMemberAccess]
+    engine.generate(tiny.bank, [[1] * (1 + row % 40) for row in range(50)], [0] * 50, max_new_tokens=2)
+    assert len(shapes) == 7
+    assert set(shapes) == {(8, 4, 16, 8, width) for width in (16, 32, 48)}
 
 
 def test_batches_are_reported_until_all_rows_are_done(tiny, contexts, selected):
@@ -173,7 +181,9 @@ def test_parameters_spread_over_eight_devices_give_the_same_rows(tiny, contexts,
         return jax.device_put(leaf, jax.NamedSharding(mesh, jax.P(*axes)))
 
     bank = jax.device_put(tiny.bank, jax.NamedSharding(mesh, jax.P()))
-    engine = GenerationEngine(tiny.config, jax.tree.map(spread, tiny.params), eos_ids=[], pad_id=0, max_batch=4)
+    engine = GenerationEngine(
+        tiny.config, jax.tree.map(spread, tiny.params), eos_ids=[], pad_id=0, max_batch=4, length_multiple=40
+    )
     expected = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW)
     assert engine.generate(bank, contexts, selected, max_new_tokens=NEW) == expected
     assert list(engine.stream(bank, contexts[1], selected[1], max_new_tokens=NEW)) == expected[1]

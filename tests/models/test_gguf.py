@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import gguf
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from spt_jax.errors import UserError
-from spt_jax.models.decoder import decode, embed, vocabulary_logits
+from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_logits
+from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.gguf_file import GGUFFile
 from spt_jax.models.loading import LanguageModel, load_lm
 from spt_jax.models.rotary import rotary_frequencies
@@ -20,11 +23,16 @@ from spt_jax.models.rotary import rotary_frequencies
 Make = Callable[..., Any]
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def forward(config: DecoderConfig, params: FrozenTree, tokens: jax.Array) -> jax.Array:
+    positions = jnp.broadcast_to(jnp.arange(tokens.shape[1]), tokens.shape)
+    hidden, _ = decode(config, params, embed(config, params, tokens), positions, positions >= 0)
+    return vocabulary_logits(config, params, hidden)
+
+
 def logits(lm: LanguageModel) -> np.ndarray:
-    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 259, (2, 24)))
-    positions = jnp.tile(jnp.arange(24), (2, 1))
-    hidden, _ = decode(lm.config, lm.params, embed(lm.config, lm.params, tokens), positions, positions >= 0)
-    return np.asarray(vocabulary_logits(lm.config, lm.params, hidden))
+    tokens = np.random.default_rng(0).integers(0, 259, (2, 24))
+    return np.asarray(forward(lm.config, lm.params, jnp.asarray(tokens)))
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}])

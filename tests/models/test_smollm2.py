@@ -84,14 +84,16 @@ def test_mean_nll_equals_transformers(count: int, lm: LanguageModel, reference: 
         ids = torch.tensor(tokens[:, :width].astype(np.int64))
         with torch.no_grad():
             logits = reference(input_ids=ids, attention_mask=torch.tensor(valid[:, :width].astype(np.int64))).logits
-            nll = torch.nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none").numpy()
-        theirs.append(nll[target[:, : width - 1]])
+            nll = torch.nn.functional.cross_entropy(
+                logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten(), reduction="none"
+            )
+        theirs.append(nll.numpy()[target[:, : width - 1].flatten()])
     mine, other = np.concatenate(ours), np.concatenate(theirs)
     print(f"{count} dialogues, {mine.size} tokens: {mine.mean():.5f} nats, transformers {other.mean():.5f}, ", end="")
     print(f"largest difference of a token {np.abs(mine - other).max():.1e}")
     assert abs(mine.mean() - other.mean()) <= 1e-3
     assert np.abs(mine - other).max() <= 1e-2
-    assert 2.8 < mine.mean() < 3.6, "the figure on this text is known to be 3.21"
+    assert 2.5 < mine.mean() < 4.0, "the figure on such text is known to be 3.21"
 
 
 @pytest.mark.torch

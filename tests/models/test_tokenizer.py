@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import pre_tokenizers
 
 from spt_jax.data.sources import read_dialogues
 from spt_jax.errors import UserError
+from spt_jax.models.folder_tokenizer import tokenizer_of_folder
 from spt_jax.models.gguf_tokenizer import tokenizer_of_gguf
-from spt_jax.models.tokenizer import Tokenizer, tokenizer_of_folder
-
-BYTES = [chr(c) for c in [*range(33, 127), *range(161, 173), *range(174, 256)]]
-
-
-def bytes_alphabet() -> list[str]:
-    from tokenizers import pre_tokenizers
-
-    return sorted(pre_tokenizers.ByteLevel.alphabet())
+from spt_jax.models.tokenizer import Tokenizer
 
 
 def words_of(name: str, text: str) -> list[str]:
@@ -27,7 +22,7 @@ def words_of(name: str, text: str) -> list[str]:
     metadata: dict[str, Any] = {
         "tokenizer.ggml.model": "gpt2",
         "tokenizer.ggml.pre": name,
-        "tokenizer.ggml.tokens": ["<e>", *bytes_alphabet()],
+        "tokenizer.ggml.tokens": ["<e>", *sorted(pre_tokenizers.ByteLevel.alphabet())],
         "tokenizer.ggml.merges": [],
         "tokenizer.ggml.eos_token_id": 0,
     }
@@ -102,7 +97,48 @@ def test_folder_tokenizer_is_the_tokenizer_json_in_it(shared_dir: Path) -> None:
     assert (ours.bos_id, ours.eos_id, ours.pad_id) == (2, 2, 1)
 
 
-def test_folder_without_tokenizer_json_is_read_through_transformers(shared_dir: Path) -> None:
-    tokenizer = tokenizer_of_folder(shared_dir / "data/tokenizers/opt")
-    assert tokenizer.vocab_size == 50265
+def test_a_tokenizer_model_is_read_as_sentencepiece_reads_it(llama2: tuple[Any, Tokenizer], shared_dir: Path) -> None:
+    oracle, from_gguf = llama2
+    tokenizer = tokenizer_of_folder(shared_dir / "data/tokenizers/llama2")
+    assert tokenizer.encode(HARD) == [oracle.encode(text) for text in HARD]
+    assert tokenizer.fingerprint == from_gguf.fingerprint
+
+
+def test_vocabulary_and_merges_are_read_through_transformers(shared_dir: Path, tmp_path: Path) -> None:
+    for file in (shared_dir / "golden/models/opt-tiny").glob("*.json"):
+        if file.name not in ("tokenizer.json", "vocab.json"):
+            shutil.copyfile(file, tmp_path / file.name)
+    for file in (shared_dir / "data/tokenizers/opt").iterdir():
+        shutil.copyfile(file, tmp_path / file.name)
+    tokenizer = tokenizer_of_folder(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (50265, 2, 2, 1)
     assert tokenizer.decode(tokenizer.encode(["hello there , 12 dogs"])[0]) == "hello there , 12 dogs"
+
+
+def test_folders_without_a_usable_tokenizer_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no tokenizer"):
+        tokenizer_of_folder(tmp_path)
+    (tmp_path / "tokenizer.model").write_bytes(b"damaged")
+    with pytest.raises(UserError, match=r"tokenizer\.model cannot be read as a sentencepiece model"):
+        tokenizer_of_folder(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(UserError, match="no tokenizer"):
+        tokenizer_of_folder(tmp_path)
+
+
+def test_the_end_of_sequence_may_come_from_the_configuration(
+    tmp_path: Path, tokenizer_files: Callable[[Path], None]
+) -> None:
+    tokenizer_files(tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(UserError, match="end-of-sequence"):
+        tokenizer_of_folder(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": [2, 1]}')
+    tokenizer = tokenizer_of_folder(tmp_path)
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (None, 2, 2)
+
+
+def test_fingerprint_sees_the_vocabulary_and_the_special_ids(llama2: tuple[Any, Tokenizer]) -> None:
+    _, tokenizer = llama2
+    assert Tokenizer(tokenizer.backend, 1, 2, 0).fingerprint != tokenizer.fingerprint
+    assert Tokenizer(tokenizer.backend, 1, 2, 2).fingerprint == tokenizer.fingerprint

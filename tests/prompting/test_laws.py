@@ -1,0 +1,194 @@
+"""The laws of the method in float32: layouts, micro-batches, padding, and plain prompt tuning as a special case."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from spt_jax.models.decoder import decode, embed, vocabulary_logits
+from spt_jax.prompting.objective import Losses, Objective, losses_and_gradients
+from spt_jax.prompting.selective_lm import SelectiveLM, score_turns
+
+OBJECTIVE = Objective(selection_weight=0.7, contrastive_weight=0.4, fusion_weight=0.9, gold_temperature=0.8)
+TERMS = ("total", "lm", "selection", "contrastive", "fusion", "usage", "selection_entropy", "selected_nll")
+
+
+def _run(batch, objective=OBJECTIVE, model=tiny.MODEL, micro_batches=1):
+    return tiny.STEP(model, objective, tiny.params(), tiny.trainable(model), batch, micro_batches)
+
+
+def _terms(losses: Losses):
+    return {name: getattr(losses, name) for name in TERMS}
+
+
+def _by_turn(losses: Losses, batch):
+    """nll and scores keyed by (dialogue, turn)."""
+    found = {}
+    for d, n in np.argwhere(np.asarray(batch["turn_mask"]) > 0):
+        key = (int(batch["dialogue_ids"][d]), int(batch["turn_ids"][d, n]))
+        found[key] = np.stack([losses.nll[d, n], losses.scores[d, n]])
+    return found
+
+
+def _assert_same(a, b, tolerance):
+    (losses_a, gradients_a), (losses_b, gradients_b) = a, b
+    difference = tiny.relative_difference(
+        (_terms(losses_a), gradients_a), (_terms(losses_b), gradients_b)
+    )
+    assert difference <= tolerance
+
+
+@pytest.mark.parametrize("pairs", ["across", "all"])
+def test_dialogue_layout_equals_turn_layout(pairs):
+    objective = dataclasses.replace(OBJECTIVE, pairs=pairs)
+    packed, turns = tiny.packed("dialogue").batch(), tiny.packed("turn").batch()
+    assert packed["tokens"].shape[0] == 4
+    assert turns["tokens"].shape[0] == 10
+    a, b = _run(packed, objective), _run(turns, objective)
+    _assert_same(a, b, 1e-5)
+    by_turn_a, by_turn_b = _by_turn(a[0], packed), _by_turn(b[0], turns)
+    assert len(by_turn_a) == 10
+    assert tiny.relative_difference(by_turn_a, by_turn_b) <= 1e-5
+
+
+def test_the_batch_of_the_laws_has_every_kind_of_pair_and_several_choices():
+    batch = tiny.packed("dialogue").batch()
+    losses, gradients = _run(batch)
+    present = np.asarray(batch["turn_mask"]).reshape(-1) > 0
+    similar = np.asarray(batch["similar"])[np.ix_(present, present)]
+    assert similar.any()
+    assert not similar.all()
+    for name in ("lm", "selection", "contrastive", "fusion"):
+        assert float(getattr(losses, name)) > 1e-4, name
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("micro_batches", [2, 4])
+def test_one_batch_equals_its_micro_batches(micro_batches):
+    batch = tiny.packed("dialogue").batch()
+    _assert_same(_run(batch, micro_batches=micro_batches), _run(batch), 1e-5)
+
+
+def test_padding_rows_and_longer_buckets_change_nothing():
+    packed = tiny.packed("dialogue")
+    _assert_same(_run(packed.batch(rows=7, length=250)), _run(packed.batch()), 1e-5)
+
+
+def test_chunks_of_the_vocabulary_projection_change_nothing():
+    batch = tiny.packed("dialogue").batch()
+    whole = dataclasses.replace(tiny.MODEL, max_logit_rows=10**6)
+    single = dataclasses.replace(tiny.MODEL, max_logit_rows=1)
+    _assert_same(_run(batch, model=single), _run(batch, model=whole), 1e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_rematerialisation_changes_nothing(remat):
+    batch = tiny.packed("dialogue").batch()
+    config = dataclasses.replace(tiny.CONFIG, remat=remat)
+    _assert_same(_run(batch, model=dataclasses.replace(tiny.MODEL, decoder=config)), _run(batch), 1e-5)
+
+
+def test_gradients_equal_central_differences_of_the_total():
+    batch = tiny.packed("dialogue").batch()
+    # The selection target carries no gradient, so the difference quotient is taken with that term switched off.
+    objective = dataclasses.replace(OBJECTIVE, selection_weight=0.0)
+    _, gradients = _run(batch, objective)
+    start = tiny.trainable()
+    direction = jax.tree.map(
+        lambda x: jnp.asarray(np.random.default_rng(x.size).standard_normal(x.shape), jnp.float32), start
+    )
+    total = jax.jit(
+        lambda tree: losses_and_gradients(tiny.MODEL, objective, tiny.params(), tree, batch)[0].total
+    )
+    step = 1e-2
+    ahead = total(jax.tree.map(lambda x, d: x + step * d, start, direction))
+    behind = total(jax.tree.map(lambda x, d: x - step * d, start, direction))
+    slope = sum(float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(gradients), jax.tree.leaves(direction), strict=True))
+    assert float(ahead - behind) / (2 * step) == pytest.approx(slope, rel=2e-2)
+
+
+def test_with_only_the_selection_loss_the_bank_learns_through_its_side_of_the_cosine_alone():
+    """The selection target carries no gradient: what the LM says moves the target, not the bank."""
+    batch = tiny.packed("dialogue").batch()
+    only = Objective(selection_weight=1.0, contrastive_weight=0.0, fusion_weight=0.0)
+    without = dataclasses.replace(only, selection_weight=0.0)
+    _, with_selection = _run(batch, only)
+    _, lm_alone = _run(batch, without)
+    losses, _ = _run(batch, only)
+
+    def through_scores(tree):
+        from spt_jax.prompting.losses import selection_loss
+        from spt_jax.prompting.selective_lm import batch_context_means, retriever_scores
+
+        scores = retriever_scores(tiny.MODEL, tree, batch_context_means(tiny.MODEL, tiny.params(), batch))
+        weights = batch["turn_mask"] / batch["turn_mask"].sum()
+        return selection_loss(losses.nll, scores, weights, 1.0, 1.0)
+
+    expected = jax.grad(through_scores)(tiny.trainable())
+    difference = jax.tree.map(lambda a, b: a - b, with_selection, lm_alone)
+    assert tiny.relative_difference(difference["retriever"], expected["retriever"]) <= 1e-5
+    assert tiny.relative_difference(difference["bank"], expected["bank"]) <= 1e-3  # a small difference of large numbers
+
+
+def test_one_prompt_without_the_other_losses_is_plain_prompt_tuning():
+    model = SelectiveLM(tiny.CONFIG, num_prompts=1, prompt_length=4)
+    objective = Objective(selection_weight=0.0, contrastive_weight=0.0, fusion_weight=0.0)
+    turns = tiny.packed("turn")
+    losses, gradients = _run(tiny.packed("dialogue").batch(), objective, model)
+    frozen, prompt = tiny.params(), tiny.trainable(model)["bank"]["prompts"][0]
+
+    def prompt_tuning_loss(prompt):
+        total, count = 0.0, 0
+        for row in turns.rows:
+            text = embed(tiny.CONFIG, frozen, jnp.asarray(row.tokens))
+            embeddings = jnp.concatenate([prompt, text])[None]
+            positions = jnp.arange(embeddings.shape[1])[None]
+            hidden, _ = decode(tiny.CONFIG, frozen, embeddings, positions, jnp.ones_like(positions, bool))
+            logits = vocabulary_logits(tiny.CONFIG, frozen, hidden[0, 4:])
+            log_probabilities = jax.nn.log_softmax(logits)
+            total -= log_probabilities[row.target_positions, row.target_ids].sum()
+            count += len(row.target_ids)
+        return total / count
+
+    value, gradient = jax.value_and_grad(prompt_tuning_loss)(prompt)
+    assert float(losses.total) == pytest.approx(float(value), rel=1e-5)
+    assert tiny.relative_difference(gradients["bank"]["prompts"][0], gradient) <= 1e-5
+    assert all(not np.asarray(g).any() for g in jax.tree.leaves(gradients["retriever"]))
+
+
+def test_scoring_alone_gives_what_training_sees():
+    batch = tiny.packed("dialogue").batch()
+    losses, _ = _run(batch)
+    scored = jax.jit(score_turns, static_argnums=0)(tiny.MODEL, tiny.params(), tiny.trainable(), batch)
+    assert tiny.relative_difference((scored.nll, scored.scores), (losses.nll, losses.scores)) <= 1e-6
+    assert float(scored.tokens.sum()) == float(batch["target_mask"].sum())
+
+
+def test_a_bank_without_tokens_is_the_lm_alone():
+    batch = tiny.packed("dialogue").batch()
+    bare = SelectiveLM(tiny.CONFIG, num_prompts=1, prompt_length=0)
+    tree = {"bank": {"prompts": jnp.zeros((1, 0, 32))}, "retriever": tiny.trainable()["retriever"]}
+    scored = score_turns(bare, tiny.params(), tree, batch)
+    frozen = tiny.params()
+    row = tiny.packed("dialogue").rows[3]
+    positions = jnp.arange(len(row))[None]
+    hidden, _ = decode(tiny.CONFIG, frozen, embed(tiny.CONFIG, frozen, jnp.asarray(row.tokens))[None], positions, positions >= 0)
+    logits = jax.nn.log_softmax(vocabulary_logits(tiny.CONFIG, frozen, hidden[0]))
+    assert float(scored.nll[3, 0, 0]) == pytest.approx(-float(logits[row.target_positions, row.target_ids].mean()), rel=1e-5)
+    assert np.isfinite(np.asarray(scored.scores)).all()
+
+
+def test_the_frozen_lm_in_bfloat16_keeps_float32_losses_and_trainables():
+    config = dataclasses.replace(tiny.CONFIG, dtype="bfloat16")
+    model = dataclasses.replace(tiny.MODEL, decoder=config)
+    half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params())
+    batch = tiny.packed("dialogue").batch()
+    losses, gradients = losses_and_gradients(model, OBJECTIVE, half, tiny.trainable(), batch)
+    exact, _ = _run(batch)
+    assert {g.dtype for g in jax.tree.leaves((losses, gradients))} == {jnp.dtype("float32")}
+    assert float(losses.total) == pytest.approx(float(exact.total), rel=3e-2)
