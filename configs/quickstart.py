@@ -12,8 +12,14 @@ def get_config():
     config.data.development_dialogues = 8
     config.data.batch = 4
     config.data.max_length = 384
-    config.data.max_buckets = 2
-    config.optimizer.learning_rate = 3e-3
+    config.data.max_buckets = 3
+    config.optimizer.micro_batches = 4
+    config.optimizer.learning_rate = 2e-2
+    config.optimizer.retriever_factor = 0.05
+    config.optimizer.schedule = "cosine"
+    config.optimizer.warmup_steps = 2
+    config.optimizer.final_fraction = 0.1
+    config.evaluation.replies = 48
     config.train.epochs = 1
     config.train.evaluate_every = 1000
     config.train.save_every = 10

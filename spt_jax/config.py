@@ -14,10 +14,13 @@ from ml_collections import ConfigDict
 
 from spt_jax.errors import UserError, nearest
 
+Config = Any
+"""An `ml_collections.ConfigDict`, whose own annotations hide its sections behind a union of leaf types."""
 
-def default_config() -> ConfigDict:
+
+def default_config() -> Config:
     """Every option with its default: the paper's OPT-125M hyper-parameters where it has them."""
-    c = ConfigDict()
+    c: Config = ConfigDict()
     c.seed = 0  # Seed of initialisation and of the order of rows
 
     c.model = ConfigDict()
@@ -57,9 +60,11 @@ def default_config() -> ConfigDict:
     c.data.test_dialogues = 24  # How many dialogues to cut for the test, disjoint by persona
     c.data.format = "auto"  # auto (by name), parlai, jsonl or datasets
     c.data.split = "train"  # Split of a Hugging Face dataset used for training
-    c.data.columns = ConfigDict(
-        {"persona": "persona", "history": "history", "response": "response", "turns": "turns"}
-    )  # Column names of a Hugging Face dataset
+    c.data.columns = ConfigDict()
+    c.data.columns.persona = "persona"  # Column of a Hugging Face dataset with the persona
+    c.data.columns.history = "history"  # ... with the utterances before the response
+    c.data.columns.response = "response"  # ... with the response
+    c.data.columns.turns = "turns"  # ... with whole dialogues, instead of history and response
     c.data.on_error = "raise"  # A malformed line: raise, or skip (counted and shown)
     c.data.limit = 0  # Use the first so many training dialogues; 0 for all
     c.data.layout = "dialogue"  # dialogue packs a dialogue into one row; turn gives each turn its own row
@@ -190,7 +195,7 @@ RULES: dict[str, Rule] = {
 }
 
 
-def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(config: Config | dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` to ``{"a.b": 1}``."""
     flat: dict[str, Any] = {}
     for name, value in config.items():
@@ -201,7 +206,7 @@ def flatten(config: ConfigDict | dict[str, Any], prefix: str = "") -> dict[str, 
     return flat
 
 
-def from_dict(values: dict[str, Any]) -> ConfigDict:
+def from_dict(values: dict[str, Any]) -> Config:
     """A validated config from nested values (as `config.json` holds them), defaults where a key is missing.
 
     Raises:
@@ -217,7 +222,7 @@ def from_dict(values: dict[str, Any]) -> ConfigDict:
     return config
 
 
-def set_option(config: ConfigDict, name: str, value: Any) -> None:
+def set_option(config: Config, name: str, value: Any) -> None:
     """Sets ``a.b`` with the type of its default; UserError when the types differ."""
     section, _, leaf = name.rpartition(".")
     holder = config
@@ -232,7 +237,7 @@ def set_option(config: ConfigDict, name: str, value: Any) -> None:
         raise UserError(f"{name} is {value!r}; allowed: a value of type {expected}") from error
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: Config) -> None:
     """Checks every value.
 
     Raises:
@@ -252,7 +257,7 @@ def validate(config: ConfigDict) -> None:
         raise UserError("\n".join(problems))
 
 
-def _relations(config: ConfigDict) -> list[str]:
+def _relations(config: Config) -> list[str]:
     problems = []
     if config.data.batch % config.optimizer.micro_batches:
         problems.append(

@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spt_jax.data.collate import collate, similar_pairs
 from spt_jax.data.buckets import BucketShape
+from spt_jax.data.collate import collate, similar_pairs
 from spt_jax.data.dialogue import Dialogue, Turn
 from spt_jax.data.packing import Row, pack
 from spt_jax.data.similarity import BleuSimilarity, pair_texts
@@ -38,12 +38,24 @@ STEP = jax.jit(losses_and_gradients, static_argnums=(0, 1, 5))
 DIALOGUES = (
     Dialogue(
         ("I mend clocks.", "I have two cats."),
-        (Turn("hi there", "hello, do you like cats?"), Turn("yes!", "i have two."), Turn("nice", "they sleep on clocks")),
+        (
+            Turn("hi there", "hello, do you like cats?"),
+            Turn("yes!", "i have two."),
+            Turn("nice", "they sleep on clocks"),
+        ),
     ),
-    Dialogue(("I mend clocks.", "I have two dogs."), (Turn("what do you do?", "i mend clocks"), Turn("wow", "it is slow work"))),
+    Dialogue(
+        ("I mend clocks.", "I have two dogs."),
+        (Turn("what do you do?", "i mend clocks"), Turn("wow", "it is slow work")),
+    ),
     Dialogue(
         ("I sail alone.",),
-        (Turn("where are you?", "at sea"), Turn("still?", "yes"), Turn("and now?", "in port, at last"), Turn("ok", "bye")),
+        (
+            Turn("where are you?", "at sea"),
+            Turn("still?", "yes"),
+            Turn("and now?", "in port, at last"),
+            Turn("ok", "bye"),
+        ),
     ),
     Dialogue(("I bake bread at four in the morning.",), (Turn("tired?", "always, but the bread is warm"),)),
 )

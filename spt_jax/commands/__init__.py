@@ -1,0 +1,1 @@
+"""The doors of the command line: parse, call, print."""

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from spt_jax.commands.atomic_file import write_atomically
+from spt_jax.atomic_file import write_atomically
 from spt_jax.commands.conversation import ORDERS, Conversation, Exchange, Order, read_order
 from spt_jax.commands.replying import Responder, RestoredRun, Selection
 from spt_jax.errors import UserError

@@ -11,6 +11,8 @@ Examples:
 
 from __future__ import annotations
 
+from typing import Any
+
 from absl import flags
 
 from spt_jax.errors import UserError
@@ -18,7 +20,7 @@ from spt_jax.errors import UserError
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this door."""
-    fv = {"flag_values": flag_values}
+    fv: dict[str, Any] = {"flag_values": flag_values}
     flags.DEFINE_string("workdir", None, "Working directory of a trained run.", **fv)
     flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", **fv)
     flags.DEFINE_string("data", "", "Dialogues; the run's own test dialogues when empty.", **fv)
@@ -29,8 +31,8 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
 def run(flag_values: flags.FlagValues) -> int:
     """Evaluates; returns the exit code."""
-    fv = flag_values
-    if not fv["workdir"].value:
+    given: Any = flag_values.flag_values_dict()
+    if not given["workdir"]:
         raise UserError("--workdir is missing; give the working directory of a trained run")
     from rich.console import Console
 
@@ -39,22 +41,22 @@ def run(flag_values: flags.FlagValues) -> int:
     from spt_jax.evaluation.table import rich_table
     from spt_jax.training.experiment import read_source, read_splits
 
-    restored = open_run(fv["workdir"].value, fv["checkpoint"].value)
-    source = fv["data"].value
+    restored = open_run(given["workdir"], given["checkpoint"])
+    source = given["data"]
     if source:
         dialogues = list(read_source(restored.config, source, "test").dialogues)
     else:
         source = restored.config.data.test or f"{restored.config.data.train} (held out)"
         dialogues = read_splits(restored.config).test
-    dialogues = dialogues[: fv["limit"].value or None]
+    dialogues = dialogues[: given["limit"] or None]
     evaluation = evaluate_run(
         restored.experiment,
         restored.trainable,
-        restored.initial if fv["baselines"].value else None,
+        restored.initial if given["baselines"] else None,
         dialogues,
-        replies=fv["replies"].value,
+        replies=given["replies"],
     )
-    chat = f"spt-jax chat --workdir={fv['workdir'].value}"
+    chat = f"spt-jax chat --workdir={given['workdir']}"
     write_results(restored.workdir, evaluation, restored.config, source=source, step=restored.step, chat=chat)
     print()
     Console().print(rich_table(evaluation.results["columns"]))

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from absl import flags
 
-from spt_jax.commands.atomic_file import check_writable, write_atomically
+from spt_jax.atomic_file import check_writable, write_atomically
 from spt_jax.commands.replying import Opener, Responder, Selection, define_reply_flags, reply_settings, restored
 from spt_jax.commands.requests import Request, encode_requests, read_requests
 from spt_jax.errors import UserError

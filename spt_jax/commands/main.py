@@ -39,7 +39,7 @@ def _parse(door: str, flag_values: flags.FlagValues, arguments: Sequence[str]) -
     except flags.UnrecognizedFlagError as error:
         name = error.flagname
         raise UserError(f"there is no flag --{name} for {door}.{_nearest_flag(name, flag_values)}") from error
-    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, FileNotFoundError, IOError) as error:
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError, OSError) as error:
         raise UserError(_flag_sentence(door, flag_values, arguments, error)) from error
     if rest:
         raise UserError(f"{rest[0]!r} is not a flag of {door}; flags are written --name=value")
@@ -92,7 +92,9 @@ def main(arguments: Sequence[str]) -> int:
         flag_values = flags.FlagValues()
         module.define_flags(flag_values)
         if any(argument in ("-h", "--help", "-help") for argument in rest):
-            print(f"{module.__doc__.strip()}\n\nFlags:\n{flag_values.main_module_help() or flag_values.get_help()}")
+            print(
+                f"{(module.__doc__ or '').strip()}\n\nFlags:\n{flag_values.main_module_help() or flag_values.get_help()}"
+            )
             return 0
         _parse(door, flag_values, rest)
         return module.run(flag_values)

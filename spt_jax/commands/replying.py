@@ -11,7 +11,7 @@ from absl import flags
 
 from spt_jax.errors import UserError
 from spt_jax.generation.engine import GenerationEngine
-from spt_jax.generation.replies import cut_reply, cut_reply_official
+from spt_jax.generation.replies import cut_reply
 from spt_jax.generation.sampling import Greedy, SamplingRule, sampling_rule
 from spt_jax.generation.streaming import ReplyStream
 
@@ -146,7 +146,7 @@ class Responder:
             raise UserError(f"--prompt is {settings.prompt}; this run has prompts 0 to {self._bank.shape[0] - 1}")
         tokenizer = run.lm.tokenizer
         self._decode = tokenizer.decode
-        self._cut = cut_reply_official if run.config.retriever.context == "official" else cut_reply
+        self._cut = cut_reply
         self._engine = GenerationEngine(
             run.lm.config,
             run.lm.params,

@@ -10,15 +10,15 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
+from spt_jax.config import Config
 from spt_jax.data.template import encode_context
 from spt_jax.errors import UserError
-from spt_jax.models.decoder import embed
+from spt_jax.models.decoder import FrozenTree, embed
 from spt_jax.models.loading import LanguageModel
 from spt_jax.parallel.rules import replicated
 from spt_jax.prompting.retriever import context_means
-from spt_jax.prompting.selective_lm import Trainable, retriever_scores
+from spt_jax.prompting.selective_lm import SelectiveLM, Trainable, retriever_scores
 from spt_jax.training.checkpoint import Checkpoints, restore_targets
 from spt_jax.training.experiment import Experiment, initial_trainable, open_experiment
 from spt_jax.training.workdir import CHECKPOINT_FOLDER, check_lm, read_config
@@ -41,7 +41,7 @@ class Run:
     step: int
 
     @property
-    def config(self) -> ConfigDict:
+    def config(self) -> Config:
         """The run's configuration."""
         return self.experiment.config
 
@@ -78,7 +78,9 @@ class Run:
         return np.asarray(jax.device_get(rows), np.float32).reshape(len(contexts), -1)
 
 
-def _score_context(model, params, trainable, tokens, length):  # noqa: ANN001, ANN202 - jitted below
+def _score_context(
+    model: SelectiveLM, params: FrozenTree, trainable: Trainable, tokens: jax.Array, length: jax.Array
+) -> jax.Array:
     means = context_means(embed(model.decoder, params, tokens)[None], jnp.reshape(length, (1, 1)))
     return retriever_scores(model, trainable, means)[0, 0]
 

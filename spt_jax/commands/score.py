@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -21,7 +22,7 @@ from spt_jax.progress import ProgressBar
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this door."""
-    fv = {"flag_values": flag_values}
+    fv: dict[str, Any] = {"flag_values": flag_values}
     flags.DEFINE_string("workdir", None, "Working directory of a trained run.", **fv)
     flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", **fv)
     flags.DEFINE_string("data", None, "Dialogues, in any format that data.train takes.", **fv)
@@ -32,21 +33,21 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
 def run(flag_values: flags.FlagValues) -> int:
     """Scores; returns the exit code."""
-    fv = flag_values
+    given: Any = flag_values.flag_values_dict()
     for name in ("workdir", "data", "out"):
-        if not fv[name].value:
+        if not given[name]:
             raise UserError(f"--{name} is missing; see spt-jax score --help")
-    from spt_jax.commands.atomic_file import check_writable, write_atomically
+    from spt_jax.atomic_file import check_writable, write_atomically
     from spt_jax.commands.restored import open_run
     from spt_jax.evaluation.likelihood import score_rows
     from spt_jax.training.experiment import pack_dialogues, read_source
 
-    out = Path(fv["out"].value)
+    out = Path(given["out"])
     check_writable(out)
-    restored = open_run(fv["workdir"].value, fv["checkpoint"].value)
+    restored = open_run(given["workdir"], given["checkpoint"])
     config, lm = restored.config, restored.lm
-    dialogues = read_source(config, fv["data"].value, "test").dialogues[: fv["limit"].value or None]
-    rows = pack_dialogues(config, dialogues, lm.tokenizer, fv["layout"].value).rows
+    dialogues = read_source(config, given["data"], "test").dialogues[: given["limit"] or None]
+    rows = pack_dialogues(config, dialogues, lm.tokenizer, given["layout"]).rows
     with ProgressBar("scoring turns", sum(len(row.turns) for row in rows)) as bar:
         likelihoods = score_rows(
             restored.experiment.model,

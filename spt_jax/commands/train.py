@@ -16,7 +16,7 @@ import jax
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from spt_jax.config import validate
+from spt_jax.config import Config, validate
 from spt_jax.errors import UserError
 
 
@@ -34,12 +34,12 @@ def run(flag_values: flags.FlagValues) -> int:
         raise UserError("--config is missing; give a config file, such as --config=configs/quickstart.py")
     if not flag_values["workdir"].value:
         raise UserError("--workdir is missing; give a folder for the run")
-    config = ConfigDict(flag_values["config"].value)
+    config: Config = ConfigDict(flag_values["config"].value)
     validate(config)
     return train_run(config, Path(flag_values["workdir"].value))
 
 
-def train_run(config: ConfigDict, workdir: Path) -> int:
+def train_run(config: Config, workdir: Path) -> int:
     """Starts or resumes the run of `config` in `workdir`."""
     from spt_jax.evaluation.likelihood import DevelopmentEvaluator
     from spt_jax.parallel.rules import place_batch, replicated

@@ -1,4 +1,4 @@
-"""The figures of one bank of prompts on a set of dialogues: perplexity, replies, text metrics; a column of the table."""
+"""The figures of one bank of prompts on a set of dialogues: a column of the table."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from spt_jax.models.loading import LanguageModel
 from spt_jax.prompting.selective_lm import SelectiveLM, Trainable
 
 PERPLEXITY_DEFINITIONS = {
-    "perplexity": "exp(sum of negative log likelihoods under the selected prompt / target tokens), end of sequence included",
+    "perplexity": "exp(total nll under the selected prompt / target tokens), end of sequence included",
     "perplexity_per_word": "the same sum over the whitespace words of the responses",
     "oracle_perplexity": "as perplexity, under each turn's best prompt in hindsight",
     "usage": "share of the turns whose highest score is each prompt's",
@@ -143,9 +143,7 @@ class ColumnEvaluator:
         selected = [int(k) for k in likelihoods.selected[self.answered]]
         replies = self.replies(trainable, keys, selected, on_batch)
         metrics = text_metrics(replies, [self.reference(*key) for key in keys])
-        words = [
-            len(self.reference(d, t).split()) for d, t in zip(likelihoods.dialogue, likelihoods.turn, strict=True)
-        ]
+        words = [len(self.reference(d, t).split()) for d, t in zip(likelihoods.dialogue, likelihoods.turn, strict=True)]
         figures = {
             "perplexity": likelihoods.perplexity,
             "perplexity_per_word": likelihoods.perplexity_per_word(words),

@@ -108,7 +108,7 @@ def score_rows(
     share = batch_size // jax.process_count()
     mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     parts: list[tuple[np.ndarray, ...]] = []
-    for batch, indices in sequential_batches(rows, batch_size=batch_size, pad_id=pad_id, max_buckets=max_buckets):
+    for batch, _ in sequential_batches(rows, batch_size=batch_size, pad_id=pad_id, max_buckets=max_buckets):
         placed = place_batch(mesh, {name: array[mine] for name, array in batch.items()})
         nll, scores, tokens = jax.device_get(_compiled(mesh)(model, params, trainable, placed))
         present = batch["turn_mask"] > 0

@@ -6,13 +6,12 @@ import html
 import json
 import math
 import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from spt_jax.errors import UserError
+from spt_jax.atomic_file import write_atomically
 from spt_jax.evaluation.report_curves import curve_sections
 from spt_jax.evaluation.report_page import details, page, section
 from spt_jax.evaluation.report_samples import sample_section
@@ -70,26 +69,13 @@ def write_report(path: str | os.PathLike[str], inputs: ReportInputs) -> None:
     """Writes `render_report` to `path`, all or nothing: a reader never meets half a page, an old one stays until then.
 
     Args:
-      path: The file to write; its folder is made if absent.
+      path: The file to write, in a folder that exists.
       inputs: What to show.
 
     Raises:
       UserError: The file cannot be written, or as `render_report`.
     """
-    document = render_report(inputs)
-    target = Path(path)
-    temporary: str | None = None
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        descriptor, temporary = tempfile.mkstemp(prefix=f".{target.name}.", dir=target.parent)
-        with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-            file.write(document)
-        os.chmod(temporary, 0o644)  # mkstemp makes it private; a report is there to be handed on
-        os.replace(temporary, target)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
-        raise UserError(f"The report {target} cannot be written: {error.strerror or error}.") from error
+    write_atomically(Path(path), render_report(inputs))
 
 
 def _subtitle(results: Mapping[str, Any]) -> str:

@@ -13,8 +13,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from spt_jax.atomic_file import write_atomically
+from spt_jax.config import Config
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.template import turn_history
 from spt_jax.errors import UserError
@@ -206,9 +207,7 @@ def _logged(workdir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_results(
-    workdir: Path, evaluation: Evaluation, config: ConfigDict, *, source: str, step: int, chat: str
-) -> None:
+def write_results(workdir: Path, evaluation: Evaluation, config: Config, *, source: str, step: int, chat: str) -> None:
     """Writes ``results.json``, ``predictions.jsonl`` and ``report.html`` into the working directory.
 
     Args:
@@ -232,12 +231,7 @@ def write_results(
         config=config.to_dict(),
         command=chat,
     )
-    try:
-        write_json(workdir / "results.json", results)
-        lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
-        temporary = workdir / "predictions.jsonl.tmp"
-        temporary.write_text("".join(lines), encoding="utf-8")
-        os.replace(temporary, workdir / "predictions.jsonl")
-    except OSError as error:
-        raise UserError(f"the results cannot be written into {workdir}: {error.strerror}") from error
+    write_json(workdir / "results.json", results)
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
+    write_atomically(workdir / "predictions.jsonl", "".join(lines))
     write_report(workdir / "report.html", report)

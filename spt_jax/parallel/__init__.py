@@ -1,0 +1,1 @@
+"""The device mesh and which axis of an array it shards."""

@@ -121,7 +121,7 @@ def _weighted_forward(
     weights: TargetWeights,
     chunk: int,
 ) -> tuple[tuple[jax.Array, TargetLosses], tuple[jax.Array, jax.Array]]:
-    def body(total: jax.Array, xs: tuple[Any, ...]) -> tuple[jax.Array, tuple[Any, ...]]:
+    def body(total: jax.Array, xs: Any) -> tuple[jax.Array, tuple[Any, ...]]:
         h, s, t, w = xs
 
         def loss(h: jax.Array, s: jax.Array) -> tuple[jax.Array, TargetLosses]:

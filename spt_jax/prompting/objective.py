@@ -81,7 +81,7 @@ class Losses(NamedTuple):
 
 
 def target_weights(batch: ArrayBatch, num_prompts: int) -> TargetWeights:
-    """Weights that depend on the data alone: the LM loss is a mean over tokens and prompts, the fusion loss over turns."""
+    """Weights that depend on the data alone: L_LM is a mean over tokens and prompts, L_fus a mean over turns."""
     mask = batch["target_mask"]
     onehot = target_turn_onehot(batch)
     tokens = jnp.maximum(onehot.sum(axis=1), 1.0)

@@ -65,6 +65,7 @@ class Linear(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., M]`` to float32 ``[..., features]``."""
         bound = x.shape[-1] ** -0.5
 
         def uniform(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:

@@ -129,7 +129,7 @@ def target_turn_onehot(batch: ArrayBatch) -> jax.Array:
 
 
 def turn_means(values: jax.Array, onehot: jax.Array) -> jax.Array:
-    """Means over each turn's target positions: ``[D, S, K]`` and ``[D, S, N]`` to ``[D, N, K]``; 0 without positions."""
+    """Means over each turn's targets: ``[D, S, K]`` and ``[D, S, N]`` to ``[D, N, K]``; 0 where there are none."""
     sums = jnp.einsum("dsk,dsn->dnk", values, onehot, precision=jax.lax.Precision.HIGHEST)
     return sums / jnp.maximum(onehot.sum(axis=1), 1.0)[..., None]
 
@@ -146,8 +146,7 @@ def batch_context_means(model: SelectiveLM, params: FrozenTree, batch: ArrayBatc
 
 def retriever_scores(model: SelectiveLM, trainable: Trainable, means: jax.Array) -> jax.Array:
     """Scores of contexts ``[..., M]`` against the bank: float32 ``[..., K]``."""
-    scores = model.retriever.apply({"params": trainable["retriever"]}, means, trainable["bank"]["prompts"])
-    return scores  # pyright: ignore[reportReturnType]
+    return model.retriever.apply({"params": trainable["retriever"]}, means, trainable["bank"]["prompts"])  # pyright: ignore[reportReturnType]
 
 
 def vocabulary_head(params: FrozenTree) -> FrozenTree:

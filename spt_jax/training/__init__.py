@@ -1,0 +1,1 @@
+"""From rows to a checkpoint: optimizer, step, loop, checkpoints, tracking."""

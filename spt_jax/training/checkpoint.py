@@ -200,7 +200,7 @@ class Checkpoints:
         yield from (step for step in latest_first if step not in perplexities)
 
     def meta(self, which: str) -> dict[str, Any] | None:
-        """The JSON values beside the first readable checkpoint of `which` (``latest`` or ``best``); None without one."""
+        """The JSON values beside the first readable checkpoint of ``latest`` or ``best``; None without one."""
         for step in self._candidates(which):
             try:
                 return self._peek(step)

@@ -9,8 +9,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
-from ml_collections import ConfigDict
 
+from spt_jax.config import Config
 from spt_jax.data.dialogue import Dialogue, DialogueSet, split_by_persona
 from spt_jax.data.loader import DialogueLoader
 from spt_jax.data.packing import PackedRows, pack
@@ -41,13 +41,13 @@ class Experiment:
         model: The static description of bank and retriever before that LM.
     """
 
-    config: ConfigDict
+    config: Config
     mesh: Mesh
     lm: LanguageModel
     model: SelectiveLM
 
 
-def open_experiment(config: ConfigDict) -> Experiment:
+def open_experiment(config: Config) -> Experiment:
     """Makes the mesh and loads the frozen LM onto it.
 
     Raises:
@@ -72,7 +72,7 @@ def open_experiment(config: ConfigDict) -> Experiment:
     return Experiment(config, mesh, lm, describe(config, lm))
 
 
-def describe(config: ConfigDict, lm: LanguageModel) -> SelectiveLM:
+def describe(config: Config, lm: LanguageModel) -> SelectiveLM:
     """The static description of bank and retriever for an LM."""
     return SelectiveLM(
         decoder=lm.config,
@@ -84,7 +84,7 @@ def describe(config: ConfigDict, lm: LanguageModel) -> SelectiveLM:
     )
 
 
-def objective_of(config: ConfigDict) -> Objective:
+def objective_of(config: Config) -> Objective:
     """Weights and temperatures from the section ``objective``."""
     o = config.objective
     return Objective(
@@ -92,7 +92,7 @@ def objective_of(config: ConfigDict) -> Objective:
     )
 
 
-def initial_trainable(config: ConfigDict, model: SelectiveLM, params: FrozenTree, tokenizer: Tokenizer) -> Trainable:
+def initial_trainable(config: Config, model: SelectiveLM, params: FrozenTree, tokenizer: Tokenizer) -> Trainable:
     """The trainable tree before the first step; a function of the configuration, its seed and the LM alone.
 
     Raises:
@@ -130,14 +130,14 @@ class Splits:
     skipped: list[str]
 
 
-def read_source(config: ConfigDict, source: str, split: str) -> DialogueSet:
+def read_source(config: Config, source: str, split: str) -> DialogueSet:
     """Reads one source with the options of the section ``data``."""
     d = config.data
     renamed = {name: column for name, column in d.columns.items() if column != name}
     return read_dialogues(source, format=d.format, on_error=d.on_error, columns=renamed or None, split=split)
 
 
-def read_splits(config: ConfigDict) -> Splits:
+def read_splits(config: Config) -> Splits:
     """Reads the training dialogues and, from their own sources or cut from them, the development and test dialogues.
 
     The test is cut first, so that it does not depend on the size of the development split.
@@ -163,16 +163,14 @@ def read_splits(config: ConfigDict) -> Splits:
     return Splits(train[: d.limit] if d.limit else train, development, test, skipped)
 
 
-def pack_dialogues(
-    config: ConfigDict, dialogues: Sequence[Dialogue], tokenizer: Tokenizer, layout: str = ""
-) -> PackedRows:
+def pack_dialogues(config: Config, dialogues: Sequence[Dialogue], tokenizer: Tokenizer, layout: str = "") -> PackedRows:
     """Rows of tokens with the limits of the section ``data``; `layout` overrides its layout."""
     d = config.data
     return pack(dialogues, tokenizer, layout=layout or d.layout, max_length=d.max_length, max_turns=d.max_turns)
 
 
 def make_loader(
-    config: ConfigDict, rows: PackedRows, dialogues: Sequence[Dialogue], mesh: Mesh, pad_id: int
+    config: Config, rows: PackedRows, dialogues: Sequence[Dialogue], mesh: Mesh, pad_id: int
 ) -> DialogueLoader:
     """The training batches.
 

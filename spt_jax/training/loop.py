@@ -1,4 +1,4 @@
-"""The training loop. Its order is sacred: evaluate, save (state and data position together), only then the next batch."""
+"""The training loop. Its order is sacred: evaluate, save (state and data position together), then the next batch."""
 
 from __future__ import annotations
 
@@ -27,6 +27,7 @@ class Evaluator(Protocol):
 
     def run(self, state: TrainState) -> Iterable[tuple[str, float]]:
         """Named figures; ``development/perplexity`` decides which checkpoint is best."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)

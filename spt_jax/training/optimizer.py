@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import optax
-from ml_collections import ConfigDict
+
+from spt_jax.config import Config
 
 
-def learning_rate_schedule(config: ConfigDict, total_steps: int) -> optax.Schedule:
+def learning_rate_schedule(config: Config, total_steps: int) -> optax.Schedule:
     """Linear warm-up over ``warmup_steps``, then constant, or a cosine down to ``final_fraction`` of the peak.
 
     Args:
@@ -25,7 +26,7 @@ def learning_rate_schedule(config: ConfigDict, total_steps: int) -> optax.Schedu
     return optax.join_schedules([ramp, after], [warmup])
 
 
-def make_optimizer(config: ConfigDict, total_steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransformation:
     """The gradient transformation of the run.
 
     Args:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 import spt_jax
-from spt_jax.config import flatten, from_dict
+from spt_jax.atomic_file import write_atomically
+from spt_jax.config import Config, flatten, from_dict
 from spt_jax.errors import UserError
 from spt_jax.models.loading import LMIdentity
 
@@ -39,13 +37,11 @@ MAY_CHANGE = (
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes JSON atomically."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Writes JSON, whole or not at all; UserError when it cannot be written."""
+    write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
-def absolute_paths(config: ConfigDict) -> None:
+def absolute_paths(config: Config) -> None:
     """Makes the paths of files in a config absolute, so that a restore works from any folder."""
     for section, name in (("model", "source"), ("data", "train"), ("data", "development"), ("data", "test")):
         value = config[section][name]
@@ -67,7 +63,7 @@ def _read(workdir: Path) -> dict[str, Any]:
     return record
 
 
-def read_config(workdir: Path) -> tuple[ConfigDict, LMIdentity, str]:
+def read_config(workdir: Path) -> tuple[Config, LMIdentity, str]:
     """The configuration of the run in `workdir`, the LM it was trained on and its tokenizer's fingerprint.
 
     Raises:
@@ -77,7 +73,7 @@ def read_config(workdir: Path) -> tuple[ConfigDict, LMIdentity, str]:
     return from_dict(record["config"]), LMIdentity.from_dict(record["lm"]), record["tokenizer"]
 
 
-def check_workdir(workdir: Path, config: ConfigDict) -> None:
+def check_workdir(workdir: Path, config: Config) -> None:
     """Refuses a folder that holds another run, or something else, before any weight is loaded.
 
     Raises:
@@ -96,7 +92,7 @@ def check_workdir(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"{workdir} holds another run: {'; '.join(differing)}; choose another --workdir")
 
 
-def claim_workdir(workdir: Path, config: ConfigDict, lm: LMIdentity, tokenizer: str) -> None:
+def claim_workdir(workdir: Path, config: Config, lm: LMIdentity, tokenizer: str) -> None:
     """Writes ``config.json``; a run that is there already must have been trained on the same weights.
 
     Raises:
@@ -105,7 +101,10 @@ def claim_workdir(workdir: Path, config: ConfigDict, lm: LMIdentity, tokenizer: 
     if (workdir / CONFIG_FILE).exists():
         _, old, old_tokenizer = read_config(workdir)
         check_lm(workdir, old, lm, old_tokenizer, tokenizer)
-    workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {workdir} cannot be made: {error.strerror}") from error
     record = {
         "spt_jax": spt_jax.__version__,
         "lm": lm.to_dict(),

@@ -37,9 +37,7 @@ def _by_turn(losses: Losses, batch):
 
 def _assert_same(a, b, tolerance):
     (losses_a, gradients_a), (losses_b, gradients_b) = a, b
-    difference = tiny.relative_difference(
-        (_terms(losses_a), gradients_a), (_terms(losses_b), gradients_b)
-    )
+    difference = tiny.relative_difference((_terms(losses_a), gradients_a), (_terms(losses_b), gradients_b))
     assert difference <= tolerance
 
 
@@ -102,13 +100,13 @@ def test_gradients_equal_central_differences_of_the_total():
     direction = jax.tree.map(
         lambda x: jnp.asarray(np.random.default_rng(x.size).standard_normal(x.shape), jnp.float32), start
     )
-    total = jax.jit(
-        lambda tree: losses_and_gradients(tiny.MODEL, objective, tiny.params(), tree, batch)[0].total
-    )
+    total = jax.jit(lambda tree: losses_and_gradients(tiny.MODEL, objective, tiny.params(), tree, batch)[0].total)
     step = 1e-2
     ahead = total(jax.tree.map(lambda x, d: x + step * d, start, direction))
     behind = total(jax.tree.map(lambda x, d: x - step * d, start, direction))
-    slope = sum(float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(gradients), jax.tree.leaves(direction), strict=True))
+    slope = sum(
+        float(jnp.vdot(g, d)) for g, d in zip(jax.tree.leaves(gradients), jax.tree.leaves(direction), strict=True)
+    )
     assert float(ahead - behind) / (2 * step) == pytest.approx(slope, rel=2e-2)
 
 
@@ -142,20 +140,23 @@ def test_one_prompt_without_the_other_losses_is_plain_prompt_tuning():
     losses, gradients = _run(tiny.packed("dialogue").batch(), objective, model)
     frozen, prompt = tiny.params(), tiny.trainable(model)["bank"]["prompts"][0]
 
-    def prompt_tuning_loss(prompt):
-        total, count = 0.0, 0
-        for row in turns.rows:
-            text = embed(tiny.CONFIG, frozen, jnp.asarray(row.tokens))
-            embeddings = jnp.concatenate([prompt, text])[None]
-            positions = jnp.arange(embeddings.shape[1])[None]
-            hidden, _ = decode(tiny.CONFIG, frozen, embeddings, positions, jnp.ones_like(positions, bool))
-            logits = vocabulary_logits(tiny.CONFIG, frozen, hidden[0, 4:])
-            log_probabilities = jax.nn.log_softmax(logits)
-            total -= log_probabilities[row.target_positions, row.target_ids].sum()
-            count += len(row.target_ids)
-        return total / count
+    @jax.jit
+    @jax.value_and_grad
+    def summed_nll(prompt, tokens, positions, ids, counted):
+        embeddings = jnp.concatenate([prompt, embed(tiny.CONFIG, frozen, tokens)])[None]
+        places = jnp.arange(embeddings.shape[1])[None]
+        hidden, _ = decode(tiny.CONFIG, frozen, embeddings, places, jnp.ones_like(places, bool))
+        log_probabilities = jax.nn.log_softmax(vocabulary_logits(tiny.CONFIG, frozen, hidden[0, 4:]))
+        return -(log_probabilities[positions, ids] * counted).sum()
 
-    value, gradient = jax.value_and_grad(prompt_tuning_loss)(prompt)
+    value, gradient, count = 0.0, 0.0, 0
+    for row in turns.rows:
+        size = len(row.target_ids)
+        tokens = np.pad(row.tokens, (0, 224 - len(row)))
+        targets = (np.pad(x, (0, 64 - size)) for x in (row.target_positions, row.target_ids, np.ones(size, np.float32)))
+        row_value, row_gradient = summed_nll(prompt, tokens, *targets)
+        value, gradient, count = value + row_value, gradient + row_gradient, count + size
+    value, gradient = value / count, gradient / count
     assert float(losses.total) == pytest.approx(float(value), rel=1e-5)
     assert tiny.relative_difference(gradients["bank"]["prompts"][0], gradient) <= 1e-5
     assert all(not np.asarray(g).any() for g in jax.tree.leaves(gradients["retriever"]))
@@ -177,9 +178,13 @@ def test_a_bank_without_tokens_is_the_lm_alone():
     frozen = tiny.params()
     row = tiny.packed("dialogue").rows[3]
     positions = jnp.arange(len(row))[None]
-    hidden, _ = decode(tiny.CONFIG, frozen, embed(tiny.CONFIG, frozen, jnp.asarray(row.tokens))[None], positions, positions >= 0)
+    hidden, _ = decode(
+        tiny.CONFIG, frozen, embed(tiny.CONFIG, frozen, jnp.asarray(row.tokens))[None], positions, positions >= 0
+    )
     logits = jax.nn.log_softmax(vocabulary_logits(tiny.CONFIG, frozen, hidden[0]))
-    assert float(scored.nll[3, 0, 0]) == pytest.approx(-float(logits[row.target_positions, row.target_ids].mean()), rel=1e-5)
+    assert float(scored.nll[3, 0, 0]) == pytest.approx(
+        -float(logits[row.target_positions, row.target_ids].mean()), rel=1e-5
+    )
     assert np.isfinite(np.asarray(scored.scores)).all()
 
 

@@ -44,7 +44,9 @@ def torch_lm(config, tree):
     for i in range(config.num_layers):
         prefix = f"model.layers.{i}"
         for name in ("q_proj", "k_proj", "v_proj"):
-            state[f"{prefix}.self_attn.{name}.weight"] = weight(layers["attention"][name]["kernel"][i], config.hidden_size)
+            state[f"{prefix}.self_attn.{name}.weight"] = weight(
+                layers["attention"][name]["kernel"][i], config.hidden_size
+            )
         output = layers["attention"]["o_proj"]["kernel"][i]
         state[f"{prefix}.self_attn.o_proj.weight"] = weight(output, config.num_attention_heads * config.head_dim)
         for name in ("gate_proj", "up_proj", "down_proj"):
