@@ -173,7 +173,8 @@ def weighted_target_losses(
     Returns:
         The weighted sum, a scalar, and the losses position by position (`TargetLosses`, no gradient).
     """
-    total, losses = _weighted(project, head, hidden, scores, targets, weights, chunk)
+    weighted: Any = _weighted  # custom_vjp hides the signature from type checkers
+    total, losses = weighted(project, head, hidden, scores, targets, weights, chunk)
     return total, jax.lax.stop_gradient(losses)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import optax
 
 from spt_jax.config import Config
@@ -44,6 +46,9 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
         )
     )
     if config.retriever_factor != 1.0:
-        scales = {"bank": optax.identity(), "retriever": optax.scale(config.retriever_factor)}
+        scales: dict[Any, optax.GradientTransformation] = {
+            "bank": optax.identity(),
+            "retriever": optax.scale(config.retriever_factor),
+        }
         steps.append(optax.partition(scales, {"bank": "bank", "retriever": "retriever"}))
     return optax.chain(*steps)
