@@ -1,8 +1,13 @@
-"""What every config starts from: the package's defaults. Run nothing with it; import it."""
+"""The package's defaults as a config file, the smallest there can be: copy it to begin your own.
+
+    spt-jax train --config=configs/common.py --workdir=runs/defaults
+
+docs/configuration.md lists every option.
+"""
 
 from spt_jax.config import default_config
 
 
 def get_config():
-    """The defaults; see docs/configuration.md."""
+    """The defaults."""
     return default_config()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 from types import TracebackType
 
@@ -10,12 +11,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 
 PLAIN_INTERVAL_SECONDS = 10.0
+LONGEST_SILENCE_SECONDS = 30.0
+"""A compilation or a large batch may take minutes; a log shows that it is still going on."""
 
 
 class ProgressBar:
     """Shows how far a loop is, with a note such as the loss; on standard error, so that output stays clean.
 
-    On a terminal it is a live bar; elsewhere a line at the start, at the end and every ten seconds between.
+    On a terminal it is a live bar; elsewhere a line at the start, at the end, at most every ten seconds between, and at
+    least every thirty.
 
     Args:
         description: What is going on.
@@ -28,6 +32,7 @@ class ProgressBar:
         self._note = ""
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
+        self._left = threading.Event()
         self._began = self._printed = time.monotonic()
 
     def __enter__(self) -> ProgressBar:
@@ -45,11 +50,13 @@ class ProgressBar:
             self._task = self._bar.add_task(self._description, total=self._total, completed=self._done, note="")
         else:
             self._line()
+            threading.Thread(target=self._keep_talking, daemon=True).start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._left.set()
         if self._bar is not None:
             self._bar.stop()
         elif self._done > self._first:
@@ -68,6 +75,11 @@ class ProgressBar:
         """Prints a line without disturbing the bar."""
         (self._bar.console if self._bar is not None else self._console).print(text, markup=False, highlight=False)
 
+    def _keep_talking(self) -> None:
+        while not self._left.wait(1.0):
+            if time.monotonic() - self._printed >= LONGEST_SILENCE_SECONDS:
+                self._line()
+
     def _line(self) -> None:
         elapsed = self._printed = time.monotonic()
         elapsed -= self._began
@@ -75,5 +87,11 @@ class ProgressBar:
         parts += [self._note] if self._note else []
         if self._first < self._done < self._total:
             left = elapsed / (self._done - self._first) * (self._total - self._done)
-            parts.append(f"{int(left) // 60}:{int(left) % 60:02d} left")
+            parts.append(f"{_clock(left)} left")
+        elif self._done < self._total and elapsed >= 1:
+            parts.append(f"{_clock(elapsed)} so far")
         print(" · ".join(parts), file=sys.stderr, flush=True)
+
+
+def _clock(seconds: float) -> str:
+    return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

@@ -11,11 +11,14 @@ Examples:
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from absl import flags
 
 from spt_jax.errors import UserError
+
+_SAMPLES_PRINTED = 3
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
@@ -23,32 +26,40 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     fv: dict[str, Any] = {"flag_values": flag_values}
     flags.DEFINE_string("workdir", None, "Working directory of a trained run.", **fv)
     flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", **fv)
-    flags.DEFINE_string("data", "", "Dialogues; the run's own test dialogues when empty.", **fv)
+    flags.DEFINE_string("data", "", "Dialogues, in any format that data.train takes; else the run's data.test.", **fv)
     flags.DEFINE_integer("limit", 0, "Use the first so many dialogues; 0 for all.", lower_bound=0, **fv)
     flags.DEFINE_bool("baselines", True, "Also measure no soft prompt and the bank before training.", **fv)
-    flags.DEFINE_integer("replies", None, "Turns that get a reply; overrides evaluation.replies.", lower_bound=0, **fv)
+    flags.DEFINE_integer(
+        "replies",
+        None,
+        "Turns that get a reply, spread evenly over the dialogues; 0 for every turn. Else the run's "
+        "evaluation.replies. Likelihoods are always those of every turn.",
+        lower_bound=0,
+        **fv,
+    )
 
 
 def run(flag_values: flags.FlagValues) -> int:
-    """Evaluates; returns the exit code."""
+    """Evaluates; returns the exit code.
+
+    Raises:
+        UserError: There is no run or no checkpoint, or the dialogues cannot be used.
+    """
     given: Any = flag_values.flag_values_dict()
     if not given["workdir"]:
         raise UserError("--workdir is missing; give the working directory of a trained run")
     from rich.console import Console
 
-    from spt_jax.commands.restored import open_run
+    from spt_jax.atomic_file import check_writable
+    from spt_jax.commands.restored import open_run, test_dialogues
     from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
     from spt_jax.evaluation.table import rich_table
-    from spt_jax.training.experiment import read_source, read_splits
 
     restored = open_run(given["workdir"], given["checkpoint"])
-    source = given["data"]
-    if source:
-        dialogues = list(read_source(restored.config, source, "test").dialogues)
-    else:
-        source = restored.config.data.test or f"{restored.config.data.train} (held out)"
-        dialogues = read_splits(restored.config).test
-    dialogues = dialogues[: given["limit"] or None]
+    check_writable(restored.workdir / "results.json")
+    source, dialogues = test_dialogues(restored.config, given["data"], given["limit"])
+    which = "" if given["checkpoint"].isdigit() else f"{given['checkpoint']} "
+    print(f"{which}checkpoint, step {restored.step}, on {len(dialogues)} dialogues of {source}", flush=True)
     evaluation = evaluate_run(
         restored.experiment,
         restored.trainable,
@@ -56,12 +67,13 @@ def run(flag_values: flags.FlagValues) -> int:
         dialogues,
         replies=given["replies"],
     )
-    chat = f"spt-jax chat --workdir={given['workdir']}"
+    chat = f"spt-jax chat --workdir={shlex.quote(given['workdir'])}"
     write_results(restored.workdir, evaluation, restored.config, source=source, step=restored.step, chat=chat)
     print()
     Console().print(rich_table(evaluation.results["columns"]))
-    for sample in evaluation.samples[:3]:
+    for sample in evaluation.samples[:_SAMPLES_PRINTED]:
+        selected = sample["selected"]
         print(f"\npersona: {' '.join(sample['persona'])}\n  they say: {sample['history'][-1]}")
-        print(f"  prompt {sample['selected']} answers: {sample['replies'][sample['selected']]}")
+        print(f"  soft prompt {selected} answers: {sample['replies'][selected] or '(nothing)'}")
     print(f"\nreport: {restored.workdir / 'report.html'}\ntalk to it: {chat}")
     return 0

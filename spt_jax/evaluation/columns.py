@@ -148,7 +148,8 @@ class ColumnEvaluator:
             "perplexity": likelihoods.perplexity,
             "perplexity_per_word": likelihoods.perplexity_per_word(words),
             "oracle_perplexity": likelihoods.oracle_perplexity,
-            "usage": likelihoods.usage.tolist(),
+            # Without a prompt there is nothing to select.
+            "usage": likelihoods.usage.tolist() if model.prompt_length else None,
         }
         return Column(likelihoods, self.answered, replies, metrics, figures | dict(metrics.values))
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
@@ -20,8 +21,10 @@ from spt_jax.errors import UserError
 from spt_jax.models.decoder import FrozenTree, embed
 from spt_jax.models.loading import LanguageModel, load_lm
 from spt_jax.models.tokenizer import Tokenizer
+from spt_jax.models.weights import Progress
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import parameter_sharding, row_devices
+from spt_jax.progress import ProgressBar
 from spt_jax.prompting.bank import from_file, from_normal, from_token_ids, from_vocabulary
 from spt_jax.prompting.objective import Objective
 from spt_jax.prompting.selective_lm import SelectiveLM, Trainable
@@ -55,13 +58,15 @@ def open_experiment(config: Config) -> Experiment:
             longer than the LM's context.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    lm = load_lm(
-        config.model.source,
-        dtype=config.model.dtype,
-        remat=config.model.remat,
-        revision=config.model.revision,
-        sharding_for=partial(parameter_sharding, mesh),
-    )
+    with _loading_bar() as progress:
+        lm = load_lm(
+            config.model.source,
+            dtype=config.model.dtype,
+            remat=config.model.remat,
+            revision=config.model.revision,
+            sharding_for=partial(parameter_sharding, mesh),
+            progress=progress,
+        )
     # Rows are padded to multiples of 16.
     longest = config.bank.prompt_length + -(-config.data.max_length // 16) * 16
     if longest > lm.config.max_position_embeddings:
@@ -70,6 +75,24 @@ def open_experiment(config: Config) -> Experiment:
             f"{lm.config.max_position_embeddings}; lower data.max_length"
         )
     return Experiment(config, mesh, lm, describe(config, lm))
+
+
+@contextlib.contextmanager
+def _loading_bar() -> Iterator[Progress]:
+    """Shows how much of the weights is loaded, in millions of parameters; nothing before the first of them."""
+    shown = 0
+    with contextlib.ExitStack() as stack:
+        bar: ProgressBar | None = None
+
+        def progress(what: str, done: int, total: int) -> None:
+            nonlocal bar, shown
+            if bar is None:
+                bar = stack.enter_context(ProgressBar(f"{what}, millions", -(-total // 1_000_000)))
+            now = -(-done // 1_000_000)
+            bar.advance(now - shown)
+            shown = now
+
+        yield progress
 
 
 def describe(config: Config, lm: LanguageModel) -> SelectiveLM:

@@ -1,0 +1,145 @@
+"""The flag --config: a config file with typed arguments, and ``--config.a.b=value`` over what it gives."""
+
+from __future__ import annotations
+
+import importlib.util
+import inspect
+import re
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from spt_jax.config import Config, default_config, flatten
+from spt_jax.errors import UserError, nearest
+
+EXAMPLE = "--config=configs/quickstart.py"
+_FILE = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
+_OPTION = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+# What ml_collections says of a value whose type is not the default's.
+_WRONG_TYPE = re.compile(
+    r"Could not override field '(.*)' \(reference\)\. (.*) is of original type <class '(\w+)'> .*<class '(\w+)'>"
+)
+_TRUTHS = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
+
+
+def attach_config(flag_values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
+    """Replaces the text flag --config by the config of the file it names, and defines the flags of the overrides.
+
+    Args:
+        flag_values: Has a flag ``config``; afterwards its value is the config, without the overrides until parsed.
+        arguments: As the user typed them.
+
+    Returns:
+        The arguments left to parse: without --config, every override as ``--config.name=value``.
+
+    Raises:
+        UserError: The file cannot be used, or an override names no option.
+    """
+    rest = list(arguments)
+    file: str | None = None
+    left: list[str] = []
+    while rest:
+        argument = rest.pop(0)
+        if argument == "--":
+            left += [argument, *rest]
+            break
+        if match := _FILE.fullmatch(argument):
+            if file is not None:
+                raise UserError("--config is given twice; give one config file, and overrides as --config.name=value")
+            file = match.group(1) if match.group(1) is not None else _following(argument, rest)
+        elif match := _OPTION.fullmatch(argument):
+            left.append(_override(argument, match, rest))
+        else:
+            left.append(argument)
+    if not file:
+        raise UserError(f"--config is missing; give a config file, such as {EXAMPLE}")
+    config = load_config(file)
+    delattr(flag_values, "config")
+    config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=["spt-jax", *left])
+    return left
+
+
+def _override(argument: str, match: re.Match[str], rest: list[str]) -> str:
+    negated, name, value = match.groups()
+    known = flatten(default_config())
+    if name not in known:
+        inside = [option for option in known if option.startswith(f"{name}.")]
+        if inside:
+            raise UserError(f"{name!r} is a section of the configuration; set its options, such as {inside[0]!r}")
+        raise UserError(f"there is no option {name!r} in the configuration.{nearest(name, known)}")
+    truth = isinstance(known[name], bool)
+    if negated and (not truth or value is not None):
+        raise UserError(f"{argument} is not allowed; write --config.{name}=value")
+    if truth and value is None:
+        spoken = not negated and rest and rest[0].lower() in _TRUTHS
+        return f"--config.{name}={rest.pop(0) if spoken else str(not negated).lower()}"
+    return f"--config.{name}={_following(argument, rest) if value is None else value}"
+
+
+def _following(argument: str, rest: list[str]) -> str:
+    if not rest or (rest[0].startswith("--") and not rest[0][2:3].isdigit()):
+        raise UserError(f"{argument} needs a value, as in {argument}=value")
+    return rest.pop(0)
+
+
+def load_config(file: str) -> Config:
+    """The config that ``get_config()`` of a Python file gives; ``FILE:TEXT`` calls ``get_config("TEXT")``.
+
+    Raises:
+        UserError: No such file, it does not run, it has no ``get_config``, or that gives no config.
+    """
+    path, _, text = file.partition(":")
+    function = getattr(_run(Path(path)), "get_config", None)
+    if not callable(function):
+        raise UserError(f"{path} has no function get_config(), which gives the configuration")
+    given = [text] if ":" in file else []
+    try:
+        inspect.signature(function).bind(*given)
+    except TypeError as error:
+        takes = f"an argument, as in --config={path}:TEXT" if not given else f"none, so write --config={path}"
+        raise UserError(f"--config={file}: get_config() of this file takes {takes} ({error})") from error
+    try:
+        config = function(*given)
+    except Exception as error:
+        raise UserError(_where(Path(path), error)) from error
+    if not isinstance(config, ConfigDict):
+        kind = "nothing (is its return missing?)" if config is None else f"a {type(config).__name__}"
+        raise UserError(f"get_config() of {path} returns {kind}; it must return a ConfigDict, as default_config() does")
+    return config
+
+
+def _run(path: Path) -> ModuleType:
+    if path.is_dir():
+        raise UserError(f"--config={path} is a folder; give a Python file, such as {EXAMPLE}")
+    if not path.is_file():
+        siblings = [str(path.with_name(sibling.name)) for sibling in path.parent.glob("*.py")]
+        raise UserError(f"the config file {path} does not exist.{nearest(str(path), siblings)}")
+    spec: Any = importlib.util.spec_from_file_location("spt_jax_user_config", path)
+    if spec is None:
+        raise UserError(f"--config={path} is not a Python file; give one, such as {EXAMPLE}")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise UserError(_where(path, error)) from error
+    return module
+
+
+def _where(path: Path, error: Exception) -> str:
+    """The user's line that raised, and what was raised."""
+    if isinstance(error, SyntaxError):
+        return f"{error.filename or path}:{error.lineno}: the config file is not Python: {error.msg}"
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    place = f"{path}:{frames[-1].lineno}" if frames else str(path)
+    if isinstance(error, UserError):
+        return f"{place}: {error}"
+    reason = " ".join(str(error).split())
+    if isinstance(error, TypeError) and (match := _WRONG_TYPE.match(reason)):
+        name, value, found, expected = match.groups()
+        return f"{place}: the option {name!r} is {value} of type {found}; allowed: a value of type {expected}"
+    return f"{place}: the config file fails with {type(error).__name__}: {reason}"

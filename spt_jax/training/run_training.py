@@ -1,0 +1,149 @@
+"""A whole training run: from a configuration and a working directory to the loop, fresh or resumed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+
+from spt_jax.config import Config
+from spt_jax.data.loader import DialogueLoader
+from spt_jax.data.packing import PackedRows, Row
+from spt_jax.parallel.rules import place_batch, replicated
+from spt_jax.training import experiment as setup
+from spt_jax.training.checkpoint import Checkpoints, restore_targets
+from spt_jax.training.experiment import Experiment
+from spt_jax.training.loop import Evaluator, LoopOptions, Outcome, train
+from spt_jax.training.optimizer import make_optimizer
+from spt_jax.training.signals import StopSignal
+from spt_jax.training.step import TrainState, init_state, make_train_step
+from spt_jax.training.tracking import open_trackers
+from spt_jax.training.workdir import CHECKPOINT_FOLDER, absolute_paths, check_workdir, claim_workdir
+
+MakeEvaluators = Callable[[Experiment, Sequence[Row]], Sequence[Evaluator]]
+"""Makes what measures a state, from the experiment and the rows of the development dialogues."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _Preparation:
+    """What a run needs before its first step; nothing of it is on disk yet."""
+
+    experiment: Experiment
+    splits: setup.Splits
+    development: PackedRows
+    loader: DialogueLoader
+    optimizer: optax.GradientTransformation
+    state: TrainState
+    total_steps: int
+
+
+def run_training(
+    config: Config, workdir: Path, make_evaluators: MakeEvaluators, say: Callable[[str], None] = print
+) -> tuple[Outcome, int]:
+    """Starts or resumes the run of `config` in `workdir`.
+
+    The folder is made, and marked as this run's, only when everything that can be wrong with the input has been read.
+
+    Args:
+        config: A validated configuration.
+        workdir: New, empty, or of the same run.
+        make_evaluators: See `MakeEvaluators`; called once.
+        say: Takes the lines for the user.
+
+    Returns:
+        How the loop ended, and the number of steps of the whole run.
+
+    Raises:
+        UserError: The folder holds another run, or a part of the input cannot be used.
+    """
+    absolute_paths(config)
+    check_workdir(workdir, config)
+    prepared = _prepare(config, say)
+    e = prepared.experiment
+    claim_workdir(workdir, config, e.lm.identity, e.lm.tokenizer.fingerprint)
+    say(_summary(prepared))
+    keep = {"keep_latest": config.train.keep_latest, "keep_best": config.train.keep_best}
+    with StopSignal() as stop, Checkpoints(workdir / CHECKPOINT_FOLDER, **keep) as checkpoints:
+        state = _resumed(checkpoints, prepared, say)
+        trackers = open_trackers(workdir, int(state.step), **config.tracking.to_dict(), config=config.to_dict())
+        try:
+            outcome = train(
+                state,
+                make_train_step(
+                    e.model, setup.objective_of(config), prepared.optimizer, e.mesh, config.optimizer.micro_batches
+                ),
+                e.lm.params,
+                prepared.loader.iterate,
+                partial(place_batch, e.mesh),
+                options=_loop_options(config, workdir, prepared.total_steps),
+                checkpoints=checkpoints,
+                trackers=trackers,
+                evaluators=make_evaluators(e, prepared.development.rows),
+                meta={"lm": e.lm.identity.to_dict(), "tokenizer": e.lm.tokenizer.fingerprint},
+                stop=stop,
+            )
+        finally:
+            for tracker in trackers:
+                tracker.close()
+    return outcome, prepared.total_steps
+
+
+def _prepare(config: Config, say: Callable[[str], None]) -> _Preparation:
+    splits = setup.read_splits(config)
+    for sentence in splits.skipped:
+        say(f"skipped {sentence}")
+    e = setup.open_experiment(config)
+    rows = setup.pack_dialogues(config, splits.train, e.lm.tokenizer)
+    development = setup.pack_dialogues(config, splits.development, e.lm.tokenizer)
+    # Nothing learns from the test dialogues, but one that does not fit should be told today, not after the training.
+    setup.pack_dialogues(config, splits.test, e.lm.tokenizer)
+    loader = setup.make_loader(config, rows, splits.train, e.mesh, e.lm.tokenizer.pad_id)
+    total_steps = config.train.steps or config.train.epochs * loader.steps_per_epoch
+    optimizer = make_optimizer(config.optimizer, total_steps)
+    state = init_state(setup.initial_trainable(config, e.model, e.lm.params, e.lm.tokenizer), optimizer, e.mesh)
+    return _Preparation(e, splits, development, loader, optimizer, state, total_steps)
+
+
+def _summary(prepared: _Preparation) -> str:
+    e, loader, splits = prepared.experiment, prepared.loader, prepared.splits
+    skipped = f" ({len(splits.skipped)} malformed lines skipped)" if splits.skipped else ""
+    return (
+        f"{e.lm.identity.name} on {jax.device_count()} {jax.devices()[0].platform} device(s)\n"
+        f"{len(splits.train)} dialogues to learn from, {len(splits.development)} for development{skipped}\n"
+        f"{prepared.total_steps} steps; about {loader.turns_per_step:.0f} turns and {loader.tokens_per_step:,.0f} "
+        f"tokens a step behind each of {e.model.num_prompts} soft prompts, {loader.padding_share:.1%} padding"
+    )
+
+
+def _resumed(checkpoints: Checkpoints, prepared: _Preparation, say: Callable[[str], None]) -> TrainState:
+    """The state of the latest checkpoint; the first state where there is none."""
+    state = prepared.state
+    counters = {"step": state.step, "skipped": state.skipped, "bad_in_a_row": state.bad_in_a_row}
+    saved: dict[str, Any] = {
+        "trainable": state.trainable,
+        "optimizer": {"state": state.optimizer, "counters": counters},
+    }
+    restored = checkpoints.restore("latest", restore_targets(saved, replicated(prepared.experiment.mesh)))
+    if restored is None:
+        return state
+    step, trees, _ = restored
+    say(f"resuming from step {step} of {prepared.total_steps}")
+    return TrainState(trees["trainable"], trees["optimizer"]["state"], **trees["optimizer"]["counters"])
+
+
+def _loop_options(config: Config, workdir: Path, total_steps: int) -> LoopOptions:
+    t = config.train
+    return LoopOptions(
+        total_steps=total_steps,
+        log_every=t.log_every,
+        evaluate_every=t.evaluate_every,
+        save_every=t.save_every,
+        max_bad_steps=t.max_bad_steps,
+        profile_steps=t.profile_steps,
+        profile_dir=str(workdir / "profile"),
+    )
