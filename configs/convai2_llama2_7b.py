@@ -5,7 +5,7 @@ ConvAI2's files are ParlAI's `train_self_original_no_cands.txt` (17,878 dialogue
 http://parl.ai/downloads/convai2/convai2_fix_723.tgz; unpack that, or run `parlai display_data -t convai2`.
 The weights are gated: ask for access on https://huggingface.co/meta-llama/Llama-2-7b-hf, then `hf auth login`.
 
-    pip install 'spt_jax[cuda,hub]'
+    pip install '.[cuda,hub]'
     spt-jax train --config=configs/convai2_llama2_7b.py --workdir=runs/convai2_llama2_7b \
         --config.data.train=DIR/train_self_original_no_cands.txt \
         --config.data.test=DIR/valid_self_original_no_cands.txt

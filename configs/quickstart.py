@@ -14,6 +14,7 @@ def get_config():
     config.data.max_length = 384
     config.data.max_buckets = 3
     config.optimizer.micro_batches = 4
+    config.retriever.init = "centred"
     config.optimizer.learning_rate = 2e-2
     config.optimizer.retriever_factor = 0.05
     config.optimizer.schedule = "cosine"

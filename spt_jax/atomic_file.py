@@ -23,8 +23,8 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: no permission to write in the folder {path.parent}")
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Writes UTF-8 text to a temporary neighbour, flushes it to disk and renames it to `path`.
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Writes bytes, or text as UTF-8, to a temporary neighbour, flushes it to disk and renames it to `path`.
 
     Raises:
         UserError: If the disk is full or refuses; a file that was there before is then unchanged.
@@ -32,11 +32,9 @@ def write_atomically(path: Path, text: str) -> None:
     check_writable(path)
     temporary = None
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", encoding="utf-8", newline="", dir=path.parent, prefix=f".{path.name}.", delete=False
-        ) as file:
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
-            file.write(text)
+            file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             os.fsync(file.fileno())
         # A temporary file is private; the result takes the mode any new file would have.

@@ -7,7 +7,8 @@ default is its description.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
@@ -40,6 +41,7 @@ def default_config() -> Config:
 
     c.retriever = ConfigDict()
     c.retriever.share = True  # One linear layer for contexts and prompts (the authors' program), or one a side
+    c.retriever.init = "uniform"  # uniform (the authors' torch.nn.Linear), or centred: see docs/method.md
     c.retriever.activation = "softplus"  # Score of a cosine: softplus, relu or leaky_relu
 
     c.objective = ConfigDict()
@@ -129,9 +131,10 @@ def one_of(*names: str) -> Rule:
     return Rule(lambda value: value in names, "one of " + ", ".join(names))
 
 
-AT_LEAST_0 = Rule(lambda value: value >= 0, "0 or more")
-AT_LEAST_1 = Rule(lambda value: value >= 1, "1 or more")
-POSITIVE = Rule(lambda value: value > 0, "more than 0")
+# `inf` and `nan` are floats to Python, but no option means them.
+AT_LEAST_0 = Rule(lambda value: 0 <= value < math.inf, "0 or more")
+AT_LEAST_1 = Rule(lambda value: 1 <= value < math.inf, "1 or more")
+POSITIVE = Rule(lambda value: 0 < value < math.inf, "more than 0")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 RULES: dict[str, Rule] = {
@@ -144,6 +147,7 @@ RULES: dict[str, Rule] = {
     "bank.prompt_length": AT_LEAST_1,
     "bank.init": one_of("vocabulary", "normal", "text", "file"),
     "bank.init_stddev": POSITIVE,
+    "retriever.init": one_of("uniform", "centred"),
     "retriever.activation": one_of("softplus", "relu", "leaky_relu"),
     "objective.selection_weight": AT_LEAST_0,
     "objective.contrastive_weight": AT_LEAST_0,
@@ -194,6 +198,24 @@ RULES: dict[str, Rule] = {
     "mesh.tensor": AT_LEAST_1,
 }
 
+UNRULED: dict[str, str] = {
+    "model.revision": "the hub knows its revisions",
+    "bank.init_text": "any text",
+    "bank.init_file": "read, and checked against K, P and M, when bank.init is file",
+    "retriever.share": "true or false",
+    "data.development": "empty, or a source like data.train",
+    "data.test": "empty, or a source like data.train",
+    "data.split": "the data set knows its splits",
+    "data.columns.persona": "the data set knows its columns",
+    "data.columns.history": "the data set knows its columns",
+    "data.columns.response": "the data set knows its columns",
+    "data.columns.turns": "the data set knows its columns",
+    "tracking.tensorboard": "true or false",
+    "tracking.wandb": "true or false",
+    "tracking.project": "any name",
+}
+"""Options of which every value of the right type is allowed here, and why."""
+
 
 def flatten(config: Config | dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """``{"a": {"b": 1}}`` to ``{"a.b": 1}``."""
@@ -216,7 +238,7 @@ def from_dict(values: dict[str, Any]) -> Config:
     known = flatten(config)
     for name, value in flatten(values).items():
         if name not in known:
-            raise UserError(f"there is no option {name!r} in the configuration.{nearest(name, known)}")
+            raise UserError(_no_such_option(name, known))
         set_option(config, name, value)
     validate(config)
     return config
@@ -244,17 +266,29 @@ def validate(config: Config) -> None:
         UserError: One sentence a bad value, each with its name, the value and what is allowed.
     """
     known, flat = flatten(default_config()), flatten(config)
-    problems = [
-        f"there is no option {name!r} in the configuration.{nearest(name, known)}" for name in flat if name not in known
-    ]
+    problems = [_no_such_option(name, known) for name in flat if name not in known]
     problems += [f"the option {name!r} is missing from the configuration" for name in known if name not in flat]
-    for name, rule in RULES.items():
-        if name in flat and not rule.holds(flat[name]):
-            problems.append(f"{name} is {flat[name]!r}; allowed: {rule.allowed}")
+    for name in [name for name in known if name in flat]:
+        value, kind = flat[name], type(known[name])
+        if not _is_a(value, kind):
+            problems.append(f"{name} is {value!r}; allowed: a value of type {kind.__name__}")
+        elif name in RULES and not RULES[name].holds(value):
+            problems.append(f"{name} is {value!r}; allowed: {RULES[name].allowed}")
     if not problems:
         problems += _relations(config)
     if problems:
         raise UserError("\n".join(problems))
+
+
+def _no_such_option(name: str, known: Iterable[str]) -> str:
+    return f"there is no option {name!r} in the configuration.{nearest(name, known)}"
+
+
+def _is_a(value: Any, kind: type) -> bool:
+    """Whether a value has the type of its default; a whole number serves as a float, but true is no number."""
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (kind, int) if kind is float else kind)
 
 
 def _relations(config: Config) -> list[str]:

@@ -16,6 +16,18 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parent.parent
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--all", action="store_true", help="run the long campaigns in full, not a sample of them")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if config.getoption("--all"):
+        return
+    for item in items:
+        if item.get_closest_marker("campaign"):
+            item.add_marker(pytest.mark.skip(reason="a long campaign; pytest --all runs it"))
+
+
 @pytest.fixture(scope="session")
 def shared_dir() -> Path:
     """The folder of shared reference data beside the repository; a user's machine has none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import inspect
 import re
@@ -78,7 +79,17 @@ def _override(argument: str, match: re.Match[str], rest: list[str]) -> str:
     if truth and value is None:
         spoken = not negated and rest and rest[0].lower() in _TRUTHS
         return f"--config.{name}={rest.pop(0) if spoken else str(not negated).lower()}"
-    return f"--config.{name}={_following(argument, rest) if value is None else value}"
+    value = _following(argument, rest) if value is None else value
+    return f"--config.{name}={_quoted(value) if isinstance(known[name], tuple) else value}"
+
+
+def _quoted(value: str) -> str:
+    """A value of a tuple: what is no Python literal is one text, whatever spaces and commas it has."""
+    try:
+        ast.literal_eval(value)
+    except (SyntaxError, ValueError):
+        return repr(value)
+    return value
 
 
 def _following(argument: str, rest: list[str]) -> str:

@@ -51,13 +51,13 @@ def run(flag_values: flags.FlagValues) -> int:
     from rich.console import Console
 
     from spt_jax.atomic_file import check_writable
-    from spt_jax.commands.restored import open_run, test_dialogues
+    from spt_jax.commands.restored import heldout_dialogues, open_run
     from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
     from spt_jax.evaluation.table import rich_table
 
     restored = open_run(given["workdir"], given["checkpoint"])
     check_writable(restored.workdir / "results.json")
-    source, dialogues = test_dialogues(restored.config, given["data"], given["limit"])
+    source, dialogues = heldout_dialogues(restored.config, given["data"], given["limit"])
     which = "" if given["checkpoint"].isdigit() else f"{given['checkpoint']} "
     print(f"{which}checkpoint, step {restored.step}, on {len(dialogues)} dialogues of {source}", flush=True)
     evaluation = evaluate_run(
@@ -73,7 +73,12 @@ def run(flag_values: flags.FlagValues) -> int:
     Console().print(rich_table(evaluation.results["columns"]))
     for sample in evaluation.samples[:_SAMPLES_PRINTED]:
         selected = sample["selected"]
-        print(f"\npersona: {' '.join(sample['persona'])}\n  they say: {sample['history'][-1]}")
-        print(f"  soft prompt {selected} answers: {sample['replies'][selected] or '(nothing)'}")
+        print(f"\npersona: {_line(' '.join(sample['persona']))}\n  they say: {_line(sample['history'][-1])}")
+        print(f"  soft prompt {selected} answers: {_line(sample['replies'][selected]) or '(nothing)'}")
     print(f"\nreport: {restored.workdir / 'report.html'}\ntalk to it: {chat}")
     return 0
+
+
+def _line(text: str) -> str:
+    """Without control characters: neither an LM nor a file of dialogues must steer the terminal."""
+    return "".join(character for character in text if character.isprintable())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spt_jax.config import Config
+from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.template import encode_context
 from spt_jax.errors import UserError
 from spt_jax.models.decoder import FrozenTree, embed
@@ -20,8 +22,8 @@ from spt_jax.parallel.rules import replicated
 from spt_jax.prompting.retriever import context_means
 from spt_jax.prompting.selective_lm import SelectiveLM, Trainable, retriever_scores
 from spt_jax.training.checkpoint import Checkpoints, restore_targets
-from spt_jax.training.experiment import Experiment, initial_trainable, open_experiment
-from spt_jax.training.workdir import CHECKPOINT_FOLDER, check_lm, read_config
+from spt_jax.training.experiment import Experiment, open_experiment, read_source, read_splits
+from spt_jax.training.workdir import CHECKPOINT_FOLDER, check_lm, read_config, read_initial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,9 +54,8 @@ class Run:
 
     @cached_property
     def initial(self) -> Trainable:
-        """The trainable tree before the first step, made again from the configuration and its seed."""
-        e = self.experiment
-        return initial_trainable(e.config, e.model, e.lm.params, e.lm.tokenizer)
+        """The trainable tree before the first step."""
+        return read_initial(self.workdir)
 
     def encode_context(self, persona: Sequence[str], history: Sequence[str]) -> list[int]:
         """Token ids of an inference prompt within the run's limits.
@@ -110,5 +111,32 @@ def open_run(workdir: str, step: str = "best") -> Run:
         targets = {"trainable": restore_targets(template, replicated(experiment.mesh))}
         restored = checkpoints.restore(step, targets)
     if restored is None:
-        raise UserError(f"there is no checkpoint in {folder / CHECKPOINT_FOLDER}")
+        raise UserError(f"there is no checkpoint in {folder / CHECKPOINT_FOLDER}; train first")
     return Run(folder, experiment, restored[1]["trainable"], restored[0])
+
+
+def heldout_dialogues(config: Config, source: str, limit: int = 0) -> tuple[str, list[Dialogue]]:
+    """The dialogues that a run is measured on; malformed lines that ``data.on_error`` skips are told on standard error.
+
+    Args:
+        config: The run's configuration.
+        source: As ``data.test``; empty for the run's own, which may be cut from its training dialogues.
+        limit: The first so many; 0 for all.
+
+    Returns:
+        The name of the source, and the dialogues.
+
+    Raises:
+        UserError: The source cannot be read.
+    """
+    source = source or config.data.test
+    if source:
+        found = read_source(config, source, "test")
+        dialogues, skipped = list(found.dialogues), found.skipped
+    else:
+        source = f"{config.data.train} (held out)"
+        splits = read_splits(config)
+        dialogues, skipped = splits.test, tuple(splits.skipped)
+    for sentence in skipped:
+        print(f"skipped {sentence}", file=sys.stderr)
+    return source, dialogues[: limit or None]

@@ -19,6 +19,12 @@ from absl import flags
 from spt_jax.errors import UserError
 from spt_jax.progress import ProgressBar
 
+_REQUIRED = {
+    "workdir": "the working directory of a trained run",
+    "data": "a file of dialogues",
+    "out": "a file for the JSON lines",
+}
+
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this door."""
@@ -32,21 +38,25 @@ def define_flags(flag_values: flags.FlagValues) -> None:
 
 
 def run(flag_values: flags.FlagValues) -> int:
-    """Scores; returns the exit code."""
+    """Scores; returns the exit code.
+
+    Raises:
+        UserError: A flag is missing, there is no run or no checkpoint, or the dialogues cannot be used.
+    """
     given: Any = flag_values.flag_values_dict()
-    for name in ("workdir", "data", "out"):
+    for name, wanted in _REQUIRED.items():
         if not given[name]:
-            raise UserError(f"--{name} is missing; see spt-jax score --help")
+            raise UserError(f"--{name} is missing; give {wanted}")
     from spt_jax.atomic_file import check_writable, write_atomically
-    from spt_jax.commands.restored import open_run
+    from spt_jax.commands.restored import heldout_dialogues, open_run
     from spt_jax.evaluation.likelihood import score_rows
-    from spt_jax.training.experiment import pack_dialogues, read_source
+    from spt_jax.training.experiment import pack_dialogues
 
     out = Path(given["out"])
     check_writable(out)
     restored = open_run(given["workdir"], given["checkpoint"])
     config, lm = restored.config, restored.lm
-    dialogues = read_source(config, given["data"], "test").dialogues[: given["limit"] or None]
+    _, dialogues = heldout_dialogues(config, given["data"], given["limit"])
     rows = pack_dialogues(config, dialogues, lm.tokenizer, given["layout"]).rows
     with ProgressBar("scoring turns", sum(len(row.turns) for row in rows)) as bar:
         likelihoods = score_rows(

@@ -11,7 +11,9 @@ Examples:
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,10 +63,10 @@ def train_run(config: Config, workdir: Path) -> int:
             )
         ]
 
-    outcome, total_steps = run_training(config, workdir, evaluators)
+    outcome, total_steps = run_training(config, workdir, evaluators, partial(print, flush=True))
     step = int(outcome.state.step)
     if outcome.finished:
-        print(f"finished {step} steps; evaluate with: spt-jax evaluate --workdir={workdir}")
+        print(f"finished {step} steps; evaluate with: spt-jax evaluate --workdir={shlex.quote(str(workdir))}")
     else:
         print(f"stopped after step {step} of {total_steps}, saved; the same command goes on from there")
     return 0

@@ -70,16 +70,17 @@ class Checkpoints:
         if read_only and not _step_folders(self.directory):
             raise UserError(f"there is no checkpoint in {self.directory}")
         logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO
-        self._manager = self._open()
+        self._failed_before = False
+        # Orbax's manager stumbles over a damaged step as soon as it is made; reading needs none.
+        self._manager = None if read_only else self._open()
 
     def _open(self) -> ocp.CheckpointManager:
         keep_latest, keep_best = self._keep
-        if not self._read_only:
-            for step in _step_folders(self.directory):
-                try:
-                    self._peek(step)
-                except DamagedCheckpointError as error:
-                    self._set_aside(step, error)
+        for step in _step_folders(self.directory):
+            try:
+                self._peek(step)
+            except DamagedCheckpointError as error:
+                self._set_aside(step, error)
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep_latest),
@@ -89,12 +90,11 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            create=not self._read_only,
-            read_only=self._read_only,
-            cleanup_tmp_directories=not self._read_only,
+            create=True,
+            cleanup_tmp_directories=True,
             best_fn=_perplexity,
             best_mode="min",
-            preservation_policy=None if self._read_only else policy,
+            preservation_policy=policy,
         )
         return ocp.CheckpointManager(self.directory, options=options, item_names=("trainable", "optimizer", "meta"))
 
@@ -140,9 +140,15 @@ class Checkpoints:
         Raises:
             UserError: This save, or the one before it, could not be written. Earlier checkpoints stay usable.
         """
+        assert self._manager is not None, "these checkpoints were opened to be read only"
         # jax may reuse a donated buffer for the next step, so the arrays are fetched before anything else happens.
         trees = jax.device_get({"trainable": trainable, "optimizer": optimizer})
-        meta = meta | {"step": step, "digests": {name: tree_digest(tree) for name, tree in trees.items()}}
+        meta = meta | {
+            "step": step,
+            "digests": {name: tree_digest(tree) for name, tree in trees.items()},
+            "shapes": tree_shapes(trees["trainable"]),
+            "optimizer_shapes": tree_shapes(trees["optimizer"]),
+        }
         try:
             self._manager.save(
                 step,
@@ -159,11 +165,13 @@ class Checkpoints:
     def wait(self) -> None:
         """Waits until every save is on disk; UserError when one could not be written."""
         try:
-            self._manager.wait_until_finished()
+            if self._manager is not None:
+                self._manager.wait_until_finished()
         except Exception as error:
             raise self._failed(error) from error
 
     def _failed(self, error: Exception) -> UserError:
+        self._failed_before = True
         good = [step for step in _step_folders(self.directory) if self._is_whole(step)]
         last = f"the last good one is step {good[-1]}" if good else "there is no earlier one"
         reason = " ".join(str(error).split())[:300]
@@ -181,7 +189,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps on disk, ascending."""
-        return sorted(self._manager.all_steps())
+        return _step_folders(self.directory)
 
     def _candidates(self, which: str) -> Iterator[int]:
         """Steps in the order in which they should be tried."""
@@ -230,7 +238,7 @@ class Checkpoints:
                 trees, meta = self._restore_step(step, targets)
             except DamagedCheckpointError as error:
                 self._set_aside(step, error)
-                if not self._read_only:
+                if self._manager is not None:
                     self._manager.close()
                     self._manager = self._open()
                 last_error = error
@@ -244,9 +252,12 @@ class Checkpoints:
         meta = self._peek(step)
         self._check_shapes(step, meta, targets)
         try:
-            arguments = {name: ocp.args.StandardRestore(tree) for name, tree in targets.items()}
-            restored = self._manager.restore(step, args=ocp.args.Composite(**arguments))
-            trees = {name: restored[name] for name in targets}
+            folder = self.directory / str(step)
+            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+                trees = {
+                    name: reader.restore(folder / name, args=ocp.args.StandardRestore(tree))
+                    for name, tree in targets.items()
+                }
             whole = all(tree_digest(jax.device_get(trees[name])) == meta["digests"][name] for name in targets)
         except Exception as error:
             raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: {error}") from error
@@ -255,18 +266,25 @@ class Checkpoints:
         return trees, meta
 
     def _check_shapes(self, step: int, meta: dict[str, Any], targets: dict[str, Tree]) -> None:
-        saved = meta.get("shapes", {})
-        wanted = tree_shapes(targets["trainable"]) if "trainable" in targets else {}
-        for name in sorted(set(saved) | set(wanted)):
-            if saved.get(name) != wanted.get(name):
-                raise UserError(
-                    f"the checkpoint of step {step} in {self.directory} holds {name} of shape {saved.get(name)}, "
-                    f"but this configuration needs {wanted.get(name)}"
-                )
+        for item, key in (("trainable", "shapes"), ("optimizer", "optimizer_shapes")):
+            if item not in targets or key not in meta:
+                continue
+            saved, wanted = meta[key], tree_shapes(targets[item])
+            for name in sorted(set(saved) | set(wanted)):
+                if saved.get(name) != wanted.get(name):
+                    raise UserError(
+                        f"the checkpoint of step {step} in {self.directory} holds {name} of shape {saved.get(name)}, "
+                        f"but this configuration needs {wanted.get(name)}"
+                    )
 
     def close(self) -> None:
-        """Waits for pending saves and frees the manager."""
-        self._manager.close()
+        """Waits for pending saves and frees the manager; UserError when a save failed and nobody was told yet."""
+        try:
+            if self._manager is not None:
+                self._manager.close()
+        except Exception as error:
+            if not self._failed_before:
+                raise self._failed(error) from error
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -14,7 +13,7 @@ import numpy as np
 
 from spt_jax.errors import UserError
 from spt_jax.progress import ProgressBar
-from spt_jax.training.checkpoint import Checkpoints, tree_shapes
+from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.signals import StopSignal
 from spt_jax.training.step import Metrics, TrainState
 from spt_jax.training.tracking import Tracker
@@ -55,8 +54,7 @@ def save(checkpoints: Checkpoints, state: TrainState, meta: Mapping[str, Any], p
     """Saves a state under its step."""
     counters = {"step": state.step, "skipped": state.skipped, "bad_in_a_row": state.bad_in_a_row}
     optimizer = {"state": state.optimizer, "counters": counters}
-    shapes = {"shapes": tree_shapes(state.trainable)}
-    checkpoints.save(int(state.step), state.trainable, optimizer, dict(meta) | shapes, perplexity)
+    checkpoints.save(int(state.step), state.trainable, optimizer, dict(meta), perplexity)
 
 
 def train(
@@ -93,23 +91,23 @@ def train(
     """
     start = int(state.step)
     watch = _Watch(options, trackers)
-    perplexity: float | None = None
     with ProgressBar("training", options.total_steps, start) as bar:
         steps = batches(start, options.total_steps)
         for step in range(start, options.total_steps + 1):
             last = step == options.total_steps
-            if stop.requested and not last:
-                if step > start:
-                    save(checkpoints, state, meta, None)
-                break
+            perplexity: float | None = None
+            stopping = stop.requested and not last
+            # Who asks a run to stop may not wait for an evaluation.
+            due = last or (step % options.evaluate_every == 0 and not stopping)
             if step > start or step == 0:
-                evaluating = step % options.evaluate_every == 0 or last
-                if evaluating:
+                if due:
                     watch.finish(bar)
                     perplexity = _evaluate(state, evaluators, trackers, step, bar)
-                if evaluating or step % options.save_every == 0:
-                    save(checkpoints, state, meta, perplexity if evaluating else None)
-            if last:
+                    stopping = stop.requested
+                if due or stopping or step % options.save_every == 0:
+                    watch.finish(bar)  # a step's metrics must be on disk before its checkpoint
+                    save(checkpoints, state, meta, perplexity)
+            if last or stopping:
                 break
             watch.profile(step - start)
             _, batch = next(steps)
@@ -117,7 +115,7 @@ def train(
             watch.submitted(step + 1, metrics, bar)
         watch.close(bar)
         checkpoints.wait()
-    return Outcome(state, finished=int(state.step) == options.total_steps)
+    return Outcome(state, finished=int(state.step) >= options.total_steps)
 
 
 def _evaluate(
@@ -162,7 +160,7 @@ class _Watch:
             for tracker in self._trackers:
                 tracker.log(step, metrics)
         bar.advance(1, f"loss {metrics['loss/total']:.4f} · {metrics['tokens_per_second']:,.0f} tokens/s")
-        if not math.isfinite(metrics["loss/total"]):
+        if metrics["bad_in_a_row"]:
             bar.message(f"step {step}: the loss or its gradient is not finite; the update was skipped")
         if metrics["bad_in_a_row"] >= self._options.max_bad_steps:
             raise UserError(

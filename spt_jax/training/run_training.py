@@ -23,7 +23,7 @@ from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.signals import StopSignal
 from spt_jax.training.step import TrainState, init_state, make_train_step
 from spt_jax.training.tracking import open_trackers
-from spt_jax.training.workdir import CHECKPOINT_FOLDER, absolute_paths, check_workdir, claim_workdir
+from spt_jax.training.workdir import CHECKPOINT_FOLDER, absolute_paths, check_workdir, claim_workdir, write_initial
 
 MakeEvaluators = Callable[[Experiment, Sequence[Row]], Sequence[Evaluator]]
 """Makes what measures a state, from the experiment and the rows of the development dialogues."""
@@ -66,6 +66,7 @@ def run_training(
     prepared = _prepare(config, say)
     e = prepared.experiment
     claim_workdir(workdir, config, e.lm.identity, e.lm.tokenizer.fingerprint)
+    write_initial(workdir, prepared.state.trainable)
     say(_summary(prepared))
     keep = {"keep_latest": config.train.keep_latest, "keep_best": config.train.keep_best}
     with StopSignal() as stop, Checkpoints(workdir / CHECKPOINT_FOLDER, **keep) as checkpoints:
@@ -105,7 +106,8 @@ def _prepare(config: Config, say: Callable[[str], None]) -> _Preparation:
     loader = setup.make_loader(config, rows, splits.train, e.mesh, e.lm.tokenizer.pad_id)
     total_steps = config.train.steps or config.train.epochs * loader.steps_per_epoch
     optimizer = make_optimizer(config.optimizer, total_steps)
-    state = init_state(setup.initial_trainable(config, e.model, e.lm.params, e.lm.tokenizer), optimizer, e.mesh)
+    first = setup.initial_trainable(config, e.model, e.lm.params, e.lm.tokenizer, rows.rows)
+    state = init_state(first, optimizer, e.mesh)
     return _Preparation(e, splits, development, loader, optimizer, state, total_steps)
 
 

@@ -56,8 +56,8 @@ def _metrics(losses: Losses, gradients: Trainable, batch: ArrayBatch) -> Metrics
         "loss/contrastive": losses.contrastive,
         "loss/fusion": losses.fusion,
         "perplexity/selected": jnp.exp(losses.selected_nll),
-        "gradient_norm/bank": optax.global_norm(gradients["bank"]),
-        "gradient_norm/retriever": optax.global_norm(gradients["retriever"]),
+        "gradient_norm/bank": optax.tree.norm(gradients["bank"]),
+        "gradient_norm/retriever": optax.tree.norm(gradients["retriever"]),
         "selection_entropy": losses.selection_entropy,
         "turns": batch["turn_mask"].sum(),
         "tokens": batch["lengths"].sum(),
@@ -89,7 +89,7 @@ def make_train_step(
     def step(state: TrainState, params: FrozenTree, batch: ArrayBatch) -> tuple[TrainState, Metrics]:
         losses, gradients = losses_and_gradients(model, objective, params, state.trainable, batch, micro_batches)
         updates, moved = optimizer.update(gradients, state.optimizer, state.trainable)
-        finite = jnp.isfinite(losses.total) & jnp.isfinite(optax.global_norm(gradients))
+        finite = jnp.isfinite(losses.total) & jnp.isfinite(optax.tree.norm(gradients))
 
         def keep(new: Any, old: Any) -> Any:
             return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
+from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
 
 
@@ -62,9 +62,7 @@ def _cut_back(path: Path, step: int) -> None:
             continue  # a row cut short by a kill
         if row.get("step", 0) <= step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, path)
+    write_atomically(path, "".join(kept))
 
 
 class TensorBoard:

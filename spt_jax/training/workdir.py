@@ -6,14 +6,21 @@ import json
 from pathlib import Path
 from typing import Any
 
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import load_file, save
+
 import spt_jax
 from spt_jax.atomic_file import write_atomically
 from spt_jax.config import Config, flatten, from_dict
 from spt_jax.errors import UserError
 from spt_jax.models.loading import LMIdentity
+from spt_jax.prompting.selective_lm import Trainable
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
+INITIAL_FILE = "initial.safetensors"
 
 MAY_CHANGE = (
     "train.log_every",
@@ -73,6 +80,27 @@ def read_config(workdir: Path) -> tuple[Config, LMIdentity, str]:
     return from_dict(record["config"]), LMIdentity.from_dict(record["lm"]), record["tokenizer"]
 
 
+def write_initial(workdir: Path, trainable: Trainable) -> None:
+    """Keeps the trainable tree before the first step, for comparison; not written again by a resumed run.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    path = workdir / INITIAL_FILE
+    if path.exists():
+        return
+    arrays = {name: np.asarray(leaf) for name, leaf in flatten_dict(jax.device_get(trainable), sep="/").items()}
+    write_atomically(path, save(arrays))
+
+
+def read_initial(workdir: Path) -> Trainable:
+    """The tree that `write_initial` kept; UserError when it cannot be read."""
+    try:
+        return unflatten_dict(load_file(workdir / INITIAL_FILE), sep="/")
+    except Exception as error:
+        raise UserError(f"{workdir / INITIAL_FILE}, the trainable tree before training, cannot be read") from error
+
+
 def check_workdir(workdir: Path, config: Config) -> None:
     """Refuses a folder that holds another run, or something else, before any weight is loaded.
 
@@ -81,7 +109,8 @@ def check_workdir(workdir: Path, config: Config) -> None:
     """
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; allowed: a folder, new or of the same run")
-    if not workdir.is_dir() or not any(workdir.iterdir()):
+    # A start that was killed while it wrote its first file leaves a temporary one behind.
+    if not workdir.is_dir() or all(path.name.startswith(f".{CONFIG_FILE}.") for path in workdir.iterdir()):
         return
     if not (workdir / CONFIG_FILE).exists():
         raise UserError(f"{workdir} is not empty and holds no run (no {CONFIG_FILE}); choose another --workdir")

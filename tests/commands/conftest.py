@@ -1,4 +1,4 @@
-"""A run that was never trained: a tiny random decoder whose tokens are bytes."""
+"""A run that was never trained: a tiny random decoder whose tokens are bytes; and one that was, a little."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from collections.abc import Sequence
 from functools import cached_property
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
+from tiny_run import train_arguments, walk
 
 from spt_jax.data.template import encode_context
 from spt_jax.models.decoder import random_params
@@ -81,3 +83,12 @@ class FakeRun:
 @pytest.fixture
 def fake_run() -> FakeRun:
     return FakeRun()
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """A folder with the files of `train_arguments` and their run in ``run``, trained and evaluated."""
+    folder = tmp_path_factory.mktemp("trained")
+    walk(*train_arguments(folder, workdir=folder / "run"))
+    walk("evaluate", f"--workdir={folder / 'run'}")
+    return folder

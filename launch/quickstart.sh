@@ -1,0 +1,42 @@
+#!/usr/bin/env bash
+# Trains Selective Prompt Tuning on SmolLM2-135M-Instruct, evaluates it on held-out dialogues and shows the result.
+#
+#   bash launch/quickstart.sh                      the dialogues that ship with the package
+#   bash launch/quickstart.sh --data FILE          a ConvAI2 file instead; its test dialogues are cut by persona
+#   bash launch/quickstart.sh --workdir DIR        where the run goes (default: runs/quickstart)
+#
+# Needs Python 3.11 or newer with pip; everything goes into .venv. A second run reuses what is there.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+workdir="runs/quickstart"
+overrides=()
+while [ $# -gt 0 ]; do
+  case "$1" in
+    --data=* | --workdir=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
+    --data)
+      [ -f "${2:-}" ] || { echo "quickstart: --data needs a ConvAI2 file; there is no file '${2:-}'" >&2; exit 2; }
+      overrides=("--config.data.train=$2" "--config.data.test=" "--config.data.limit=92")
+      [ "$workdir" != "runs/quickstart" ] || workdir="runs/quickstart-$(basename "${2%.*}")"
+      shift 2
+      ;;
+    --workdir)
+      [ -n "${2:-}" ] || { echo "quickstart: --workdir needs a folder" >&2; exit 2; }
+      workdir="$2"
+      shift 2
+      ;;
+    -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    *) echo "quickstart: unknown argument '$1'; allowed: --data FILE, --workdir DIR, --help" >&2; exit 2 ;;
+  esac
+done
+
+python="$(find_python .venv/bin/python python3 python3.13 python3.12 python3.11)" || {
+  echo "quickstart: no Python 3.11 or newer was found on the PATH" >&2
+  exit 2
+}
+install .venv "$python" ""
+fetch_smollm2 .venv
+
+.venv/bin/spt-jax train --config=configs/quickstart.py --workdir="$workdir" ${overrides[@]+"${overrides[@]}"}
+.venv/bin/spt-jax evaluate --workdir="$workdir" --reuse

@@ -1,0 +1,49 @@
+#!/usr/bin/env bash
+# Checks the project from nothing: format, lint, types, layers, tests; then the torch-free tests under a second Python.
+#
+#   bash launch/test.sh                 everything at its usual size
+#   bash launch/test.sh --all           the long campaigns too
+#   bash launch/test.sh tests/data -k bleu    further arguments go to pytest (then the second Python is left out)
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/environment.sh
+
+case "${1:-}" in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+
+python="$(find_python .venv/bin/python python3.11 python3 python3.12 python3.13)" || {
+  echo "test: no Python 3.11 or newer was found on the PATH" >&2
+  exit 2
+}
+install .venv "$python" "[test,test-torch]"
+fetch_smollm2 .venv
+
+echo "== format, lint, types, layers"
+.venv/bin/ruff format --check .
+.venv/bin/ruff check .
+.venv/bin/pyright
+.venv/bin/lint-imports
+
+# The tests compile many small programs, one thread each: two processes use two cores.
+echo "== tests, $(.venv/bin/python --version)"
+.venv/bin/python -m pytest -n 2 "$@"
+for argument in "$@"; do
+  [ "$argument" = "--all" ] || exit 0
+done
+
+first="$(.venv/bin/python -c 'import sys; print(sys.version_info.minor)')"
+second=""
+for candidate in python3.13 python3.12 "$HOME"/.pyenv/versions/3.13*/bin/python "$HOME"/.pyenv/versions/3.12*/bin/python; do
+  if found="$(find_python "$candidate")" && [ "$("$found" -c 'import sys; print(sys.version_info.minor)')" -gt "$first" ]; then
+    second="$found"
+    break
+  fi
+done
+if [ -z "$second" ]; then
+  echo "== second Python: skipped, no Python newer than 3.$first was found on the PATH or in ~/.pyenv"
+  exit 0
+fi
+environment=".venv-$("$second" -c 'import sys; print("py3%d" % sys.version_info.minor)')"
+install "$environment" "$second" "[test]"
+fetch_smollm2 "$environment"
+echo "== torch-free tests, $("$environment/bin/python" --version)"
+"$environment/bin/python" -m pytest -n 2 -m "not torch" "$@"

@@ -1,0 +1,179 @@
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tiny_run import TALK, walk, write_dialogues
+
+from spt_jax.commands.main import main
+from spt_jax.models.decoder import decode, embed, vocabulary_logits
+from spt_jax.models.loading import load_lm
+
+
+@pytest.fixture
+def copy_of(trained, tmp_path) -> Path:
+    return shutil.copytree(trained / "run", tmp_path / "run")
+
+
+def results_of(workdir: Path) -> dict:
+    return json.loads((workdir / "results.json").read_text())
+
+
+def lines_of(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def test_results_hold_every_column_with_definitions_and_versions(trained):
+    results = results_of(trained / "run")
+    assert list(results["columns"]) == ["no soft prompt", "before training", "after training"]
+    for column in results["columns"].values():
+        assert {"perplexity", "perplexity_per_word", "oracle_perplexity", "f1", "bleu", "rouge_l", "dist_1"} <= set(
+            column
+        )
+        # What a column counts without being a metric of its own is defined by its name.
+        assert all(column[name] is None or np.isfinite(column[name]).all() for name in column)
+    assert {"perplexity", "f1", "bleu", "rouge_l", "dist_1", "dist_2", "usage"} <= set(results["definitions"])
+    assert {"spt_jax", "jax", "sacrebleu"} <= {name.replace("-", "_") for name in results["versions"]}
+    assert (results["turns"], results["replies"], results["data"]) == (8, 5, str(trained / "test.txt"))
+    assert results["columns"]["after training"]["usage"] == pytest.approx(
+        np.bincount([p["selected"] for p in scored(trained)], minlength=3) / 8
+    )
+
+
+def scored(trained: Path) -> list[dict]:
+    out = trained / "scored.jsonl"
+    if not out.exists():
+        walk("score", f"--workdir={trained / 'run'}", f"--data={trained / 'test.txt'}", f"--out={out}")
+    return lines_of(out)
+
+
+def test_predictions_are_turns_of_the_file_in_its_order(trained):
+    predictions = lines_of(trained / "run" / "predictions.jsonl")
+    places = [(p["dialogue"], p["turn"]) for p in predictions]
+    assert len(places) == 5
+    assert places == sorted(set(places))
+    by_turn = {(s["dialogue"], s["turn"]): s for s in scored(trained)}
+    for p in predictions:
+        persona, turns = TALK[p["dialogue"]]
+        assert p["persona"] == [persona]
+        assert p["reference"] == turns[p["turn"]][1]
+        said = [text for turn in turns[: p["turn"] + 1] for text in turn][:-1]
+        assert p["history"] == said
+        assert p["selected"] == int(np.argmax(p["scores"])) == by_turn[p["dialogue"], p["turn"]]["selected"]
+        assert p["nll"] == pytest.approx(by_turn[p["dialogue"], p["turn"]]["nll"], rel=1e-6)
+        assert "\n" not in p["prediction"]
+
+
+def test_perplexity_follows_from_the_output_of_score(trained):
+    turns = scored(trained)
+    total = sum(turn["target_tokens"] * turn["nll"][int(np.argmax(turn["scores"]))] for turn in turns)
+    words = sum(len(response.split()) for _, dialogue in TALK[:4] for _, response in dialogue)
+    after = results_of(trained / "run")["columns"]["after training"]
+    assert after["perplexity"] == pytest.approx(np.exp(total / sum(turn["target_tokens"] for turn in turns)), rel=1e-6)
+    assert after["perplexity_per_word"] == pytest.approx(np.exp(total / words), rel=1e-5)
+    best = sum(turn["target_tokens"] * min(turn["nll"]) for turn in turns)
+    assert after["oracle_perplexity"] == pytest.approx(
+        np.exp(best / sum(turn["target_tokens"] for turn in turns)), rel=1e-6
+    )
+
+
+def test_no_soft_prompt_is_the_lm_alone_on_rows_written_by_hand(trained):
+    lm = load_lm(str(trained / "lm"))
+    nats, tokens = 0.0, 0
+    for persona, turns in TALK[:4]:
+        for t, (_, response) in enumerate(turns):
+            said = " ".join(f"Q: {q} R: {r}" for q, r in turns[:t])
+            context = f"given persona: {persona}; context: {said}{' ' if said else ''}Q: {turns[t][0]} R:"
+            before, after = lm.tokenizer.encode([context, f"{context} {response}"])
+            assert after[: len(before)] == before
+            row = [lm.tokenizer.bos_id, *after, lm.tokenizer.eos_id]
+            padded = np.pad(row, (0, 256 - len(row)))[None]
+            places = jnp.arange(256)[None]
+            hidden, _ = decode(lm.config, lm.params, embed(lm.config, lm.params, padded), places, places < len(row))
+            logits = np.asarray(vocabulary_logits(lm.config, lm.params, hidden[0]), np.float64)
+            logits -= logits.max(axis=-1, keepdims=True)
+            log_probabilities = logits - np.log(np.exp(logits).sum(axis=-1, keepdims=True))
+            targets = range(1 + len(before), len(row))
+            nats -= sum(log_probabilities[i - 1, row[i]] for i in targets)
+            tokens += len(targets)
+    bare = results_of(trained / "run")["columns"]["no soft prompt"]
+    assert bare["perplexity"] == pytest.approx(np.exp(nats / tokens), rel=1e-5)
+    assert bare["usage"] is None
+
+
+def test_the_best_checkpoint_is_restored_not_the_latest(trained, copy_of, capsys):
+    logged = {
+        row["step"]: row["development/perplexity"]
+        for row in lines_of(trained / "run" / "metrics.jsonl")
+        if "development/perplexity" in row
+    }
+    best = min(logged, key=lambda step: logged[step])
+    assert best not in (0, max(logged)), "the tiny run no longer has its best step in the middle"
+    assert results_of(trained / "run")["step"] == best
+    walk("evaluate", f"--workdir={copy_of}", f"--checkpoint={best}", "--nobaselines", "--replies=1")
+    expected = results_of(trained / "run")["columns"]["after training"]["perplexity"]
+    assert results_of(copy_of)["columns"]["after training"]["perplexity"] == expected
+    assert list(results_of(copy_of)["columns"]) == ["after training"]
+    walk("evaluate", f"--workdir={copy_of}", "--checkpoint=latest", "--nobaselines", "--replies=1")
+    assert results_of(copy_of)["step"] == max(logged)
+    assert results_of(copy_of)["columns"]["after training"]["perplexity"] != expected
+    capsys.readouterr()
+    assert main(["evaluate", f"--workdir={copy_of}", "--checkpoint=3"]) == 2
+    assert "there is no checkpoint of step 3" in capsys.readouterr().err
+
+
+def test_limit_takes_the_first_dialogues_and_data_another_file(trained, copy_of, tmp_path):
+    other = write_dialogues(tmp_path / "other.txt", TALK[4:8])
+    walk("evaluate", f"--workdir={copy_of}", f"--data={other}", "--limit=2", "--nobaselines", "--replies=0")
+    results = results_of(copy_of)
+    turns = [len(turns) for _, turns in TALK[4:6]]
+    # 0 means a reply to every turn, whatever the run's own number is.
+    assert (results["turns"], results["replies"], results["data"]) == (sum(turns), sum(turns), str(other))
+    assert {p["persona"][0] for p in lines_of(copy_of / "predictions.jsonl")} == {persona for persona, _ in TALK[4:6]}
+
+
+def test_a_run_without_test_dialogues_is_measured_on_those_cut_from_its_training_file(copy_of):
+    record = json.loads((copy_of / "config.json").read_text())
+    record["config"]["data"] |= {"test": "", "test_dialogues": 2}
+    (copy_of / "config.json").write_text(json.dumps(record))
+    walk("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=1")
+    assert results_of(copy_of)["data"].endswith("train.txt (held out)")
+
+
+def test_the_training_file_is_not_needed_once_there_are_test_dialogues(trained, copy_of):
+    record = json.loads((copy_of / "config.json").read_text())
+    record["config"]["data"]["train"] = "gone.txt"
+    (copy_of / "config.json").write_text(json.dumps(record))
+    walk("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=1")
+    assert results_of(copy_of)["turns"] == 8
+
+
+def test_control_characters_of_a_reply_never_reach_the_terminal(copy_of, capsys, monkeypatch):
+    from spt_jax.evaluation import columns
+
+    monkeypatch.setattr(columns, "cut_reply", lambda text: "\x1b[2Jboo")
+    walk("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=1", "--limit=1")
+    said = capsys.readouterr().out
+    assert "answers: [2Jboo" in said
+    assert "\x1b[2J" not in said
+    assert f"talk to it: spt-jax chat --workdir={copy_of}" in said
+
+
+@pytest.mark.parametrize("door", ["evaluate", "score", "chat"])
+def test_without_a_run_or_a_checkpoint_the_doors_say_so(trained, copy_of, tmp_path, capsys, door):
+    more = [f"--data={trained / 'test.txt'}", f"--out={tmp_path / 'o'}"] if door == "score" else []
+    shutil.rmtree(copy_of / "checkpoints")
+    assert main([door, f"--workdir={copy_of}", *more]) == 2
+    assert "there is no checkpoint in" in capsys.readouterr().err
+    assert main([door, f"--workdir={tmp_path / 'nowhere'}", *more]) == 2
+    assert "is not the working directory of a run: it has no config.json" in capsys.readouterr().err
+    (copy_of / "config.json").write_text("{")
+    assert main([door, f"--workdir={copy_of}", *more]) == 2
+    assert "config.json cannot be read" in capsys.readouterr().err
+    assert main([door, f"--workdir={copy_of}", "--checkpoint=first", *more]) == 2
+    assert "best, latest or a step's number" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+from tiny_run import train_arguments, walk, write_config, write_dialogues, write_llama
+
+from spt_jax.commands.main import main
+
+
+@pytest.fixture
+def copy_of(trained, tmp_path):
+    """The trained run's folder, to be changed."""
+    return shutil.copytree(trained / "run", tmp_path / "run")
+
+
+def rows(workdir):
+    return [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+
+
+def arguments_of(trained, workdir, *more: str) -> list[str]:
+    return ["train", f"--config={trained / 'tiny.py'}:3", f"--workdir={workdir}", *more]
+
+
+def test_a_run_leaves_the_files_of_a_working_directory(trained):
+    found = {path.name for path in (trained / "run").iterdir()}
+    assert found == {
+        *("config.json", "metrics.jsonl", "checkpoints", "tensorboard"),
+        *("predictions.jsonl", "results.json", "report.html"),
+    }
+    assert any(path.name.startswith("events.out") for path in (trained / "run" / "tensorboard").iterdir())
+    record = json.loads((trained / "run" / "config.json").read_text())
+    assert record["config"]["bank"]["num_prompts"] == 3
+    assert record["lm"]["name"] == str(trained / "lm")
+    assert len(record["lm"]["sha256"]) == 64
+
+
+def test_every_step_and_every_evaluation_is_logged(trained):
+    found = rows(trained / "run")
+    steps = {row["step"]: row for row in found if "loss/total" in row}
+    assert sorted(steps) == [1, 2, 3, 4]
+    terms = {f"loss/{term}" for term in ("total", "lm", "selection", "contrastive", "fusion")}
+    rates = {"tokens_per_second", "turns_per_second", "padding_share", "selection_entropy", "skipped"}
+    norms = {"gradient_norm/bank", "gradient_norm/retriever", "usage/0", "usage/1", "usage/2"}
+    assert all(terms | rates | norms <= set(row) for row in steps.values())
+    assert [row["step"] for row in found if "development/perplexity" in row] == [0, 2, 4]
+
+
+def test_the_same_command_again_resumes_and_changes_nothing(trained, copy_of, capsys):
+    before = rows(copy_of)
+    walk(*arguments_of(trained, copy_of))
+    assert "resuming from step 4 of 4" in capsys.readouterr().out
+    assert rows(copy_of) == before
+
+
+def test_more_steps_go_on_where_the_run_stopped(trained, copy_of, capsys):
+    walk(*arguments_of(trained, copy_of, "--config.train.steps=5"))
+    assert "resuming from step 4 of 5" in capsys.readouterr().out
+    assert [row["step"] for row in rows(copy_of) if "loss/total" in row] == [1, 2, 3, 4, 5]
+
+
+def test_another_run_is_refused_with_both_values_and_nothing_is_changed(trained, copy_of, capsys):
+    before = {path: path.read_bytes() for path in copy_of.rglob("*") if path.is_file()}
+    assert main(arguments_of(trained, copy_of, "--config.optimizer.learning_rate=0.5")) == 2
+    assert "optimizer.learning_rate (1.0 there, 0.5 here)" in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in copy_of.rglob("*") if path.is_file()} == before
+
+
+def test_another_lm_of_the_same_shape_is_refused_by_its_weights(trained, copy_of, tmp_path, capsys):
+    other = write_llama(tmp_path / "other", rope_theta=500.0, tie_word_embeddings=True)
+    assert main(arguments_of(trained, copy_of, f"--config.model.source={other}")) == 2
+    assert "was trained on" in capsys.readouterr().err
+
+
+def test_a_start_that_failed_leaves_no_folder_and_the_mended_command_runs(tmp_path, capsys):
+    arguments = train_arguments(tmp_path, workdir=tmp_path / "run")
+    good = (tmp_path / "train.txt").read_text()
+    (tmp_path / "train.txt").write_text(good.replace("\ti bake\n", "\t \n"))
+    assert main(arguments) == 2
+    assert "train.txt:5: " in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+    (tmp_path / "train.txt").write_text(good)
+    walk(*arguments, "--config.train.steps=1")
+    assert "finished 1 steps" in capsys.readouterr().out
+
+
+def test_malformed_lines_are_skipped_counted_and_shown_when_asked(tmp_path, capsys):
+    arguments = train_arguments(tmp_path, workdir=tmp_path / "run")
+    text = (tmp_path / "train.txt").read_text()
+    (tmp_path / "train.txt").write_text(text.replace("\ti bake\n", "\t \n"))
+    walk(*arguments, "--config.train.steps=1", "--config.data.on_error=skip")
+    out = capsys.readouterr().out
+    assert f"skipped {tmp_path / 'train.txt'}:5: " in out
+    assert "malformed line" in out
+
+
+def test_one_prompt_is_plain_prompt_tuning_through_the_doors(tmp_path, capsys):
+    model = write_llama(tmp_path / "lm")
+    data = write_dialogues(tmp_path / "train.txt")
+    config = write_config(tmp_path / "c.py", model, data, data)
+    off = [f"--config.objective.{name}_weight=0" for name in ("selection", "contrastive", "fusion")]
+    walk("train", f"--config={config}:1", f"--workdir={tmp_path / 'run'}", "--config.train.steps=1", *off)
+    walk("evaluate", f"--workdir={tmp_path / 'run'}", "--limit=2", "--replies=1")
+    assert "100 %" in capsys.readouterr().out
+    results = json.loads((tmp_path / "run" / "results.json").read_text())
+    after = results["columns"]["after training"]
+    assert after["usage"] == [1.0]
+    assert after["oracle_perplexity"] == pytest.approx(after["perplexity"])
+    assert "<svg" in (tmp_path / "run" / "report.html").read_text()

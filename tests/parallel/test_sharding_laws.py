@@ -1,0 +1,173 @@
+"""One device equals eight, and the frozen LM is really spread over them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+import optax
+import pytest
+import tiny
+from jax.sharding import Mesh, PartitionSpec
+
+from spt_jax.errors import UserError
+from spt_jax.models.decoder import abstract_params
+from spt_jax.parallel.mesh import make_mesh
+from spt_jax.parallel.rules import parameter_sharding, place_batch, replicated, row_devices, row_sharding
+from spt_jax.prompting.objective import Objective
+from spt_jax.training.step import TrainState, init_state, make_train_step
+
+OBJECTIVE = Objective(selection_weight=0.7, contrastive_weight=0.4, fusion_weight=0.9, gold_temperature=0.8)
+RATE = 0.5
+TRAINABLES = len(jax.tree.leaves(tiny.trainable()))
+
+
+def mesh_of(data: int, fsdp: int, tensor: int) -> Mesh:
+    return make_mesh(data, fsdp, tensor, devices=jax.devices()[: data * fsdp * tensor])
+
+
+def sharded_params(mesh: Mesh) -> Any:
+    names = jax.tree.map(
+        lambda leaf: leaf.names, abstract_params(tiny.CONFIG), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
+    )
+    return jax.tree.map(lambda x, axes: jax.device_put(x, parameter_sharding(mesh, axes, x.shape)), tiny.params(), names)
+
+
+def host_batch() -> dict[str, np.ndarray]:
+    """Eight rows, four of them dialogues and four padding, in an order that puts dialogues on several devices."""
+    return {name: np.asarray(x) for name, x in tiny.packed("dialogue").batch([0, -1, 1, -1, 2, -1, 3, -1]).items()}
+
+
+def start(mesh: Mesh) -> TrainState:
+    return init_state(tiny.trainable(), optax.sgd(RATE), mesh)
+
+
+@functools.cache
+def one_step(data: int, fsdp: int, tensor: int, micro_batches: int = 1) -> Any:
+    """Metrics and moved trainables of one step; plain gradient descent, so that the move shows the gradient."""
+    mesh = mesh_of(data, fsdp, tensor)
+    step = make_train_step(tiny.MODEL, OBJECTIVE, optax.sgd(RATE), mesh, micro_batches)
+    state, metrics = step(start(mesh), sharded_params(mesh), place_batch(mesh, host_batch()))
+    return jax.device_get((metrics, state.trainable))
+
+
+def gradients(result: Any) -> Any:
+    return jax.tree.map(lambda new, old: (np.asarray(old) - new) / RATE, result[1], jax.device_get(tiny.trainable()))
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [(8, 1, 1), (1, 8, 1), (1, 1, 2), (1, 1, 4), (2, 2, 2), (2, 2, 2, 2), (4, 1, 1, 2)],
+    ids=lambda shape: "data{}-fsdp{}-tensor{}-micro{}".format(*shape, *[1][: 4 - len(shape)]),
+)
+def test_one_device_equals_eight(shape):
+    one, many = one_step(1, 1, 1), one_step(*shape)
+    assert tiny.relative_difference(many[0], one[0]) <= 1e-5
+    assert tiny.relative_difference(many[1], one[1]) <= 1e-5
+    assert tiny.relative_difference(gradients(many), gradients(one)) <= 1e-5
+
+
+def test_the_law_concerns_a_step_that_moves_everything():
+    metrics, _ = one_step(1, 1, 1)
+    assert all(np.abs(g).max() > 1e-4 for g in jax.tree.leaves(gradients(one_step(1, 1, 1))))
+    assert min(metrics[f"loss/{name}"] for name in ("lm", "selection", "contrastive", "fusion")) > 1e-4
+
+
+def test_pairs_across_devices_keep_their_places():
+    mesh, batch = mesh_of(4, 2, 1), host_batch()
+    placed = place_batch(mesh, batch)
+    assert batch["similar"].any()
+    assert placed["similar"].sharding == replicated(mesh)
+    for name, array in placed.items():
+        np.testing.assert_array_equal(np.asarray(array), batch[name], err_msg=name)
+
+
+def test_rows_lie_on_the_row_axes_in_order():
+    mesh = mesh_of(2, 2, 2)
+    tokens = place_batch(mesh, host_batch())["tokens"]
+    assert tokens.sharding == row_sharding(mesh)
+    whole = np.asarray(tokens)
+    for shard in tokens.addressable_shards:
+        place = np.argwhere(mesh.devices == shard.device)[0]
+        first = (place[0] * 2 + place[1]) * 2
+        np.testing.assert_array_equal(np.asarray(shard.data), whole[first : first + 2])
+
+
+def test_frozen_weights_are_spread_over_the_devices():
+    mesh = mesh_of(2, 2, 2)
+    params = sharded_params(mesh)
+    spread = {
+        jax.tree_util.keystr(path, simple=True, separator="/"): (x.shape, x.addressable_shards[0].data.shape)
+        for path, x in jax.tree_util.tree_leaves_with_path(params)
+    }
+    divisors = {name: np.prod(whole) // np.prod(shard) for name, (whole, shard) in spread.items()}
+    matrices = {name: divisor for name, divisor in divisors.items() if "norm" not in name}
+    assert set(matrices.values()) == {4}, matrices
+    assert set(divisors.values()) == {1, 4}
+    (_, _), (vocabulary, width) = spread["embed_tokens"]
+    assert (vocabulary, width) == (64, 16)
+
+
+def test_an_uneven_axis_is_replicated():
+    mesh = mesh_of(1, 2, 4)
+    assert parameter_sharding(mesh, ("embed", "kv_heads", "head_dim"), (32, 2, 8)).spec == PartitionSpec(
+        "fsdp", None, None
+    )
+    assert parameter_sharding(mesh, ("embed", "heads", "head_dim"), (33, 4, 8)).spec == PartitionSpec(
+        None, "tensor", None
+    )
+    assert parameter_sharding(mesh, (None, "norm"), (8, 8)).spec == PartitionSpec(None, None)
+
+
+@pytest.mark.parametrize(("shape", "parts"), [((8, 1, 1), 8), ((2, 2, 2), 4), ((1, 1, 8), 1), ((1, 8, 1), 8)])
+def test_rows_are_split_over_data_and_fsdp_alone(shape, parts):
+    assert row_devices(mesh_of(*shape)) == parts
+
+
+def test_the_frozen_lm_is_an_argument_and_the_state_is_donated():
+    mesh = mesh_of(2, 2, 2)
+    step = make_train_step(tiny.MODEL, OBJECTIVE, optax.sgd(RATE), mesh)
+    state, params, batch = start(mesh), sharded_params(mesh), place_batch(mesh, host_batch())
+    lowered = step.lower(state, params, batch)
+    arguments = lowered.args_info[0]
+    assert len(jax.tree.leaves(arguments[1])) == len(jax.tree.leaves(params))
+    assert all(x.donated for x in jax.tree.leaves(arguments[0]))
+    assert not any(x.donated for x in jax.tree.leaves(arguments[1:]))
+    # A weight matrix inside the program would stand in its text as thousands of hexadecimal digits.
+    constants = re.findall(r"dense(?:_resource)?<[^>]*>", lowered.as_text())
+    assert constants
+    assert max(map(len, constants)) < 1000
+    moved, _ = step(state, params, batch)
+    assert all(x.is_deleted() for x in jax.tree.leaves(state))
+    assert not any(x.is_deleted() for x in jax.tree.leaves(params))
+    assert len(jax.tree.leaves(moved.trainable)) == TRAINABLES
+    assert {x.sharding.is_fully_replicated for x in jax.tree.leaves(moved)} == {True}
+    other = jax.tree.map(lambda x: 0.5 * x, params)
+    _, metrics = step(start(mesh), other, batch)
+    assert abs(metrics["loss/lm"] - one_step(1, 1, 1)[0]["loss/lm"]) > 1e-2
+
+
+@pytest.mark.parametrize(
+    ("sizes", "words"),
+    [
+        ({"data": 3}, ["3 × 1 × 1", "3 places", "8 devices", "mesh.data"]),
+        ({"fsdp": 3}, ["2 × 3 × 1", "6 places", "8 devices"]),
+        ({"tensor": 16}, ["1 × 1 × 16", "16 places", "8 devices"]),
+        ({"tensor": 0}, ["mesh.tensor is 0", "allowed: 1 or more"]),
+        ({"fsdp": -1}, ["mesh.fsdp is -1", "allowed: 1 or more"]),
+        ({"data": -2}, ["mesh.data is -2", "or -1 for the rest"]),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_told_in_a_sentence(sizes, words):
+    with pytest.raises(UserError) as told:
+        make_mesh(**sizes)
+    assert all(word in str(told.value) for word in words), told.value
+
+
+def test_data_takes_the_devices_that_are_left():
+    assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
+    assert dict(make_mesh(fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
