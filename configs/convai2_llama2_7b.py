@@ -1,4 +1,4 @@
-"""Llama-2-7B on ConvAI2 with the paper's hyper-parameters (arXiv 2406.18187): K = 4, P = 1, λ_sel = λ_con = 1, λ_fus = 1.
+"""Llama-2-7B on ConvAI2 with the paper's hyper-parameters: K = 4, P = 1, λ_sel = λ_con = λ_fus = 1 (arXiv 2406.18187).
 
 ConvAI2's files are ParlAI's `train_self_original_no_cands.txt` (17,878 dialogues, 131,438 turns) and
 `valid_self_original_no_cands.txt` (1,000 dialogues, 7,801 turns). ParlAI's own downloader fetches them from

@@ -58,7 +58,7 @@ def default_config() -> Config:
     c.data.train = "builtin:train"  # Dialogues: ParlAI .txt, .jsonl, hf:NAME, datasets folder, or builtin:train
     c.data.development = ""  # Dialogues for early selection; empty cuts them from the training dialogues
     c.data.development_dialogues = 16  # How many dialogues to cut, disjoint by persona
-    c.data.test = "builtin:heldout"  # Dialogues for the final figures; empty cuts them from the training dialogues
+    c.data.test = ""  # Dialogues for the final figures; empty cuts them from the training dialogues
     c.data.test_dialogues = 24  # How many dialogues to cut for the test, disjoint by persona
     c.data.format = "auto"  # auto (by name), parlai, jsonl or datasets
     c.data.split = "train"  # Split of a Hugging Face dataset used for training
@@ -147,6 +147,7 @@ RULES: dict[str, Rule] = {
     "bank.prompt_length": AT_LEAST_1,
     "bank.init": one_of("vocabulary", "normal", "text", "file"),
     "bank.init_stddev": POSITIVE,
+    "bank.init_text": Rule(lambda value: all(isinstance(text, str) for text in value), "texts"),
     "retriever.init": one_of("uniform", "centred"),
     "retriever.activation": one_of("softplus", "relu", "leaky_relu"),
     "objective.selection_weight": AT_LEAST_0,
@@ -200,7 +201,6 @@ RULES: dict[str, Rule] = {
 
 UNRULED: dict[str, str] = {
     "model.revision": "the hub knows its revisions",
-    "bank.init_text": "any text",
     "bank.init_file": "read, and checked against K, P and M, when bank.init is file",
     "retriever.share": "true or false",
     "data.development": "empty, or a source like data.train",
@@ -252,11 +252,10 @@ def set_option(config: Config, name: str, value: Any) -> None:
         holder = holder[part]
     if isinstance(holder[leaf], tuple) and isinstance(value, list):
         value = tuple(value)
-    try:
-        holder[leaf] = value
-    except TypeError as error:
-        expected = type(holder[leaf]).__name__
-        raise UserError(f"{name} is {value!r}; allowed: a value of type {expected}") from error
+    kind = type(holder[leaf])
+    if not _is_a(value, kind):
+        raise UserError(f"{name} is {value!r}; allowed: a value of type {kind.__name__}")
+    holder[leaf] = value
 
 
 def validate(config: Config) -> None:

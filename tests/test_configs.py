@@ -1,4 +1,4 @@
-"""Every config loads, is valid, and describes a train step whose shapes fit, at its real size and without its weights."""
+"""Every config loads, is valid, and describes a train step whose shapes fit, at its real size without its weights."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_a_train_step_of_real_size_keeps_the_shapes_of_its_state(name: str) -> N
         return jax.ShapeDtypeStruct(value.shape, value.dtype, sharding=parameter_sharding(mesh, names, value.shape))
 
     params = jax.tree.map(place, abstract_params(decoder), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned))
-    scalar = jax.ShapeDtypeStruct((), np.int32)
+    scalar: Any = jax.ShapeDtypeStruct((), np.int32)
     state = TrainState(trainable, jax.eval_shape(optimizer.init, trainable), scalar, scalar, scalar)
     state = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=replicated(mesh)), state)
     empty = np.full(config.data.batch, -1)

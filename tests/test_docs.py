@@ -22,7 +22,7 @@ from spt_jax.config import RULES, default_config, flatten, set_option, validate
 from spt_jax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = sorted((REPOSITORY / "docs").glob("*.md")) + [REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md"]
+PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md"]
 NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 
 _EXAMPLES = re.compile(r"^```pycon\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -139,7 +139,10 @@ def test_options_in_documents_exist_with_allowed_values(name: str) -> None:
 
 def door_commands() -> list[tuple[str, str]]:
     found = []
-    pages = [*NAMES, *(f"configs/{file.name}" for file in sorted((REPOSITORY / "configs").glob("*.py")))]
+    sources = [
+        file for folder in ("configs", "spt_jax/commands") for file in sorted((REPOSITORY / folder).glob("*.py"))
+    ]
+    pages = [*NAMES, *(str(file.relative_to(REPOSITORY)) for file in sources)]
     for name in pages:
         text = read(name)
         blocks = [text] if name.endswith(".py") else _COMMANDS.findall(text)

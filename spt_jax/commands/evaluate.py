@@ -12,6 +12,7 @@ Examples:
 from __future__ import annotations
 
 import shlex
+from pathlib import Path
 from typing import Any
 
 from absl import flags
@@ -29,6 +30,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("data", "", "Dialogues, in any format that data.train takes; else the run's data.test.", **fv)
     flags.DEFINE_integer("limit", 0, "Use the first so many dialogues; 0 for all.", lower_bound=0, **fv)
     flags.DEFINE_bool("baselines", True, "Also measure no soft prompt and the bank before training.", **fv)
+    flags.DEFINE_bool("reuse", False, "Show the results that are there when they answer the same question.", **fv)
     flags.DEFINE_integer(
         "replies",
         None,
@@ -48,35 +50,51 @@ def run(flag_values: flags.FlagValues) -> int:
     given: Any = flag_values.flag_values_dict()
     if not given["workdir"]:
         raise UserError("--workdir is missing; give the working directory of a trained run")
-    from rich.console import Console
-
     from spt_jax.atomic_file import check_writable
     from spt_jax.commands.restored import heldout_dialogues, open_run
+    from spt_jax.evaluation.kept_results import kept_results, question
     from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
+    from spt_jax.training.checkpoint import Checkpoints
+    from spt_jax.training.workdir import CHECKPOINT_FOLDER, read_config
+
+    workdir = Path(given["workdir"])
+    config, _, _ = read_config(workdir)
+    with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
+        checkpoint = checkpoints.meta(given["checkpoint"])
+    source, dialogues = heldout_dialogues(config, given["data"], given["limit"])
+    asked = question(config, checkpoint, dialogues, given["baselines"], given["replies"]) if checkpoint else ""
+    chat = f"spt-jax chat --workdir={shlex.quote(given['workdir'])}"
+    results = kept_results(workdir, asked) if given["reuse"] else None
+    if results is None:
+        restored = open_run(given["workdir"], given["checkpoint"])
+        check_writable(workdir / "results.json")
+        which = "" if given["checkpoint"].isdigit() else f"{given['checkpoint']} "
+        print(f"{which}checkpoint, step {restored.step}, on {len(dialogues)} dialogues of {source}", flush=True)
+        evaluation = evaluate_run(
+            restored.experiment,
+            restored.trainable,
+            restored.initial if given["baselines"] else None,
+            dialogues,
+            replies=given["replies"],
+        )
+        about = {"source": source, "step": restored.step, "chat": chat, "question": asked}
+        results = write_results(workdir, evaluation, restored.config, **about)
+    _show(results)
+    print(f"\nreport: {workdir / 'report.html'}\ntalk to it: {chat}")
+    return 0
+
+
+def _show(results: dict[str, Any]) -> None:
+    from rich.console import Console
+
     from spt_jax.evaluation.table import rich_table
 
-    restored = open_run(given["workdir"], given["checkpoint"])
-    check_writable(restored.workdir / "results.json")
-    source, dialogues = heldout_dialogues(restored.config, given["data"], given["limit"])
-    which = "" if given["checkpoint"].isdigit() else f"{given['checkpoint']} "
-    print(f"{which}checkpoint, step {restored.step}, on {len(dialogues)} dialogues of {source}", flush=True)
-    evaluation = evaluate_run(
-        restored.experiment,
-        restored.trainable,
-        restored.initial if given["baselines"] else None,
-        dialogues,
-        replies=given["replies"],
-    )
-    chat = f"spt-jax chat --workdir={shlex.quote(given['workdir'])}"
-    write_results(restored.workdir, evaluation, restored.config, source=source, step=restored.step, chat=chat)
-    print()
-    Console().print(rich_table(evaluation.results["columns"]))
-    for sample in evaluation.samples[:_SAMPLES_PRINTED]:
+    print(f"\n{results['turns']} turns scored, {results['replies']} of them answered")
+    Console().print(rich_table(results["columns"]))
+    for sample in results["samples"][:_SAMPLES_PRINTED]:
         selected = sample["selected"]
         print(f"\npersona: {_line(' '.join(sample['persona']))}\n  they say: {_line(sample['history'][-1])}")
         print(f"  soft prompt {selected} answers: {_line(sample['replies'][selected]) or '(nothing)'}")
-    print(f"\nreport: {restored.workdir / 'report.html'}\ntalk to it: {chat}")
-    return 0
 
 
 def _line(text: str) -> str:

@@ -103,6 +103,7 @@ def open_run(workdir: str, step: str = "best") -> Run:
     if step not in ("best", "latest") and not step.isdigit():
         raise UserError(f"the checkpoint is {step!r}; allowed: best, latest or a step's number")
     config, identity, fingerprint = read_config(folder)
+    _fit_mesh(config, jax.device_count())
     with Checkpoints(folder / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
         experiment = open_experiment(config)
         lm = experiment.lm
@@ -113,6 +114,13 @@ def open_run(workdir: str, step: str = "best") -> Run:
     if restored is None:
         raise UserError(f"there is no checkpoint in {folder / CHECKPOINT_FOLDER}; train first")
     return Run(folder, experiment, restored[1]["trainable"], restored[0])
+
+
+def _fit_mesh(config: Config, devices: int) -> None:
+    """A run trained on other hardware is opened with its weights sharded over all the devices that are here."""
+    m = config.mesh
+    if (devices % (m.fsdp * m.tensor) != 0) if m.data == -1 else (m.data * m.fsdp * m.tensor != devices):
+        m.data, m.fsdp, m.tensor = 1, devices, 1
 
 
 def heldout_dialogues(config: Config, source: str, limit: int = 0) -> tuple[str, list[Dialogue]]:

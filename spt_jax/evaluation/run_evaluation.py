@@ -207,7 +207,9 @@ def _logged(workdir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_results(workdir: Path, evaluation: Evaluation, config: Config, *, source: str, step: int, chat: str) -> None:
+def write_results(
+    workdir: Path, evaluation: Evaluation, config: Config, *, source: str, step: int, chat: str, question: str
+) -> dict[str, Any]:
     """Writes ``results.json``, ``predictions.jsonl`` and ``report.html`` into the working directory.
 
     Args:
@@ -217,11 +219,20 @@ def write_results(workdir: Path, evaluation: Evaluation, config: Config, *, sour
         source: Where the dialogues came from.
         step: The checkpoint's step.
         chat: The command that opens the chat.
+        question: What was asked, as `spt_jax.evaluation.kept_results.question` gives it.
+
+    Returns:
+        What ``results.json`` holds.
 
     Raises:
         UserError: A file cannot be written.
     """
-    results = evaluation.results | {"data": source, "step": step}
+    results = evaluation.results | {
+        "data": source,
+        "step": step,
+        "samples": evaluation.samples,
+        "question": question,
+    }
     report = ReportInputs(
         title="Selective Prompt Tuning",
         results=results,
@@ -231,7 +242,8 @@ def write_results(workdir: Path, evaluation: Evaluation, config: Config, *, sour
         config=config.to_dict(),
         command=chat,
     )
-    write_json(workdir / "results.json", results)
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
     write_atomically(workdir / "predictions.jsonl", "".join(lines))
     write_report(workdir / "report.html", report)
+    write_json(workdir / "results.json", results)  # last, because it vouches for the other two
+    return results

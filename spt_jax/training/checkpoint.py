@@ -208,8 +208,8 @@ class Checkpoints:
         yield from (step for step in latest_first if step not in perplexities)
 
     def meta(self, which: str) -> dict[str, Any] | None:
-        """The JSON values beside the first readable checkpoint of ``latest`` or ``best``; None without one."""
-        for step in self._candidates(which):
+        """The JSON values beside the first readable checkpoint of ``latest``, ``best`` or a step; None without one."""
+        for step in [int(which)] if which.isdigit() else self._candidates(which):
             try:
                 return self._peek(step)
             except DamagedCheckpointError:

@@ -186,6 +186,9 @@ class Splits:
 def read_source(config: Config, source: str, split: str) -> DialogueSet:
     """Reads one source with the options of the section ``data``."""
     d = config.data
+    if source.startswith("builtin:"):
+        # The format and the columns are those of the user's own files.
+        return read_dialogues(source, on_error=d.on_error)
     renamed = {name: column for name, column in d.columns.items() if column != name}
     return read_dialogues(source, format=d.format, on_error=d.on_error, columns=renamed or None, split=split)
 

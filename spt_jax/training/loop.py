@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Protocol
 
 import jax
@@ -90,8 +91,7 @@ def train(
         UserError: ``max_bad_steps`` updates in a row were not finite, or a checkpoint could not be written.
     """
     start = int(state.step)
-    watch = _Watch(options, trackers)
-    with ProgressBar("training", options.total_steps, start) as bar:
+    with ProgressBar("training", options.total_steps, start) as bar, _Watch(options, trackers) as watch:
         steps = batches(start, options.total_steps)
         for step in range(start, options.total_steps + 1):
             last = step == options.total_steps
@@ -113,7 +113,7 @@ def train(
             _, batch = next(steps)
             state, metrics = step_fn(state, params, place(batch))
             watch.submitted(step + 1, metrics, bar)
-        watch.close(bar)
+        watch.finish(bar)
         checkpoints.wait()
     return Outcome(state, finished=int(state.step) >= options.total_steps)
 
@@ -169,9 +169,12 @@ class _Watch:
                 "optimizer.learning_rate or use model.dtype = float32, in a new workdir"
             )
 
-    def close(self, bar: ProgressBar) -> None:
-        """Reads what is pending and ends a trace that is still open."""
-        self.finish(bar)
+    def __enter__(self) -> _Watch:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._tracing:
             self._end_trace()
 

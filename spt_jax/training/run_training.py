@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -65,33 +67,53 @@ def run_training(
     check_workdir(workdir, config)
     prepared = _prepare(config, say)
     e = prepared.experiment
-    claim_workdir(workdir, config, e.lm.identity, e.lm.tokenizer.fingerprint)
-    write_initial(workdir, prepared.state.trainable)
-    say(_summary(prepared))
-    keep = {"keep_latest": config.train.keep_latest, "keep_best": config.train.keep_best}
-    with StopSignal() as stop, Checkpoints(workdir / CHECKPOINT_FOLDER, **keep) as checkpoints:
-        state = _resumed(checkpoints, prepared, say)
-        trackers = open_trackers(workdir, int(state.step), **config.tracking.to_dict(), config=config.to_dict())
-        try:
-            outcome = train(
-                state,
-                make_train_step(
-                    e.model, setup.objective_of(config), prepared.optimizer, e.mesh, config.optimizer.micro_batches
-                ),
-                e.lm.params,
-                prepared.loader.iterate,
-                partial(place_batch, e.mesh),
-                options=_loop_options(config, workdir, prepared.total_steps),
-                checkpoints=checkpoints,
-                trackers=trackers,
-                evaluators=make_evaluators(e, prepared.development.rows),
-                meta={"lm": e.lm.identity.to_dict(), "tokenizer": e.lm.tokenizer.fingerprint},
-                stop=stop,
-            )
-        finally:
-            for tracker in trackers:
-                tracker.close()
+    with _undone_unless_begun(workdir):
+        claim_workdir(workdir, config, e.lm.identity, e.lm.tokenizer.fingerprint)
+        write_initial(workdir, prepared.state.trainable)
+        say(_summary(prepared))
+        keep = {"keep_latest": config.train.keep_latest, "keep_best": config.train.keep_best}
+        with StopSignal() as stop, Checkpoints(workdir / CHECKPOINT_FOLDER, **keep) as checkpoints:
+            state, saved_step = _resumed(checkpoints, prepared, say)
+            trackers = open_trackers(workdir, saved_step, **config.tracking.to_dict(), config=config.to_dict())
+            try:
+                outcome = train(
+                    state,
+                    make_train_step(
+                        e.model, setup.objective_of(config), prepared.optimizer, e.mesh, config.optimizer.micro_batches
+                    ),
+                    e.lm.params,
+                    prepared.loader.iterate,
+                    partial(place_batch, e.mesh),
+                    options=_loop_options(config, workdir, prepared.total_steps),
+                    checkpoints=checkpoints,
+                    trackers=trackers,
+                    evaluators=make_evaluators(e, prepared.development.rows),
+                    meta={"lm": e.lm.identity.to_dict(), "tokenizer": e.lm.tokenizer.fingerprint},
+                    stop=stop,
+                )
+            finally:
+                for tracker in trackers:
+                    tracker.close()
     return outcome, prepared.total_steps
+
+
+@contextlib.contextmanager
+def _undone_unless_begun(workdir: Path) -> Iterator[None]:
+    """Leaves a folder that was new or empty so when the start fails before anything of the run was saved.
+
+    A mended command, with a smaller batch after the memory was too small for instance, may then take the same folder.
+    """
+    existed = workdir.is_dir()
+    fresh = not existed or not any(workdir.iterdir())
+    try:
+        yield
+    except Exception:
+        saved = workdir / CHECKPOINT_FOLDER
+        if fresh and not (saved.is_dir() and any(path.name[:1].isdigit() for path in saved.iterdir())):
+            shutil.rmtree(workdir, ignore_errors=True)
+            if existed:
+                workdir.mkdir(exist_ok=True)
+        raise
 
 
 def _prepare(config: Config, say: Callable[[str], None]) -> _Preparation:
@@ -122,8 +144,8 @@ def _summary(prepared: _Preparation) -> str:
     )
 
 
-def _resumed(checkpoints: Checkpoints, prepared: _Preparation, say: Callable[[str], None]) -> TrainState:
-    """The state of the latest checkpoint; the first state where there is none."""
+def _resumed(checkpoints: Checkpoints, prepared: _Preparation, say: Callable[[str], None]) -> tuple[TrainState, int]:
+    """The state of the latest checkpoint with its step; where there is none the first state, and -1."""
     state = prepared.state
     counters = {"step": state.step, "skipped": state.skipped, "bad_in_a_row": state.bad_in_a_row}
     saved: dict[str, Any] = {
@@ -132,10 +154,10 @@ def _resumed(checkpoints: Checkpoints, prepared: _Preparation, say: Callable[[st
     }
     restored = checkpoints.restore("latest", restore_targets(saved, replicated(prepared.experiment.mesh)))
     if restored is None:
-        return state
+        return state, -1
     step, trees, _ = restored
     say(f"resuming from step {step} of {prepared.total_steps}")
-    return TrainState(trees["trainable"], trees["optimizer"]["state"], **trees["optimizer"]["counters"])
+    return TrainState(trees["trainable"], trees["optimizer"]["state"], **trees["optimizer"]["counters"]), step
 
 
 def _loop_options(config: Config, workdir: Path, total_steps: int) -> LoopOptions:

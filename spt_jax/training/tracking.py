@@ -99,7 +99,7 @@ class WeightsAndBiases:
         try:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
-            raise UserError("tracking.wandb needs the package wandb: pip install 'spt_jax[tracking]'") from error
+            raise UserError("tracking.wandb needs the package wandb: pip install wandb") from error
         self._run = wandb.init(
             project=project, name=directory.name, id=directory.name, resume="allow", dir=str(directory), config=config
         )
@@ -117,9 +117,11 @@ def open_trackers(
     workdir: Path, resume_step: int, *, tensorboard: bool, wandb: bool, project: str, config: dict[str, Any]
 ) -> Sequence[Tracker]:
     """The trackers of a working directory; see the classes."""
-    trackers: list[Tracker] = [JsonLines(workdir / "metrics.jsonl", resume_step)]
-    if tensorboard:
-        trackers.append(TensorBoard(workdir / "tensorboard", resume_step))
+    trackers: list[Tracker] = []
+    # The one that may be refused comes first, so that nothing is left open behind it.
     if wandb:
         trackers.append(WeightsAndBiases(workdir, project, config))
+    trackers.append(JsonLines(workdir / "metrics.jsonl", resume_step))
+    if tensorboard:
+        trackers.append(TensorBoard(workdir / "tensorboard", resume_step))
     return trackers

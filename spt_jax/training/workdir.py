@@ -22,6 +22,7 @@ CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
 INITIAL_FILE = "initial.safetensors"
 
+FREE_SECTIONS = ("evaluation.", "mesh.", "tracking.")
 MAY_CHANGE = (
     "train.log_every",
     "train.evaluate_every",
@@ -30,17 +31,13 @@ MAY_CHANGE = (
     "train.keep_best",
     "train.max_bad_steps",
     "train.profile_steps",
-    "evaluation.",
-    "mesh.",
-    "tracking.",
     "data.prefetch",
-    "data.test",
     "model.source",
     "model.revision",
     "model.remat",
     "model.max_logit_rows",
 )
-"""Options that do not change what is learned; the identity of the LM is compared by its weights, not by its name."""
+"""Options, beside `FREE_SECTIONS`, that do not change what is learned; the LM is compared by its weights, not its name."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -61,11 +58,14 @@ def absolute_paths(config: Config) -> None:
 def _read(workdir: Path) -> dict[str, Any]:
     try:
         record = json.loads((workdir / CONFIG_FILE).read_text(encoding="utf-8"))
-        if not {"config", "lm", "tokenizer"} <= set(record):
+        if not isinstance(record, dict) or not {"config", "lm", "tokenizer"} <= set(record):
             raise ValueError("it lacks 'config', 'lm' or 'tokenizer'")
+        if not isinstance(record["config"], dict):
+            raise ValueError("its 'config' is not an object")
+        LMIdentity.from_dict(record["lm"])
     except FileNotFoundError as error:
         raise UserError(f"{workdir} is not the working directory of a run: it has no {CONFIG_FILE}") from error
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OSError) as error:
         raise UserError(f"{workdir / CONFIG_FILE} cannot be read: {error}") from error
     return record
 
@@ -115,8 +115,16 @@ def check_workdir(workdir: Path, config: Config) -> None:
     if not (workdir / CONFIG_FILE).exists():
         raise UserError(f"{workdir} is not empty and holds no run (no {CONFIG_FILE}); choose another --workdir")
     old, new = flatten(from_dict(_read(workdir)["config"])), flatten(config)
-    free = MAY_CHANGE + (("train.steps", "train.epochs") if config.optimizer.schedule == "constant" else ())
-    differing = [f"{n} ({old[n]!r} there, {new[n]!r} here)" for n in new if old[n] != new[n] and not n.startswith(free)]
+    free = set(MAY_CHANGE)
+    if config.optimizer.schedule == "constant":
+        free |= {"train.steps", "train.epochs"}
+    if old["data.test"] and new["data.test"]:  # else the test dialogues are cut from the training dialogues
+        free |= {"data.test", "data.test_dialogues"}
+    differing = [
+        f"{name} ({old[name]!r} there, {new[name]!r} here)"
+        for name in new
+        if old[name] != new[name] and name not in free and not name.startswith(FREE_SECTIONS)
+    ]
     if differing:
         raise UserError(f"{workdir} holds another run: {'; '.join(differing)}; choose another --workdir")
 

@@ -55,13 +55,12 @@ class FakeRun:
     """What the doors need of a restored run; the retriever goes by the number of tokens."""
 
     max_length: int = 300
-    context: str = "context"
     prompts: int = 3
     encoded: list[tuple[tuple[str, ...], tuple[str, ...]]] = dataclasses.field(default_factory=list)
 
     @property
     def config(self) -> ConfigDict:
-        return ConfigDict({"retriever": {"context": self.context}})
+        return ConfigDict()
 
     @property
     def lm(self) -> Any:

@@ -49,11 +49,11 @@ def written(path: Path, data: bytes) -> Path:
 
 
 def gguf(folder: Path, **options) -> Path:
-    return random_llama(max_position_embeddings=512).write_gguf(folder / "lm.gguf", **options)
+    return random_llama(max_position_embeddings=1024).write_gguf(folder / "lm.gguf", **options)
 
 
 def smaller_vocabulary(folder: Path) -> Path:
-    return random_llama(vocab_size=200, max_position_embeddings=512).write_folder(folder / "small")
+    return random_llama(vocab_size=200, max_position_embeddings=1024).write_folder(folder / "small")
 
 
 def talk(*dialogues, name: str = "train.txt") -> Break:
@@ -89,16 +89,16 @@ CASES: dict[str, tuple[Break, str]] = {
     "P below 1": (flag("--config.bank.prompt_length=-2"), "bank.prompt_length is -2; allowed: 1 or more"),
     "unknown key": (flag("--config.bank.num_promts=3"), "no option 'bank.num_promts' .* Did you mean 'bank.num_pro"),
     "row longer than the context": (
-        flag("--config.data.max_length=509"),
-        r"bank\.prompt_length \+ data\.max_length takes 516 tokens, but the context of .* is 512; lower",
+        flag("--config.data.max_length=1021"),
+        r"bank\.prompt_length \+ data\.max_length takes 1028 tokens, but the context of .* is 1024; lower",
     ),
     "dialogue too long even when truncated": (
-        talk(("i talk a lot.", (("hi", "short"), ("and?", "very " * 60)))),
-        r"train\.txt:\d+.*persona, query and response of turn 2 need \d+ tokens, the limit is 256",
+        talk(("i talk a lot.", (("hi", "short"), ("and?", "very " * 160)))),
+        r"train\.txt:\d+.*persona, query and response of turn 2 need \d+ tokens, the limit is 700",
     ),
     "test dialogue too long": (
-        talk(("i talk a lot.", (("hi", "very " * 60),)), name="test.txt"),
-        r"test\.txt:\d+.*turn 1 need \d+ tokens, the limit is 256",
+        talk(("i talk a lot.", (("hi", "very " * 160),)), name="test.txt"),
+        r"test\.txt:\d+.*turn 1 need \d+ tokens, the limit is 700",
     ),
     "empty response": (talk(("i am shy.", (("hi", "hello"), ("and?", " ")))), r"train\.txt:3: .*response"),
     "data missing": (flag("--config.data.train=tran.txt"), r"The data file .*tran\.txt does not exist"),
@@ -127,8 +127,8 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(name, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("1 your persona: x\n2 hi\t \n", r"d\.txt:2: .*response"),
-        ("1 your persona: x\n2 hi\t" + "very " * 60 + "\n", r"d\.txt.*turn 1 need \d+ tokens, the limit is 256"),
+        ("1 your persona: x\n2 hi\thello\n3 and?\t \n", r"d\.txt:3: .*response"),
+        ("1 your persona: x\n2 hi\t" + "very " * 160 + "\n", r"d\.txt.*turn 1 need \d+ tokens, the limit is 700"),
         ("", r"d\.txt is empty"),
         (None, r"d\.txt does not exist"),
     ],

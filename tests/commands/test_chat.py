@@ -88,12 +88,6 @@ def test_nothing_behind_a_role_marker_is_shown_or_remembered(talk, script, fake_
     assert ("hi", "fine.", "so") in [history for _, history in fake_run.encoded]
 
 
-def test_the_official_mode_cuts_at_any_colon(talk, script, fake_run):
-    fake_run.context = "official"
-    script("at 5:30")
-    assert "at 5\n" in talk("when?")
-
-
 def test_control_characters_of_the_lm_do_not_reach_the_terminal(talk, script):
     script("a\x1b[31m red\x07 b")
     assert "a[31m red b\n" in talk("hi")

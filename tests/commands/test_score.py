@@ -51,19 +51,25 @@ def test_one_object_a_turn_in_file_order_with_exactly_the_promised_fields(score,
 
 def test_both_layouts_give_the_same_numbers_on_real_dialogues(score, shared_dir, tmp_path):
     source = shared_dir / "data" / "convai2" / "valid_self_original_no_cands.txt"
-    short = sorted(read_dialogues(str(source)).dialogues, key=lambda d: sum(len(t.query + t.response) for t in d.turns))
-    real = [(" ".join(d.persona), tuple((t.query, t.response) for t in d.turns[:3])) for d in short[2:12:2]]
+    by_length = sorted(
+        read_dialogues(str(source)).dialogues, key=lambda d: sum(len(t.query + t.response) for t in d.turns)
+    )
+    # Three that fit into one row, and one that does not.
+    real = [
+        (" ".join(line.removesuffix(".") for line in d.persona), tuple((t.query, t.response) for t in d.turns))
+        for d in [*by_length[:3], by_length[500]]
+    ]
     data = write_dialogues(tmp_path / "real.txt", real)
     packed, turns = score(data, "--layout=dialogue"), score(data, "--layout=turn")
-    assert len(packed) == 15
+    assert len(packed) == sum(len(d) for _, d in real)
     assert_same(packed, turns)
 
 
 def test_rows_longer_than_the_limit_are_cut_alike_in_both_layouts(score, tmp_path):
-    chatter = tuple((f"question {i} of many", f"an answer, the {i}th, of the usual length") for i in range(8))
+    chatter = tuple((f"question {i} of many", f"an answer, the {i}th, of the usual length") for i in range(12))
     data = write_dialogues(tmp_path / "long.txt", [("i talk.", chatter), TALK[0]])
     packed, turns = score(data), score(data, "--layout=turn")
-    assert len(packed) == 10
+    assert len(packed) == 14
     assert_same(packed, turns)
 
 

@@ -7,6 +7,7 @@ import pytest
 from tiny_run import train_arguments, walk, write_config, write_dialogues, write_llama
 
 from spt_jax.commands.main import main
+from spt_jax.evaluation.likelihood import DevelopmentEvaluator
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def arguments_of(trained, workdir, *more: str) -> list[str]:
 def test_a_run_leaves_the_files_of_a_working_directory(trained):
     found = {path.name for path in (trained / "run").iterdir()}
     assert found == {
-        *("config.json", "metrics.jsonl", "checkpoints", "tensorboard"),
+        *("config.json", "initial.safetensors", "metrics.jsonl", "checkpoints", "tensorboard"),
         *("predictions.jsonl", "results.json", "report.html"),
     }
     assert any(path.name.startswith("events.out") for path in (trained / "run" / "tensorboard").iterdir())
@@ -83,6 +84,33 @@ def test_a_start_that_failed_leaves_no_folder_and_the_mended_command_runs(tmp_pa
     (tmp_path / "train.txt").write_text(good)
     walk(*arguments, "--config.train.steps=1")
     assert "finished 1 steps" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("existed", [False, True])
+def test_a_start_that_fails_before_its_first_checkpoint_leaves_the_folder_as_it_was(
+    existed, trained, tmp_path, monkeypatch
+):
+    def out_of_memory(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    run = tmp_path / "run"
+    if existed:
+        run.mkdir()
+    with monkeypatch.context() as patch, pytest.raises(RuntimeError):
+        patch.setattr(DevelopmentEvaluator, "run", out_of_memory)
+        main(arguments_of(trained, run))
+    assert run.exists() == existed
+    assert not existed or not list(run.iterdir())
+
+
+def test_a_failure_after_the_first_checkpoint_keeps_it(trained, copy_of, monkeypatch):
+    def out_of_memory(*_):
+        raise RuntimeError("RESOURCE_EXHAUSTED")
+
+    monkeypatch.setattr(DevelopmentEvaluator, "run", out_of_memory)
+    with pytest.raises(RuntimeError):
+        main(arguments_of(trained, copy_of, "--config.train.steps=5"))
+    assert (copy_of / "checkpoints" / "4").is_dir()
 
 
 def test_malformed_lines_are_skipped_counted_and_shown_when_asked(tmp_path, capsys):

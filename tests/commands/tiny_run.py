@@ -35,7 +35,7 @@ def write_dialogues(path: Path, dialogues=TALK) -> Path:
 
 
 def write_llama(folder: Path, **changes) -> Path:
-    """A folder with one layer of width 16 over bytes; its context is 512 tokens."""
+    """A folder with one layer of width 16 over bytes; its context is 1,024 tokens."""
     small = {
         "hidden_size": 16,
         "intermediate_size": 24,
@@ -43,7 +43,7 @@ def write_llama(folder: Path, **changes) -> Path:
         "num_attention_heads": 2,
         "num_key_value_heads": 1,
         "head_dim": 8,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 1024,
     }
     return random_llama(**small, **changes).write_folder(folder)
 
@@ -65,7 +65,7 @@ def get_config(prompts: str = "3"):
     c.data.test = {str(test)!r}
     c.data.development_dialogues = 3
     c.data.batch = 8
-    c.data.max_length = 256
+    c.data.max_length = 700
     c.data.max_buckets = 1
     c.optimizer.learning_rate = 1.0
     c.train.steps = 4

@@ -34,7 +34,9 @@ def sharded_params(mesh: Mesh) -> Any:
     names = jax.tree.map(
         lambda leaf: leaf.names, abstract_params(tiny.CONFIG), is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned)
     )
-    return jax.tree.map(lambda x, axes: jax.device_put(x, parameter_sharding(mesh, axes, x.shape)), tiny.params(), names)
+    return jax.tree.map(
+        lambda x, axes: jax.device_put(x, parameter_sharding(mesh, axes, x.shape)), tiny.params(), names
+    )
 
 
 def host_batch() -> dict[str, np.ndarray]:

@@ -263,7 +263,7 @@ def test_a_restore_onto_another_number_of_devices_is_bitwise(tmp_path):
         folder = tmp_path / str(source.size)
         saved = jax.device_put(trees(7), replicated(source))
         with Checkpoints(folder) as checkpoints:
-            checkpoints.save(7, *saved.values(), META, 1.0)
+            checkpoints.save(7, saved["trainable"], saved["optimizer"], META, 1.0)
         with Checkpoints(folder) as checkpoints:
             restored = checkpoints.restore("latest", targets(mesh=target))
         assert restored is not None

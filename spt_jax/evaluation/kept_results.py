@@ -1,0 +1,48 @@
+"""Results that are already there: the answer to the same question need not be computed twice."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import spt_jax
+from spt_jax.config import Config
+from spt_jax.data.dialogue import Dialogue
+
+
+def question(
+    config: Config, checkpoint: Mapping[str, Any], dialogues: Sequence[Dialogue], baselines: bool, replies: int | None
+) -> str:
+    """A sha256 of everything that the results of an evaluation follow from.
+
+    Args:
+        config: The run's configuration.
+        checkpoint: The JSON values beside the checkpoint, with the digests of its arrays.
+        dialogues: What it is measured on.
+        baselines: Whether the LM without a prompt and the bank before training are measured too.
+        replies: The number of replies asked for; None for the configuration's.
+    """
+    parts = {
+        "version": spt_jax.__version__,
+        "config": config.to_dict(),
+        "trainable": checkpoint["digests"]["trainable"],
+        "lm": checkpoint["lm"],
+        "dialogues": [(d.persona, [(t.query, t.response) for t in d.turns]) for d in dialogues],
+        "baselines": baselines,
+        "replies": replies,
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def kept_results(workdir: Path, asked: str) -> dict[str, Any] | None:
+    """``results.json`` when it and its companions answer the question `asked`; else None."""
+    if not all((workdir / name).is_file() for name in ("results.json", "predictions.jsonl", "report.html")):
+        return None
+    try:
+        results = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    return results if isinstance(results, dict) and results.get("question") == asked else None

@@ -1,0 +1,121 @@
+"""Likelihoods of turns, against a row of one turn behind one prompt at a time, and the figures made of them."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny
+
+from spt_jax.evaluation.likelihood import DevelopmentEvaluator, Likelihoods, score_rows
+from spt_jax.models.decoder import decode, embed, vocabulary_logits
+from spt_jax.parallel.mesh import make_mesh
+
+LAYOUTS = {"one": (1, 1, 1), "rows": (8, 1, 1), "mixed": (2, 2, 2)}
+
+
+def mesh_of(name: str):
+    sizes = LAYOUTS[name]
+    return make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
+
+
+def scored(layout: str = "dialogue", mesh: str = "one", **options) -> Likelihoods:
+    options = {"batch_size": 4, "pad_id": 0, "max_buckets": 1} | options
+    rows = options.pop("rows", tiny.packed(layout).rows)
+    return score_rows(tiny.MODEL, tiny.params(), tiny.trainable(), rows, mesh=mesh_of(mesh), **options)
+
+
+def likelihoods(nll, scores, tokens) -> Likelihoods:
+    count = len(tokens)
+    return Likelihoods(
+        np.zeros(count, int), np.arange(count), np.array(tokens), np.float32(nll).reshape(count, -1), np.float32(scores)
+    )
+
+
+def assert_same(a: Likelihoods, b: Likelihoods) -> None:
+    assert (a.dialogue.tolist(), a.turn.tolist(), a.tokens.tolist()) == (
+        *(b.dialogue.tolist(), b.turn.tolist(), b.tokens.tolist()),
+    )
+    assert tiny.relative_difference((a.nll, a.scores), (b.nll, b.scores)) <= 1e-5
+
+
+def test_turns_come_in_the_order_of_the_dialogues_with_their_targets():
+    found = scored(max_buckets=3, batch_size=2)
+    turns = [(d, t) for d, dialogue in enumerate(tiny.DIALOGUES) for t in range(len(dialogue.turns))]
+    assert list(zip(found.dialogue, found.turn, strict=True)) == turns
+    assert found.tokens.tolist() == [len(f" {tiny.DIALOGUES[d].turns[t].response}") + 1 for d, t in turns]
+
+
+def test_nll_is_that_of_one_turn_behind_one_prompt_computed_alone():
+    found, prompts = scored(), tiny.trainable()["bank"]["prompts"]
+    frozen = tiny.params()
+    rows = {(row.dialogue, int(row.turns[0])): row for row in tiny.packed("turn").rows}
+    for u in (0, 4, 9):
+        row = rows[int(found.dialogue[u]), int(found.turn[u])]
+        embedded = embed(tiny.CONFIG, frozen, row.tokens)
+        for k, prompt in enumerate(prompts):
+            inputs = jnp.concatenate([prompt, embedded])[None]
+            places = jnp.arange(inputs.shape[1])[None]
+            hidden, _ = decode(tiny.CONFIG, frozen, inputs, places, jnp.ones_like(places, bool))
+            log_probabilities = jax.nn.log_softmax(vocabulary_logits(tiny.CONFIG, frozen, hidden[0, len(prompt) :]))
+            nll = -log_probabilities[row.target_positions, row.target_ids].mean()
+            assert found.nll[u, k] == pytest.approx(float(nll), rel=1e-5)
+
+
+def test_layouts_give_the_same():
+    assert_same(scored("turn"), scored("dialogue"))
+
+
+@pytest.mark.parametrize("options", [{"batch_size": 1}, {"batch_size": 64}, {"max_buckets": 4}, {"pad_id": 77}])
+def test_batches_buckets_and_padding_change_nothing(options):
+    assert_same(scored(**options), scored())
+
+
+@pytest.mark.parametrize("mesh", ["rows", "mixed"])
+def test_devices_change_nothing(mesh):
+    assert_same(scored(mesh=mesh), scored())
+
+
+def test_every_batch_is_told_once_with_its_turns_and_tokens():
+    told: list[tuple[int, int]] = []
+    scored(batch_size=2, on_batch=lambda turns, tokens: told.append((turns, tokens)))
+    rows = tiny.packed("dialogue").rows
+    assert len(told) == 2
+    assert np.sum(told, axis=0).tolist() == [sum(len(row.turns) for row in rows), sum(len(row) for row in rows)]
+
+
+def test_perplexities_by_hand():
+    found = likelihoods(
+        nll=[[1.0, 2.0], [4.0, 0.5], [3.0, 3.0]], scores=[[0.9, 0.1], [0.8, 0.2], [0.3, 0.3]], tokens=[2, 4, 1]
+    )
+    assert found.selected.tolist() == [0, 0, 0]  # the lowest among equals
+    assert found.selected_nll.tolist() == [1.0, 4.0, 3.0]
+    assert found.perplexity == pytest.approx(np.exp((2 * 1.0 + 4 * 4.0 + 3.0) / 7))
+    assert found.oracle_perplexity == pytest.approx(np.exp((2 * 1.0 + 4 * 0.5 + 3.0) / 7))
+    assert found.usage.tolist() == [1.0, 0.0]
+    assert found.perplexity_per_word([3, 2, 2]) == pytest.approx(np.exp((2 * 1.0 + 4 * 4.0 + 3.0) / 7))
+    assert found.perplexity_per_word([3, 2, 5]) == pytest.approx(np.exp(21 / 10))
+
+
+def test_the_oracle_is_never_worse_and_with_one_prompt_the_same():
+    found = scored()
+    assert found.oracle_perplexity <= found.perplexity
+    one = likelihoods(nll=[1.0, 2.0], scores=[[0.5], [0.1]], tokens=[1, 3])
+    assert one.oracle_perplexity == one.perplexity
+    assert one.usage.tolist() == [1.0]
+
+
+def test_the_development_evaluator_tells_the_figures_of_its_rows():
+    rows = tiny.packed("dialogue").rows[:3]
+    evaluator = DevelopmentEvaluator(
+        tiny.MODEL, tiny.params(), rows, mesh=mesh_of("one"), batch_size=4, pad_id=0, max_buckets=1
+    )
+    figures = dict(evaluator.run(SimpleNamespace(trainable=tiny.trainable())))
+    found = scored(rows=rows)
+    assert figures["development/perplexity"] == pytest.approx(found.perplexity)
+    assert figures["development/oracle_perplexity"] == pytest.approx(found.oracle_perplexity)
+    assert [figures[f"development/usage/{k}"] for k in range(3)] == found.usage.tolist()
+    assert len(figures) == 5

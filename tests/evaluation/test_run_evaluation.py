@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import jax.numpy as jnp
+import pytest
+import tiny
+from tiny_experiment import experiment
+
+from spt_jax.errors import UserError
+from spt_jax.evaluation.run_evaluation import AFTER, BEFORE, NO_PROMPT, Evaluation, evaluate_run, write_results
+
+
+@pytest.fixture(scope="module")
+def setting():
+    return experiment()
+
+
+@pytest.fixture(scope="module")
+def evaluation(setting) -> Evaluation:
+    return evaluate_run(setting, tiny.trainable(), tiny.trainable(seed=5), tiny.DIALOGUES, replies=4)
+
+
+def test_columns_stand_in_the_order_of_the_story(evaluation):
+    columns = evaluation.results["columns"]
+    assert list(columns) == [NO_PROMPT, BEFORE, AFTER]
+    assert len({column["perplexity"] for column in columns.values()}) == 3
+    assert (evaluation.results["turns"], evaluation.results["replies"]) == (10, 4)
+
+
+def test_the_same_tree_before_and_after_gives_the_same_figures(setting):
+    found = evaluate_run(setting, tiny.trainable(), tiny.trainable(), tiny.DIALOGUES, replies=2)
+    assert found.results["columns"][BEFORE] == found.results["columns"][AFTER]
+
+
+def test_baselines_are_left_out_when_there_is_no_initial_tree(setting):
+    found = evaluate_run(setting, tiny.trainable(), None, tiny.DIALOGUES[:1], replies=1)
+    assert list(found.results["columns"]) == [AFTER]
+    assert all("no_prompt" not in sample for sample in found.samples)
+
+
+def test_no_number_of_replies_takes_the_configurations_and_zero_takes_all():
+    three = experiment(replies=3)
+    assert len(evaluate_run(three, tiny.trainable(), None, tiny.DIALOGUES).predictions) == 3
+    assert len(evaluate_run(three, tiny.trainable(), None, tiny.DIALOGUES, replies=0).predictions) == 10
+
+
+def test_samples_hold_a_reply_under_every_prompt_and_the_selected_one_is_the_prediction(evaluation):
+    assert len(evaluation.samples) == 2
+    told = {(p["reference"], tuple(p["history"])): p for p in evaluation.predictions}
+    for sample in evaluation.samples:
+        assert len(sample["replies"]) == 3
+        prediction = told[sample["reference"], tuple(sample["history"])]
+        assert sample["selected"] == prediction["selected"]
+        assert sample["replies"][sample["selected"]] == prediction["prediction"]
+        assert isinstance(sample["no_prompt"], str)
+
+
+def test_no_samples_on_request():
+    assert evaluate_run(experiment(samples=0), tiny.trainable(), None, tiny.DIALOGUES[:1]).samples == []
+
+
+def test_selection_shows_every_dialogue_once(evaluation):
+    assert len(evaluation.selection) == len(tiny.DIALOGUES)
+    turns = [len(dialogue.turns) for dialogue in tiny.DIALOGUES]
+    shares = [sum(s["usage"][k] * n for s, n in zip(evaluation.selection, turns, strict=True)) / 10 for k in range(3)]
+    assert shares == pytest.approx(evaluation.results["columns"][AFTER]["usage"])
+    assert all(sum(s["usage"]) == pytest.approx(1) for s in evaluation.selection)
+
+
+def test_one_prompt_of_a_bank_is_enough(tmp_path):
+    single = experiment(prompts=1)
+    tree = tiny.trainable(dataclasses.replace(tiny.MODEL, num_prompts=1))
+    found = evaluate_run(single, tree, tree, tiny.DIALOGUES, replies=1)
+    assert found.results["columns"][AFTER]["usage"] == [1.0]
+    assert all(len(sample["replies"]) == 1 for sample in found.samples)
+    write_results(tmp_path, found, single.config, source="x", step=3, chat="spt-jax chat")
+    assert "spt-jax chat" in (tmp_path / "report.html").read_text()
+
+
+def test_zeroing_the_bank_changes_the_figures_after_training(setting, evaluation):
+    tree = tiny.trainable()
+    zeroed = {**tree, "bank": {"prompts": jnp.zeros_like(tree["bank"]["prompts"])}}
+    found = evaluate_run(setting, zeroed, None, tiny.DIALOGUES, replies=1)
+    assert found.results["columns"][AFTER]["perplexity"] != evaluation.results["columns"][AFTER]["perplexity"]
+
+
+def test_no_dialogue_is_refused(setting):
+    with pytest.raises(UserError, match="no dialogue to evaluate on"):
+        evaluate_run(setting, tiny.trainable(), None, [])
+
+
+def test_files_hold_what_was_found(setting, evaluation, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.5}\n{"step": 2, "loss/tot')
+    write_results(tmp_path, evaluation, setting.config, source="here.txt", step=7, chat="spt-jax chat --workdir=x")
+    results = json.loads((tmp_path / "results.json").read_text())
+    assert results == json.loads(json.dumps(evaluation.results)) | {"data": "here.txt", "step": 7}
+    lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == evaluation.predictions
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "spt-jax chat --workdir=x" in page
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        *("metrics.jsonl", "predictions.jsonl", "report.html", "results.json"),
+    ]
+
+
+def test_every_figure_shown_is_defined(evaluation):
+    figures = set(evaluation.results["columns"][AFTER])
+    assert figures <= set(evaluation.results["definitions"]) | {"replies", "empty_replies"}

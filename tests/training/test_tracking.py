@@ -1,0 +1,114 @@
+"""Metrics survive kills, and a run goes on where its file was cut back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import struct
+import sys
+from pathlib import Path
+
+import pytest
+
+from spt_jax.errors import UserError
+from spt_jax.training.tracking import JsonLines, TensorBoard, open_trackers
+
+
+def rows(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write(path: Path, steps: range, resume_step: int = 0) -> None:
+    with contextlib.closing(JsonLines(path, resume_step)) as tracker:
+        for step in steps:
+            tracker.log(step, {"loss/total": float(step)})
+
+
+def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with contextlib.closing(JsonLines(path, 0)) as tracker:
+        tracker.log(3, {"loss/total": 0.5, "usage/0": 1})
+        assert rows(path) == [{"step": 3, "loss/total": 0.5, "usage/0": 1}]
+
+
+def test_values_that_are_not_finite_become_null(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    with contextlib.closing(JsonLines(path, 0)) as tracker:
+        tracker.log(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1e300})
+    assert "NaN" not in path.read_text()
+    assert rows(path) == [{"step": 1, "a": None, "b": None, "c": None, "d": 1e300}]
+
+
+@pytest.mark.parametrize("torn", ["", '{"step": 6, "loss/to', '{"step": 6, "loss/total": 1.0}', "{", "\x00\x00"])
+def test_a_resumed_run_cuts_back_what_its_checkpoint_does_not_know(tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(1, 6))
+    with path.open("a") as file:
+        file.write(torn)
+    write(path, range(4, 7), resume_step=3)
+    assert [row["step"] for row in rows(path)] == [1, 2, 3, 4, 5, 6]
+    assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
+
+
+def test_a_run_that_starts_anew_keeps_the_row_of_its_first_evaluation_alone(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    write(path, range(3))
+    write(path, range(1, 2), resume_step=0)
+    assert [row["step"] for row in rows(path)] == [0, 1]
+
+
+def test_a_full_disk_is_told_in_a_sentence():
+    full = Path("/dev/full")
+    if not full.exists():
+        pytest.skip("this system has no /dev/full")
+    with contextlib.closing(JsonLines(Path("/dev/null"), 0)) as tracker:
+        tracker._file.close()
+        tracker._file = full.open("a", encoding="utf-8")
+        with pytest.raises(
+            UserError, match=r"cannot be written \(No space left on device\); the checkpoints are intact"
+        ):
+            tracker.log(1, {"a": 1.0})
+
+
+def events(folder: Path) -> list[tuple[int, str, float]]:
+    """Reads scalars from TensorBoard's record files: length, checksum, protobuf, checksum."""
+    from tensorboardX.proto.event_pb2 import Event
+
+    found = []
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        data, place = path.read_bytes(), 0
+        while place < len(data):
+            (size,) = struct.unpack_from("<Q", data, place)
+            event = Event.FromString(data[place + 12 : place + 12 + size])
+            place += 16 + size
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return found
+
+
+def test_tensorboard_events_can_be_read_back(tmp_path):
+    tracker = TensorBoard(tmp_path / "tensorboard", 0)
+    tracker.log(1, {"loss/total": 0.5})
+    tracker.log(2, {"loss/total": 0.25, "usage/0": 1.0})
+    tracker.close()
+    found = events(tmp_path / "tensorboard")
+    assert (1, "loss/total", 0.5) in found
+    assert (2, "loss/total", 0.25) in found
+    assert (2, "usage/0", 1.0) in found
+    assert len(found) == 3
+
+
+def test_wandb_that_is_not_installed_is_told_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UserError, match=r"tracking\.wandb needs the package wandb: pip install 'spt_jax\[tracking\]'"):
+        open_trackers(tmp_path, 0, tensorboard=True, wandb=True, project="p", config={})
+
+
+@pytest.mark.parametrize("tensorboard", [True, False])
+def test_metrics_are_always_written_and_tensorboard_when_asked(tmp_path, tensorboard):
+    trackers = open_trackers(tmp_path, 0, tensorboard=tensorboard, wandb=False, project="p", config={})
+    for tracker in trackers:
+        tracker.log(1, {"a": 1.0})
+        tracker.close()
+    assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 1.0}]
+    assert (tmp_path / "tensorboard").is_dir() == tensorboard

