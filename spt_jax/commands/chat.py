@@ -15,9 +15,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from absl import flags
-from rich.console import Console
 
-from spt_jax.commands.chat_session import ChatSession, line_reader
 from spt_jax.commands.conversation import Conversation
 from spt_jax.commands.replying import Opener, Responder, define_reply_flags, reply_settings, restored
 from spt_jax.errors import UserError
@@ -46,6 +44,10 @@ def run(flag_values: flags.FlagValues, opener: Opener | None = None) -> int:
     persona = tuple(line.strip() for line in flag_values.persona)
     if "" in persona:
         raise UserError("--persona is empty; give a line such as --persona='i have two dogs.', or leave it out")
+    from rich.console import Console
+
+    from spt_jax.commands.chat_session import ChatSession, line_reader
+
     run_ = restored(flag_values, opener)
     responder = Responder(run_, settings, max_batch=1, length_multiple=_LENGTH_MULTIPLE)
     console = Console(soft_wrap=True, markup=False, highlight=False)

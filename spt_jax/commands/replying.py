@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from absl import flags
 
 from spt_jax.errors import UserError
-from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.replies import cut_reply
-from spt_jax.generation.sampling import Greedy, SamplingRule, sampling_rule
-from spt_jax.generation.streaming import ReplyStream
+
+if TYPE_CHECKING:  # whatever needs jax is imported late: --help and a wrong flag do not wait for it
+    from spt_jax.generation.sampling import SamplingRule
+    from spt_jax.generation.streaming import ReplyStream
 
 
 class RestoredRun(Protocol):
@@ -47,6 +48,12 @@ Opener = Callable[..., RestoredRun]
 """Opens a run: ``opener(workdir, step="best")``."""
 
 
+def _greedy() -> SamplingRule:
+    from spt_jax.generation.sampling import Greedy
+
+    return Greedy()
+
+
 @dataclasses.dataclass(frozen=True)
 class ReplySettings:
     """What the flags say about replies.
@@ -58,7 +65,7 @@ class ReplySettings:
         prompt: The prompt that answers every time; None leaves the choice to the retriever.
     """
 
-    rule: SamplingRule = dataclasses.field(default_factory=Greedy)
+    rule: SamplingRule = dataclasses.field(default_factory=_greedy)
     max_new_tokens: int = 32
     seed: int = 0
     prompt: int | None = None
@@ -109,6 +116,8 @@ def reply_settings(flag_values: flags.FlagValues) -> ReplySettings:
         raise UserError(f"--seed is {fv['seed'].value}; allowed: 0 to {2**31 - 1}")
     if fv.prompt is not None and fv.prompt < 0:
         raise UserError(f"--prompt is {fv['prompt'].value}; allowed: the index of a soft prompt, 0 or more")
+    from spt_jax.generation.sampling import sampling_rule
+
     rule = sampling_rule(fv.temperature, fv.top_k, fv.top_p)
     return ReplySettings(rule, fv.max_new_tokens, fv.seed, fv.prompt)
 
@@ -139,6 +148,8 @@ class Responder:
     def __init__(
         self, run: RestoredRun, settings: ReplySettings, *, max_batch: int = 16, length_multiple: int = 32
     ) -> None:
+        from spt_jax.generation.engine import GenerationEngine
+
         self._run = run
         self._bank = run.trainable["bank"]["prompts"]
         self.settings = settings
@@ -182,6 +193,8 @@ class Responder:
 
     def stream(self, selection: Selection, *, seed: int, rule: SamplingRule | None = None) -> ReplyStream:
         """The reply to one context, piece by piece; `rule` overrides the settings' rule."""
+        from spt_jax.generation.streaming import ReplyStream
+
         ids = self._engine.stream(
             self._bank,
             selection.tokens,

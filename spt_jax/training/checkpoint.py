@@ -6,10 +6,13 @@ restore computes again: a damaged step is set aside (``N`` becomes ``N.corrupt``
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import logging
 import math
+import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -24,6 +27,9 @@ from spt_jax.errors import UserError
 
 Tree = Any
 METRIC = "perplexity"
+
+SMALL_FILES_BYTES = 256 * 1024
+"""What a checkpoint takes on the disk beside its arrays: about forty files and folders."""
 
 
 class DamagedCheckpointError(Exception):
@@ -69,7 +75,9 @@ class Checkpoints:
         self._keep = (keep_latest, keep_best)
         if read_only and not _step_folders(self.directory):
             raise UserError(f"there is no checkpoint in {self.directory}")
-        logging.getLogger("absl").setLevel(logging.ERROR)  # Orbax narrates every save at INFO
+        # Orbax narrates every save, and prints a traceback of every failure that it raises as well.
+        for narrator in ("absl", "asyncio"):
+            logging.getLogger(narrator).setLevel(logging.CRITICAL)
         self._failed_before = False
         # Orbax's manager stumbles over a damaged step as soon as it is made; reading needs none.
         self._manager = None if read_only else self._open()
@@ -150,6 +158,7 @@ class Checkpoints:
             "optimizer_shapes": tree_shapes(trees["optimizer"]),
         }
         try:
+            self._check_space(trees)
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -161,6 +170,12 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._failed(error) from error
+
+    def _check_space(self, trees: Tree) -> None:
+        # A disk that fills up in the middle of a save makes Orbax's threads talk; before it, one sentence is enough.
+        needed = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(trees)) + SMALL_FILES_BYTES
+        if shutil.disk_usage(self.directory).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def wait(self) -> None:
         """Waits until every save is on disk; UserError when one could not be written."""
@@ -174,7 +189,9 @@ class Checkpoints:
         self._failed_before = True
         good = [step for step in _step_folders(self.directory) if self._is_whole(step)]
         last = f"the last good one is step {good[-1]}" if good else "there is no earlier one"
-        reason = " ".join(str(error).split())[:300]
+        full = os.strerror(errno.ENOSPC)
+        text = " ".join(str(error).split())
+        reason = full if full in text else text[:300]
         return UserError(
             f"a checkpoint could not be written to {self.directory} ({reason}); {last}. Free some space there and "
             "start the same command again to go on from it."

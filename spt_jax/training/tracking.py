@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
+
+FLUSH_SECONDS = 10.0
+"""How often TensorBoard's events are brought to the disk, which may be slow."""
 
 
 class Tracker(Protocol):
@@ -43,14 +48,16 @@ class JsonLines:
             self._file.write(json.dumps(row) + "\n")
             self._file.flush()
         except OSError as error:
-            raise UserError(f"{self._path} cannot be written ({error.strerror}); the checkpoints are intact") from error
+            raise UserError(_cannot_write(self._path, error)) from error
 
     def close(self) -> None:
         """Closes the file; what could not be flushed was reported by `log`."""
-        try:
+        with contextlib.suppress(OSError):
             self._file.close()
-        except OSError:
-            return
+
+
+def _cannot_write(path: Path, error: OSError) -> str:
+    return f"{path} cannot be written ({error.strerror or error}); the checkpoints are intact"
 
 
 def _cut_back(path: Path, step: int) -> None:
@@ -66,26 +73,52 @@ def _cut_back(path: Path, step: int) -> None:
 
 
 class TensorBoard:
-    """TensorBoard events through tensorboardX.
+    """TensorBoard events through tensorboardX's record files.
+
+    They are written on this thread: tensorboardX's own `SummaryWriter` has a background thread that dies when the disk
+    is full, and then every further scalar waits for it forever.
 
     Args:
-        directory: Where the events go.
+        directory: Where the events go; made when missing.
         resume_step: Later events of an earlier start are hidden.
     """
 
     def __init__(self, directory: Path, resume_step: int) -> None:
-        from tensorboardX import SummaryWriter
+        from tensorboardX.event_file_writer import EventsWriter
+        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
-        self._writer = SummaryWriter(str(directory), purge_step=resume_step + 1 if resume_step else None)
+        self._event, self._summary = Event, Summary
+        self._directory = directory
+        self._flushed = -math.inf
+        with self._told():
+            directory.mkdir(parents=True, exist_ok=True)
+            self._writer = EventsWriter(str(directory / "events"))
+            if resume_step:
+                start = SessionLog(status=SessionLog.START)
+                self._writer.write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a scalar for each metric."""
-        for name, value in metrics.items():
-            self._writer.add_scalar(name, value, step)
+        values = [self._summary.Value(tag=name, simple_value=value) for name, value in metrics.items()]
+        event = self._event(wall_time=time.time(), step=step, summary=self._summary(value=values))
+        with self._told():
+            self._writer.write_event(event)
+            if time.monotonic() - self._flushed >= FLUSH_SECONDS:
+                self._writer.flush()
+                self._flushed = time.monotonic()
 
     def close(self) -> None:
-        """Flushes and closes the event file."""
-        self._writer.close()
+        """Flushes and closes the event file; what a full disk refuses is lost."""
+        with contextlib.suppress(OSError):
+            self._writer.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(_cannot_write(self._directory, error)) from error
 
 
 class WeightsAndBiases:

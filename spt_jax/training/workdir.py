@@ -37,7 +37,7 @@ MAY_CHANGE = (
     "model.remat",
     "model.max_logit_rows",
 )
-"""Options, beside `FREE_SECTIONS`, that do not change what is learned; the LM is compared by its weights, not its name."""
+"""Options, beside `FREE_SECTIONS`, that do not change what is learned; an LM is known by its weights, not its name."""
 
 
 def write_json(path: Path, value: Any) -> None:

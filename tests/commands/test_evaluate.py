@@ -163,9 +163,29 @@ def test_control_characters_of_a_reply_never_reach_the_terminal(copy_of, capsys,
     assert f"talk to it: spt-jax chat --workdir={copy_of}" in said
 
 
+def test_results_are_shown_again_on_request_while_the_question_is_the_same(copy_of, capsys, monkeypatch):
+    from spt_jax.evaluation import run_evaluation
+
+    capsys.readouterr()
+    asked = []
+    compute = run_evaluation.evaluate_run
+    monkeypatch.setattr(run_evaluation, "evaluate_run", lambda *a, **b: asked.append(1) or compute(*a, **b))
+    walk("evaluate", f"--workdir={copy_of}", "--reuse")
+    shown = capsys.readouterr()
+    assert not asked
+    assert "Perplexity per token" in shown.out
+    assert shown.out.count("answers: ") == 2
+    for changed in ("--limit=1", "--nobaselines", "--replies=1", "--checkpoint=latest"):
+        walk("evaluate", f"--workdir={copy_of}", "--reuse", "--replies=2", changed)
+        assert len(asked) == 1, changed
+        asked.clear()
+
+
 @pytest.mark.parametrize("door", ["evaluate", "score", "chat"])
 def test_without_a_run_or_a_checkpoint_the_doors_say_so(trained, copy_of, tmp_path, capsys, door):
     more = [f"--data={trained / 'test.txt'}", f"--out={tmp_path / 'o'}"] if door == "score" else []
+    assert main([door, f"--workdir={copy_of}", "--checkpoint=first", *more]) == 2
+    assert "the checkpoint is 'first'; allowed: best, latest or a step's number" in capsys.readouterr().err
     shutil.rmtree(copy_of / "checkpoints")
     assert main([door, f"--workdir={copy_of}", *more]) == 2
     assert "there is no checkpoint in" in capsys.readouterr().err
@@ -174,6 +194,4 @@ def test_without_a_run_or_a_checkpoint_the_doors_say_so(trained, copy_of, tmp_pa
     (copy_of / "config.json").write_text("{")
     assert main([door, f"--workdir={copy_of}", *more]) == 2
     assert "config.json cannot be read" in capsys.readouterr().err
-    assert main([door, f"--workdir={copy_of}", "--checkpoint=first", *more]) == 2
-    assert "best, latest or a step's number" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()

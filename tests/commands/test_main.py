@@ -50,7 +50,9 @@ def test_version(capsys):
     assert capsys.readouterr().out == f"spt-jax {spt_jax.__version__}\n"
 
 
-@pytest.mark.parametrize("arguments", [["train", "--help"], ["score", "--workdri=x"], ["train", "--config=absent.py"]])
+@pytest.mark.parametrize(
+    "arguments", [*([door, "--help"] for door in DOORS), ["chat", "--workdri=x"], ["train", "--config=absent.py"]]
+)
 def test_help_and_usage_errors_never_wait_for_jax(arguments, tmp_path):
     code = "import sys; from spt_jax.commands.main import main; main(sys.argv[1:]); sys.exit('jax' in sys.modules)"
     subprocess.run([sys.executable, "-c", code, *arguments], check=True, capture_output=True, cwd=tmp_path)

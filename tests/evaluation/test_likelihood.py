@@ -49,18 +49,23 @@ def test_turns_come_in_the_order_of_the_dialogues_with_their_targets():
     assert found.tokens.tolist() == [len(f" {tiny.DIALOGUES[d].turns[t].response}") + 1 for d, t in turns]
 
 
+@jax.jit
+def _log_probabilities(prompt, tokens, length):
+    """Of one row behind one prompt, by the plain functions of the decoder."""
+    frozen = tiny.params()
+    inputs = jnp.concatenate([prompt, embed(tiny.CONFIG, frozen, tokens)])[None]
+    places = jnp.arange(inputs.shape[1])[None]
+    hidden, _ = decode(tiny.CONFIG, frozen, inputs, places, places < len(prompt) + length)
+    return jax.nn.log_softmax(vocabulary_logits(tiny.CONFIG, frozen, hidden[0, len(prompt) :]))
+
+
 def test_nll_is_that_of_one_turn_behind_one_prompt_computed_alone():
     found, prompts = scored(), tiny.trainable()["bank"]["prompts"]
-    frozen = tiny.params()
     rows = {(row.dialogue, int(row.turns[0])): row for row in tiny.packed("turn").rows}
-    for u in (0, 4, 9):
+    for u in range(len(found.tokens)):
         row = rows[int(found.dialogue[u]), int(found.turn[u])]
-        embedded = embed(tiny.CONFIG, frozen, row.tokens)
         for k, prompt in enumerate(prompts):
-            inputs = jnp.concatenate([prompt, embedded])[None]
-            places = jnp.arange(inputs.shape[1])[None]
-            hidden, _ = decode(tiny.CONFIG, frozen, inputs, places, jnp.ones_like(places, bool))
-            log_probabilities = jax.nn.log_softmax(vocabulary_logits(tiny.CONFIG, frozen, hidden[0, len(prompt) :]))
+            log_probabilities = _log_probabilities(prompt, np.pad(row.tokens, (0, 224 - len(row))), len(row))
             nll = -log_probabilities[row.target_positions, row.target_ids].mean()
             assert found.nll[u, k] == pytest.approx(float(nll), rel=1e-5)
 

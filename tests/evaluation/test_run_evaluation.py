@@ -75,7 +75,7 @@ def test_one_prompt_of_a_bank_is_enough(tmp_path):
     found = evaluate_run(single, tree, tree, tiny.DIALOGUES, replies=1)
     assert found.results["columns"][AFTER]["usage"] == [1.0]
     assert all(len(sample["replies"]) == 1 for sample in found.samples)
-    write_results(tmp_path, found, single.config, source="x", step=3, chat="spt-jax chat")
+    write_results(tmp_path, found, single.config, source="x", step=3, chat="spt-jax chat", question="")
     assert "spt-jax chat" in (tmp_path / "report.html").read_text()
 
 
@@ -93,9 +93,13 @@ def test_no_dialogue_is_refused(setting):
 
 def test_files_hold_what_was_found(setting, evaluation, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.5}\n{"step": 2, "loss/tot')
-    write_results(tmp_path, evaluation, setting.config, source="here.txt", step=7, chat="spt-jax chat --workdir=x")
+    about = {"step": 7, "chat": "spt-jax chat --workdir=x", "question": "4f2a"}
+    written = write_results(tmp_path, evaluation, setting.config, source="here.txt", **about)
     results = json.loads((tmp_path / "results.json").read_text())
-    assert results == json.loads(json.dumps(evaluation.results)) | {"data": "here.txt", "step": 7}
+    assert results == json.loads(json.dumps(written))
+    assert json.loads(json.dumps(evaluation.results)).items() <= results.items()
+    assert (results["data"], results["step"], results["question"]) == ("here.txt", 7, "4f2a")
+    assert results["samples"] == evaluation.samples
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == evaluation.predictions
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -7,56 +7,12 @@ import dataclasses
 import numpy as np
 import pytest
 import tiny
+from torch_llama import torch_llama
 
 from spt_jax.prompting.objective import Objective
 
 torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
 pytestmark = pytest.mark.torch
-
-
-def torch_lm(config, tree):
-    """transformers' Llama with our weights."""
-    hf = transformers.LlamaConfig(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden_size,
-        intermediate_size=config.intermediate_size,
-        num_hidden_layers=config.num_layers,
-        num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=config.head_dim,
-        max_position_embeddings=config.max_position_embeddings,
-        rms_norm_eps=config.rms_norm_eps,
-        tie_word_embeddings=False,
-        attn_implementation="eager",
-    )
-    model = transformers.LlamaForCausalLM(hf).eval().requires_grad_(False)
-    layers = tree["layers"]
-
-    def weight(kernel, inputs):
-        return torch.tensor(np.asarray(kernel).reshape(inputs, -1).T.copy())
-
-    state = {
-        "model.embed_tokens.weight": torch.tensor(np.asarray(tree["embed_tokens"])),
-        "model.norm.weight": torch.tensor(np.asarray(tree["final_norm"]["scale"])),
-        "lm_head.weight": torch.tensor(np.asarray(tree["lm_head"]).T.copy()),
-    }
-    for i in range(config.num_layers):
-        prefix = f"model.layers.{i}"
-        for name in ("q_proj", "k_proj", "v_proj"):
-            state[f"{prefix}.self_attn.{name}.weight"] = weight(
-                layers["attention"][name]["kernel"][i], config.hidden_size
-            )
-        output = layers["attention"]["o_proj"]["kernel"][i]
-        state[f"{prefix}.self_attn.o_proj.weight"] = weight(output, config.num_attention_heads * config.head_dim)
-        for name in ("gate_proj", "up_proj", "down_proj"):
-            kernel = layers["mlp"][name]["kernel"][i]
-            state[f"{prefix}.mlp.{name}.weight"] = weight(kernel, kernel.shape[0])
-        state[f"{prefix}.input_layernorm.weight"] = torch.tensor(np.asarray(layers["input_norm"]["scale"][i]))
-        after = layers["post_attention_norm"]["scale"][i]
-        state[f"{prefix}.post_attention_layernorm.weight"] = torch.tensor(np.asarray(after))
-    model.load_state_dict(state)
-    return model
 
 
 def oracle(lm, objective, bank, kernel, bias, rows, texts):
@@ -120,7 +76,7 @@ def test_losses_and_gradients_equal_the_torch_oracle(layout, pairs, record_prope
     kernel = torch.tensor(np.asarray(tree["retriever"]["lin"]["kernel"]), requires_grad=True)
     bias = torch.tensor(np.asarray(tree["retriever"]["lin"]["bias"]), requires_grad=True)
     texts = [t for row in turns.texts for t in row]
-    terms, nll, scores = oracle(torch_lm(tiny.CONFIG, frozen), objective, bank, kernel, bias, turns.rows, texts)
+    terms, nll, scores = oracle(torch_llama(tiny.CONFIG, frozen), objective, bank, kernel, bias, turns.rows, texts)
     terms["total"].backward()
 
     ours = {name: getattr(losses, name) for name in terms}

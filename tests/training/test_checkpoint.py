@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import subprocess
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from spt_jax.errors import UserError
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import replicated
-from spt_jax.training.checkpoint import Checkpoints, restore_targets, tree_digest, tree_shapes
+from spt_jax.training.checkpoint import SMALL_FILES_BYTES, Checkpoints, restore_targets, tree_digest, tree_shapes
 
 META = {"lm": {"name": "tiny"}}
 
@@ -321,35 +319,45 @@ def test_a_save_that_fails_is_one_sentence_and_the_last_checkpoint_stays(tmp_pat
         assert_restores(again, "latest", 1)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 1 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    if os.geteuid() != 0 or shutil.which("mount") is None:
-        pytest.skip("only root can mount a small disk")
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", folder], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+def use_up(disk: Path, but: int) -> Path:
+    filler = disk / "filler"
+    filler.write_bytes(bytes(shutil.disk_usage(disk).free - but))
+    return filler
 
 
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_space(small_disk):
+@pytest.mark.parametrize(
+    ("left", "width"),
+    [(100_000, 5), (SMALL_FILES_BYTES, 100_000), (SMALL_FILES_BYTES + 1_000_000, 100_000)],
+)
+def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_space(small_disk, capfd, left, width):
     folder = small_disk / "checkpoints"
-    with pytest.raises(UserError) as told, Checkpoints(folder) as checkpoints:
+    with Checkpoints(folder) as checkpoints:
         save(checkpoints, 1, 5.0)
-        filler = small_disk / "filler"
-        filler.write_bytes(bytes(600_000))
-        step = 2
-        while step < 40:
-            tree = {"bank": {"prompts": jnp.asarray(np.random.default_rng(step).standard_normal((3, 2, 30_000)))}}
-            checkpoints.save(step, tree, {"count": jnp.asarray(step)}, META, 4.0)
-            step += 1
+        filler = use_up(small_disk, left)
+        with pytest.raises(UserError) as told:
+            save(checkpoints, 2, 4.0, width=width)
+        with pytest.raises(UserError):
+            save(checkpoints, 3, 4.0, width=width)
     sentence = str(told.value)
     assert "could not be written" in sentence
-    assert "the last good one is step 1" in sentence
+    assert "(No space left on device); the last good one is step 1. Free some space" in sentence
     assert "\n" not in sentence
+    assert capfd.readouterr().err == ""
+    filler.unlink()
+    with Checkpoints(folder) as checkpoints:
+        assert_restores(checkpoints, "latest", 1)
+        save(checkpoints, 2, 4.0)
+        assert_restores(checkpoints, "latest", 2)
+    assert names(folder) == {"1", "2"}
+
+
+def test_a_disk_that_fills_up_during_a_save_leaves_the_checkpoint_before_it(small_disk, monkeypatch):
+    folder = small_disk / "checkpoints"
+    monkeypatch.setattr(Checkpoints, "_check_space", lambda self, trees: None)
+    with pytest.raises(UserError, match="the last good one is step 1"), Checkpoints(folder) as checkpoints:
+        save(checkpoints, 1, 5.0)
+        use_up(small_disk, 20_000)
+        save(checkpoints, 2, 4.0, width=100_000)
     (small_disk / "filler").unlink()
     with Checkpoints(folder) as checkpoints:
         assert_restores(checkpoints, "latest", 1)

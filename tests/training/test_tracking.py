@@ -7,7 +7,9 @@ import json
 import math
 import struct
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -71,19 +73,24 @@ def test_a_full_disk_is_told_in_a_sentence():
             tracker.log(1, {"a": 1.0})
 
 
-def events(folder: Path) -> list[tuple[int, str, float]]:
-    """Reads scalars from TensorBoard's record files: length, checksum, protobuf, checksum."""
+def records(path: Path) -> Iterator[Any]:
+    """Reads TensorBoard's record file: length, checksum, protobuf, checksum."""
     from tensorboardX.proto.event_pb2 import Event
 
-    found = []
-    for path in sorted(folder.glob("events.out.tfevents.*")):
-        data, place = path.read_bytes(), 0
-        while place < len(data):
-            (size,) = struct.unpack_from("<Q", data, place)
-            event = Event.FromString(data[place + 12 : place + 12 + size])
-            place += 16 + size
-            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-    return found
+    data, place = path.read_bytes(), 0
+    while place < len(data):
+        (size,) = struct.unpack_from("<Q", data, place)
+        yield Event.FromString(data[place + 12 : place + 12 + size])
+        place += 16 + size
+
+
+def events(folder: Path) -> list[tuple[int, str, float]]:
+    return [
+        (event.step, value.tag, value.simple_value)
+        for path in sorted(folder.glob("events.out.tfevents.*"))
+        for event in records(path)
+        for value in event.summary.value
+    ]
 
 
 def test_tensorboard_events_can_be_read_back(tmp_path):
@@ -98,9 +105,35 @@ def test_tensorboard_events_can_be_read_back(tmp_path):
     assert len(found) == 3
 
 
+def test_tensorboard_hides_what_an_earlier_start_wrote_beyond_its_checkpoint(tmp_path):
+    from tensorboardX.proto.event_pb2 import SessionLog
+
+    tracker = TensorBoard(tmp_path, 7)
+    tracker.close()
+    (path,) = tmp_path.iterdir()
+    last = list(records(path))[-1]
+    assert (last.step, last.session_log.status) == (8, SessionLog.START)
+
+
+@pytest.mark.parametrize("refused", ["write", "flush"])
+def test_tensorboard_on_a_full_disk_is_told_in_a_sentence_and_never_waits(tmp_path, monkeypatch, refused):
+    tracker = TensorBoard(tmp_path, 0)
+
+    def full(*arguments: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tracker._writer._py_recordio_writer, refused, full)
+        for step in range(30):
+            tracker._flushed = -math.inf
+            with pytest.raises(UserError, match=r"cannot be written \(No space left on device\); the checkpoints are"):
+                tracker.log(step, {"a": 1.0})
+    tracker.close()
+
+
 def test_wandb_that_is_not_installed_is_told_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UserError, match=r"tracking\.wandb needs the package wandb: pip install 'spt_jax\[tracking\]'"):
+    with pytest.raises(UserError, match=r"tracking\.wandb needs the package wandb: pip install "):
         open_trackers(tmp_path, 0, tensorboard=True, wandb=True, project="p", config={})
 
 

@@ -1,0 +1,245 @@
+"""A run that is stopped, killed or disturbed ends as one that was not: whole processes, through the command line."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from llama_files import random_llama
+
+STEPS = 24
+CONFIG = """
+from spt_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.model.source = {source!r}
+    config.bank.num_prompts, config.bank.prompt_length = 2, 2
+    config.data.limit, config.data.batch, config.data.max_length, config.data.max_buckets = 6, 4, 512, 1
+    config.data.development_dialogues = config.data.test_dialogues = 1
+    config.optimizer.learning_rate, config.optimizer.schedule = 1e-2, "cosine"
+    config.train.steps, config.train.save_every, config.train.evaluate_every = {steps}, 1, 6
+    config.tracking.tensorboard = False
+    return config
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """`spt-jax train` on a tiny Llama and the dialogues of the package."""
+
+    folder: Path
+
+    def start(self, workdir: Path, *flags: str) -> subprocess.Popen[str]:
+        environment = os.environ | {
+            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+        arguments = ["train", f"--config={self.folder / 'tiny.py'}", f"--workdir={workdir}", *flags]
+        return subprocess.Popen(
+            [sys.executable, "-m", "spt_jax", *arguments],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+            cwd=self.folder,
+        )
+
+    def run(self, workdir: Path, *flags: str) -> tuple[int, str, str]:
+        process = self.start(workdir, *flags)
+        out, err = process.communicate(timeout=120)
+        return process.returncode, out, err
+
+
+@pytest.fixture(scope="module")
+def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
+    folder = tmp_path_factory.mktemp("resume")
+    lm = random_llama(
+        hidden_size=16, intermediate_size=16, head_dim=4, num_hidden_layers=1, max_position_embeddings=514
+    )
+    source = lm.write_folder(folder / "lm")
+    (folder / "tiny.py").write_text(CONFIG.format(source=str(source), steps=STEPS))
+    return Command(folder)
+
+
+@pytest.fixture(scope="module")
+def never_killed(command: Command) -> Path:
+    workdir = command.folder / "never_killed"
+    code, out, err = command.run(workdir)
+    assert code == 0, err
+    assert f"finished {STEPS} steps" in out
+    return workdir
+
+
+def digests(workdir: Path) -> dict[str, str]:
+    return json.loads((workdir / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())["digests"]
+
+
+def rows(workdir: Path) -> list[tuple[int, dict[str, Any]]]:
+    """(step, what does not depend on the clock) of every row."""
+    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    return [(row["step"], {k: v for k, v in row.items() if not k.endswith("_per_second")}) for row in found]
+
+
+def assert_same_run(workdir: Path, never_killed: Path) -> None:
+    assert digests(workdir) == digests(never_killed)
+    assert rows(workdir) == rows(never_killed)
+
+
+def steps_on_disk(workdir: Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
+
+
+def wait_until(process: subprocess.Popen[str], seen: Callable[[], Any]) -> bool:
+    """Whether something was seen while the process still ran."""
+    while process.poll() is None:
+        if seen():
+            return True
+        time.sleep(0.001)
+    return False
+
+
+def test_the_run_has_every_step_once_and_its_losses_are_numbers(never_killed):
+    training = [(step, row) for step, row in rows(never_killed) if "loss/total" in row]
+    assert [step for step, _ in training] == list(range(1, STEPS + 1))
+    assert all(row["loss/total"] > 0 and row["gradient_norm/bank"] > 0 for _, row in training)
+    assert [step for step, row in rows(never_killed) if "development/perplexity" in row] == [0, 6, 12, 18, 24]
+
+
+def kills(seed: int, count: int) -> Iterator[str]:
+    generator = random.Random(seed)
+    for number in range(count):
+        # Half of them at the sight of an unfinished save, half a random while after some progress.
+        yield "save" if number % 2 == 0 else f"{generator.uniform(0, 0.15)}"
+
+
+def killed_often(command: Command, workdir: Path, seed: int, count: int) -> int:
+    """Starts and kills a run; returns how many of the kills left an unfinished save behind."""
+    generator = random.Random(seed)
+    during_a_save = 0
+    for number, moment in enumerate(kills(seed, count)):
+        process = command.start(workdir)
+        # The targets ascend, so that the run gets on and every kill comes before the end.
+        target = (STEPS - 4) * number // count + generator.randrange(2)
+
+        def seen(target: int = target, moment: str = moment) -> bool:
+            if max(steps_on_disk(workdir), default=-1) < target:
+                return False
+            return moment != "save" or any((workdir / "checkpoints").glob("*tmp*"))
+
+        assert wait_until(process, seen), process.communicate()[1]
+        if moment != "save":
+            time.sleep(float(moment))
+        process.kill()
+        out, err = process.communicate()
+        assert process.returncode == -signal.SIGKILL, (out, err)
+        during_a_save += any((workdir / "checkpoints").glob("*tmp*"))
+    return during_a_save
+
+
+@pytest.mark.parametrize(
+    ("seed", "count"), [(0, 5), *[pytest.param(seed, 8, marks=pytest.mark.campaign) for seed in range(1, 5)]]
+)
+def test_a_run_killed_at_random_ends_bitwise_as_one_never_killed(command, never_killed, tmp_path, seed, count):
+    workdir = tmp_path / "run"
+    assert killed_often(command, workdir, seed, count) >= 1
+    code, out, err = command.run(workdir)
+    assert code == 0, err
+    assert re.search(rf"resuming from step \d+ of {STEPS}", out)
+    assert_same_run(workdir, never_killed)
+    assert not any((workdir / "checkpoints").glob("*tmp*"))
+    assert not any((workdir / "checkpoints").glob("*corrupt*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_stop_saves_says_how_to_go_on_and_loses_nothing(command, never_killed, tmp_path, number):
+    workdir = tmp_path / "run"
+    process = command.start(workdir)
+    assert wait_until(process, lambda: 3 in steps_on_disk(workdir))
+    process.send_signal(number)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    stopped = re.search(rf"stopped after step (\d+) of {STEPS}, saved; the same command goes on from there", out)
+    assert stopped, out
+    assert "Traceback" not in err
+    assert steps_on_disk(workdir)[-1] == int(stopped[1]) < STEPS
+    if number == signal.SIGTERM:
+        code, out, err = command.run(workdir)
+        assert code == 0, err
+        assert f"resuming from step {stopped[1]} of {STEPS}" in out
+        assert_same_run(workdir, never_killed)
+
+
+def test_a_damaged_checkpoint_is_told_and_the_run_ends_the_same(command, never_killed, tmp_path):
+    workdir = shutil.copytree(never_killed, tmp_path / "run")
+    (workdir / "checkpoints" / str(STEPS) / "trainable" / "manifest.ocdbt").write_bytes(b"")
+    code, out, err = command.run(workdir)
+    assert code == 0, err
+    assert f"it was set aside as {STEPS}.corrupt" in err
+    assert f"resuming from step {STEPS - 1} of {STEPS}" in out
+    assert_same_run(workdir, never_killed)
+
+
+def fill(disk: Path) -> None:
+    """Takes what space there is, to the last byte."""
+    with (disk / "filler").open("ab", buffering=0) as file, contextlib.suppress(OSError):
+        while file.write(bytes(4096)):
+            pass
+
+
+def test_a_full_disk_stops_the_run_with_a_sentence_and_space_lets_it_go_on(command, never_killed, small_disk):
+    workdir = small_disk / "run"
+    process = command.start(workdir, "--config.tracking.tensorboard=true")
+    assert wait_until(process, lambda: 5 in steps_on_disk(workdir))
+    while process.poll() is None:  # older checkpoints are deleted, which frees some space
+        fill(small_disk)
+        time.sleep(0.02)
+    out, err = process.communicate()
+    assert process.returncode == 2, (out, err)
+    assert re.search("^spt-jax train: .* (could not be written to|cannot be written) .*No space left", err, re.M), err
+    (small_disk / "filler").unlink()
+    code, out, err = command.run(workdir)
+    assert code == 0, err
+    assert re.search(rf"resuming from step \d+ of {STEPS}", out)
+    assert_same_run(workdir, never_killed)
+
+
+def test_a_workdir_of_another_run_is_refused(command, never_killed):
+    before = rows(never_killed)
+    code, out, err = command.run(never_killed, "--config.seed=1")
+    assert (code, out) == (2, "")
+    assert err.startswith("spt-jax train: ")
+    assert "holds another run: seed (0 there, 1 here); choose another --workdir" in err
+    assert len(err.splitlines()) == 1
+    assert rows(never_killed) == before
+
+
+def test_another_lm_is_refused_with_both_named(command, never_killed):
+    lm = random_llama(
+        hidden_size=16, intermediate_size=16, head_dim=4, num_hidden_layers=1, max_position_embeddings=514
+    )
+    lm.tensors["model.norm.weight"] = lm.tensors["model.norm.weight"] + 1
+    other = lm.write_folder(command.folder / "another_lm")
+    code, _, err = command.run(never_killed, f"--config.model.source={other}")
+    assert code == 2
+    told = err.splitlines()[-1]
+    assert told.startswith("spt-jax train: ")
+    assert "was trained on" in told
+    assert str(command.folder / "lm") in told
+    assert str(other) in told
+    assert "Traceback" not in err
