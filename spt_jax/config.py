@@ -41,7 +41,6 @@ def default_config() -> Config:
 
     c.retriever = ConfigDict()
     c.retriever.share = True  # One linear layer for contexts and prompts (the authors' program), or one a side
-    c.retriever.init = "uniform"  # uniform (the authors' torch.nn.Linear), or centred: see docs/method.md
     c.retriever.activation = "softplus"  # Score of a cosine: softplus, relu or leaky_relu
 
     c.objective = ConfigDict()
@@ -148,7 +147,6 @@ RULES: dict[str, Rule] = {
     "bank.init": one_of("vocabulary", "normal", "text", "file"),
     "bank.init_stddev": POSITIVE,
     "bank.init_text": Rule(lambda value: all(isinstance(text, str) for text in value), "texts"),
-    "retriever.init": one_of("uniform", "centred"),
     "retriever.activation": one_of("softplus", "relu", "leaky_relu"),
     "objective.selection_weight": AT_LEAST_0,
     "objective.contrastive_weight": AT_LEAST_0,

@@ -113,25 +113,6 @@ class Retriever(nn.Module):
         return SCORE_ACTIVATIONS[self.activation](cosine)
 
 
-def centred(parameters: dict[str, Any], mean: jax.Array) -> dict[str, Any]:
-    """Retriever parameters whose context side maps the average context to zero: ``b = -W m``.
-
-    Contexts share the template's words, so their means point almost the same way, and so would every ``lin(c̄)``: all
-    contexts would select one prompt, and the fusion loss would then train that one. Ours; not in the paper.
-
-    Args:
-        parameters: Fresh parameters of `Retriever`.
-        mean: The mean over training turns of their context means, float32 ``[M]``.
-
-    Returns:
-        The parameters with another bias.
-    """
-    name = "lin" if "lin" in parameters else "lin_context"
-    kernel = parameters[name]["kernel"]
-    bias = -jnp.dot(mean.astype(jnp.float32), kernel, precision=jax.lax.Precision.HIGHEST)
-    return {**parameters, name: {"kernel": kernel, "bias": bias}}
-
-
 def select(scores: jax.Array) -> jax.Array:
     """The prompt of each context, ``argmax_k score``; among ties the lowest k. ``[..., K]`` to int ``[...]``."""
     return jnp.argmax(scores, axis=-1)

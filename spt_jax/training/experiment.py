@@ -9,13 +9,12 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from spt_jax.config import Config
 from spt_jax.data.dialogue import Dialogue, DialogueSet, split_by_persona
 from spt_jax.data.loader import DialogueLoader
-from spt_jax.data.packing import PackedRows, Row, pack
+from spt_jax.data.packing import PackedRows, pack
 from spt_jax.data.similarity import pair_texts
 from spt_jax.data.sources import read_dialogues
 from spt_jax.errors import UserError
@@ -28,7 +27,6 @@ from spt_jax.parallel.rules import parameter_sharding, row_devices
 from spt_jax.progress import ProgressBar
 from spt_jax.prompting.bank import from_file, from_normal, from_token_ids, from_vocabulary
 from spt_jax.prompting.objective import Objective
-from spt_jax.prompting.retriever import centred
 from spt_jax.prompting.selective_lm import SelectiveLM, Trainable
 
 SPLIT_SEED = 0
@@ -117,33 +115,8 @@ def objective_of(config: Config) -> Objective:
     )
 
 
-def mean_context(table: jax.Array, rows: Sequence[Row]) -> jax.Array:
-    """The mean over all turns of their contexts' mean embeddings, float32 ``[M]``.
-
-    Args:
-        table: What `embed` gives for every token id, ``[V, M]``.
-        rows: Packed rows.
-    """
-    # A turn's context is a bag of tokens here, so counting tokens replaces a pass over [turns, T, M].
-    weights = np.zeros(table.shape[0])
-    turns = sum(len(row.context_lengths) for row in rows)
-    for row in rows:
-        for length in row.context_lengths:
-            np.add.at(weights, row.tokens[:length], 1.0 / (length * turns))
-    return jnp.dot(jnp.asarray(weights, jnp.float32), table.astype(jnp.float32), precision=jax.lax.Precision.HIGHEST)
-
-
-def initial_trainable(
-    config: Config, model: SelectiveLM, params: FrozenTree, tokenizer: Tokenizer, rows: Sequence[Row]
-) -> Trainable:
-    """The trainable tree before the first step; a function of the configuration, its seed, the LM and the data alone.
-
-    Args:
-        config: The configuration.
-        model: The description of bank and retriever.
-        params: The frozen tree.
-        tokenizer: Encodes ``bank.init_text``.
-        rows: The training rows; read when ``retriever.init`` is ``centred``.
+def initial_trainable(config: Config, model: SelectiveLM, params: FrozenTree, tokenizer: Tokenizer) -> Trainable:
+    """The trainable tree before the first step; a function of the configuration, its seed and the LM alone.
 
     Raises:
         UserError: ``bank.init_text`` or ``bank.init_file`` does not fit the bank.
@@ -160,10 +133,7 @@ def initial_trainable(
             prompts = from_token_ids(tokenizer.encode(list(config.bank.init_text)), table, shape)
         case _:
             prompts = from_file(config.bank.init_file, shape)
-    retriever = model.init_retriever(retriever_key)
-    if config.retriever.init == "centred":
-        retriever = centred(retriever, mean_context(table, rows))
-    return jax.device_get({"bank": {"prompts": prompts}, "retriever": retriever})
+    return jax.device_get({"bank": {"prompts": prompts}, "retriever": model.init_retriever(retriever_key)})
 
 
 @dataclasses.dataclass(frozen=True)

@@ -128,7 +128,7 @@ def _prepare(config: Config, say: Callable[[str], None]) -> _Preparation:
     loader = setup.make_loader(config, rows, splits.train, e.mesh, e.lm.tokenizer.pad_id)
     total_steps = config.train.steps or config.train.epochs * loader.steps_per_epoch
     optimizer = make_optimizer(config.optimizer, total_steps)
-    first = setup.initial_trainable(config, e.model, e.lm.params, e.lm.tokenizer, rows.rows)
+    first = setup.initial_trainable(config, e.model, e.lm.params, e.lm.tokenizer)
     state = init_state(first, optimizer, e.mesh)
     return _Preparation(e, splits, development, loader, optimizer, state, total_steps)
 

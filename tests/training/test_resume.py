@@ -20,7 +20,7 @@ from typing import Any
 import pytest
 from llama_files import random_llama
 
-STEPS = 24
+STEPS = 18
 CONFIG = """
 from spt_jax.config import default_config
 
@@ -45,7 +45,8 @@ class Command:
 
     def start(self, workdir: Path, *flags: str) -> subprocess.Popen[str]:
         environment = os.environ | {
-            "XLA_FLAGS": "--xla_backend_optimization_level=0",
+            "XLA_FLAGS": "",
+            "PYTHONUNBUFFERED": "1",
             "JAX_COMPILATION_CACHE_DIR": str(self.folder / "compiled"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
         }
@@ -118,7 +119,7 @@ def test_the_run_has_every_step_once_and_its_losses_are_numbers(never_killed):
     training = [(step, row) for step, row in rows(never_killed) if "loss/total" in row]
     assert [step for step, _ in training] == list(range(1, STEPS + 1))
     assert all(row["loss/total"] > 0 and row["gradient_norm/bank"] > 0 for _, row in training)
-    assert [step for step, row in rows(never_killed) if "development/perplexity" in row] == [0, 6, 12, 18, 24]
+    assert [step for step, row in rows(never_killed) if "development/perplexity" in row] == [0, 6, 12, 18]
 
 
 def kills(seed: int, count: int) -> Iterator[str]:
@@ -131,7 +132,7 @@ def kills(seed: int, count: int) -> Iterator[str]:
 def killed_often(command: Command, workdir: Path, seed: int, count: int) -> int:
     """Starts and kills a run; returns how many of the kills left an unfinished save behind."""
     generator = random.Random(seed)
-    during_a_save = 0
+    during_a_save, newest = 0, -1
     for number, moment in enumerate(kills(seed, count)):
         process = command.start(workdir)
         # The targets ascend, so that the run gets on and every kill comes before the end.
@@ -148,6 +149,9 @@ def killed_often(command: Command, workdir: Path, seed: int, count: int) -> int:
         process.kill()
         out, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, (out, err)
+        # A kill may tear a save that is not finished or a checkpoint that is being deleted, never the newest one.
+        assert newest < 0 or f"resuming from step {newest} of" in out, (out, err)
+        newest = steps_on_disk(workdir)[-1]
         during_a_save += any((workdir / "checkpoints").glob("*tmp*"))
     return during_a_save
 
@@ -163,7 +167,6 @@ def test_a_run_killed_at_random_ends_bitwise_as_one_never_killed(command, never_
     assert re.search(rf"resuming from step \d+ of {STEPS}", out)
     assert_same_run(workdir, never_killed)
     assert not any((workdir / "checkpoints").glob("*tmp*"))
-    assert not any((workdir / "checkpoints").glob("*corrupt*"))
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
