@@ -99,7 +99,7 @@ def train(
             stopping = stop.requested and not last
             # Who asks a run to stop may not wait for an evaluation.
             due = last or (step % options.evaluate_every == 0 and not stopping)
-            if step > start or step == 0:
+            if step > start or step not in checkpoints.steps():
                 if due:
                     watch.finish(bar)
                     perplexity = _evaluate(state, evaluators, trackers, step, bar)

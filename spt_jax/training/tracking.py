@@ -32,7 +32,8 @@ class JsonLines:
 
     Args:
         path: The file; appended to.
-        resume_step: Rows beyond this step, left by a run that was killed after its last checkpoint, are cut away.
+        resume_step: Rows beyond this step, left by a run that was killed after its last checkpoint, are cut away;
+            -1, for a run without a checkpoint, cuts every row.
     """
 
     def __init__(self, path: Path, resume_step: int) -> None:
@@ -80,7 +81,7 @@ class TensorBoard:
 
     Args:
         directory: Where the events go; made when missing.
-        resume_step: Later events of an earlier start are hidden.
+        resume_step: Later events of an earlier start are hidden; -1 hides them all.
     """
 
     def __init__(self, directory: Path, resume_step: int) -> None:
@@ -94,9 +95,8 @@ class TensorBoard:
         with self._told():
             directory.mkdir(parents=True, exist_ok=True)
             self._writer = EventsWriter(str(directory / "events"))
-            if resume_step:
-                start = SessionLog(status=SessionLog.START)
-                self._writer.write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
+            start = SessionLog(status=SessionLog.START)
+            self._writer.write_event(Event(wall_time=time.time(), step=resume_step + 1, session_log=start))
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Adds a scalar for each metric."""

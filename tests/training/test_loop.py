@@ -235,6 +235,17 @@ def test_a_stop_before_the_first_step_leaves_a_run_to_resume(tmp_path):
     assert run.events == ["save 0"]
 
 
+def test_a_run_resumed_at_step_0_does_not_evaluate_and_save_it_again(tmp_path):
+    run = Run(tmp_path)
+    run.stop_at = "evaluate 0"
+    run.go()
+    assert run.on_disk == [0]
+    again = Run(tmp_path)
+    assert again.go(run.restored()).finished
+    assert again.events[:2] == ["batch 0", "step 0"]
+    assert again.on_disk == [0, 2, 3, 4, 6, 7]
+
+
 def test_a_stop_at_the_last_step_is_a_finished_run(tmp_path):
     run = Run(tmp_path)
     run.stop_at = "step 6"
@@ -313,7 +324,7 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
     with (
         Checkpoints(tmp_path / "checkpoints") as checkpoints,
-        contextlib.closing(JsonLines(metrics, 0)) as tracker,
+        contextlib.closing(JsonLines(metrics, -1)) as tracker,
         pytest.raises(UserError, match=r"3 steps in a row"),
     ):
         train(

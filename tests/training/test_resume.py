@@ -150,7 +150,8 @@ def killed_often(command: Command, workdir: Path, seed: int, count: int) -> int:
         out, err = process.communicate()
         assert process.returncode == -signal.SIGKILL, (out, err)
         # A kill may tear a save that is not finished or a checkpoint that is being deleted, never the newest one.
-        assert newest < 0 or f"resuming from step {newest} of" in out, (out, err)
+        resumed = re.search(r"resuming from step (\d+) of", out)
+        assert resumed is None or int(resumed[1]) == newest, (out, err)
         newest = steps_on_disk(workdir)[-1]
         during_a_save += any((workdir / "checkpoints").glob("*tmp*"))
     return during_a_save

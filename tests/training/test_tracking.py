@@ -21,7 +21,7 @@ def rows(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def write(path: Path, steps: range, resume_step: int = 0) -> None:
+def write(path: Path, steps: range, resume_step: int = -1) -> None:
     with contextlib.closing(JsonLines(path, resume_step)) as tracker:
         for step in steps:
             tracker.log(step, {"loss/total": float(step)})
@@ -29,14 +29,14 @@ def write(path: Path, steps: range, resume_step: int = 0) -> None:
 
 def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with contextlib.closing(JsonLines(path, 0)) as tracker:
+    with contextlib.closing(JsonLines(path, -1)) as tracker:
         tracker.log(3, {"loss/total": 0.5, "usage/0": 1})
         assert rows(path) == [{"step": 3, "loss/total": 0.5, "usage/0": 1}]
 
 
 def test_values_that_are_not_finite_become_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    with contextlib.closing(JsonLines(path, 0)) as tracker:
+    with contextlib.closing(JsonLines(path, -1)) as tracker:
         tracker.log(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1e300})
     assert "NaN" not in path.read_text()
     assert rows(path) == [{"step": 1, "a": None, "b": None, "c": None, "d": 1e300}]
@@ -53,18 +53,19 @@ def test_a_resumed_run_cuts_back_what_its_checkpoint_does_not_know(tmp_path, tor
     assert [p.name for p in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
-def test_a_run_that_starts_anew_keeps_the_row_of_its_first_evaluation_alone(tmp_path):
+@pytest.mark.parametrize(("resume_step", "kept"), [(-1, [5]), (0, [0, 5])])
+def test_a_run_killed_before_its_first_checkpoint_begins_with_an_empty_file(tmp_path, resume_step, kept):
     path = tmp_path / "metrics.jsonl"
     write(path, range(3))
-    write(path, range(1, 2), resume_step=0)
-    assert [row["step"] for row in rows(path)] == [0, 1]
+    write(path, range(5, 6), resume_step)
+    assert [row["step"] for row in rows(path)] == kept
 
 
 def test_a_full_disk_is_told_in_a_sentence():
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
-    with contextlib.closing(JsonLines(Path("/dev/null"), 0)) as tracker:
+    with contextlib.closing(JsonLines(Path("/dev/null"), -1)) as tracker:
         tracker._file.close()
         tracker._file = full.open("a", encoding="utf-8")
         with pytest.raises(
@@ -94,7 +95,7 @@ def events(folder: Path) -> list[tuple[int, str, float]]:
 
 
 def test_tensorboard_events_can_be_read_back(tmp_path):
-    tracker = TensorBoard(tmp_path / "tensorboard", 0)
+    tracker = TensorBoard(tmp_path / "tensorboard", -1)
     tracker.log(1, {"loss/total": 0.5})
     tracker.log(2, {"loss/total": 0.25, "usage/0": 1.0})
     tracker.close()
@@ -105,19 +106,19 @@ def test_tensorboard_events_can_be_read_back(tmp_path):
     assert len(found) == 3
 
 
-def test_tensorboard_hides_what_an_earlier_start_wrote_beyond_its_checkpoint(tmp_path):
+@pytest.mark.parametrize("resume_step", [-1, 0, 7])
+def test_tensorboard_hides_what_an_earlier_start_wrote_beyond_its_checkpoint(tmp_path, resume_step):
     from tensorboardX.proto.event_pb2 import SessionLog
 
-    tracker = TensorBoard(tmp_path, 7)
-    tracker.close()
+    TensorBoard(tmp_path, resume_step).close()
     (path,) = tmp_path.iterdir()
     last = list(records(path))[-1]
-    assert (last.step, last.session_log.status) == (8, SessionLog.START)
+    assert (last.step, last.session_log.status) == (resume_step + 1, SessionLog.START)
 
 
 @pytest.mark.parametrize("refused", ["write", "flush"])
 def test_tensorboard_on_a_full_disk_is_told_in_a_sentence_and_never_waits(tmp_path, monkeypatch, refused):
-    tracker = TensorBoard(tmp_path, 0)
+    tracker = TensorBoard(tmp_path, -1)
 
     def full(*arguments: Any) -> None:
         raise OSError(28, "No space left on device")
@@ -134,12 +135,12 @@ def test_tensorboard_on_a_full_disk_is_told_in_a_sentence_and_never_waits(tmp_pa
 def test_wandb_that_is_not_installed_is_told_in_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"tracking\.wandb needs the package wandb: pip install "):
-        open_trackers(tmp_path, 0, tensorboard=True, wandb=True, project="p", config={})
+        open_trackers(tmp_path, -1, tensorboard=True, wandb=True, project="p", config={})
 
 
 @pytest.mark.parametrize("tensorboard", [True, False])
 def test_metrics_are_always_written_and_tensorboard_when_asked(tmp_path, tensorboard):
-    trackers = open_trackers(tmp_path, 0, tensorboard=tensorboard, wandb=False, project="p", config={})
+    trackers = open_trackers(tmp_path, -1, tensorboard=tensorboard, wandb=False, project="p", config={})
     for tracker in trackers:
         tracker.log(1, {"a": 1.0})
         tracker.close()
