@@ -19,7 +19,7 @@ def get_config():
     config.data.development_dialogues = 8
     config.data.batch = 4
     config.data.max_length = 384
-    config.data.max_buckets = 3
+    config.data.max_buckets = 4
     config.optimizer.micro_batches = 4
     config.optimizer.learning_rate = 2e-2
     config.optimizer.retriever_factor = 0.05

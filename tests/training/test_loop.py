@@ -27,8 +27,6 @@ from spt_jax.training.signals import StopSignal
 from spt_jax.training.step import TrainState, init_state, make_train_step
 from spt_jax.training.tracking import JsonLines
 
-OPTIMIZER = optax.sgd(0.1)
-
 
 def one_device() -> Any:
     return make_mesh(devices=jax.devices()[:1])
