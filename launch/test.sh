@@ -25,7 +25,7 @@ echo "== format, lint, types, layers"
 
 # The tests compile many small programs, one thread each: two processes use two cores.
 echo "== tests, $(.venv/bin/python --version)"
-.venv/bin/python -m pytest -n 2 "$@"
+.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
 for argument in "$@"; do
   [ "$argument" = "--all" ] || exit 0
 done
@@ -46,4 +46,4 @@ environment=".venv-$("$second" -c 'import sys; print("py3%d" % sys.version_info.
 install "$environment" "$second" "[test]"
 fetch_smollm2 "$environment"
 echo "== torch-free tests, $("$environment/bin/python" --version)"
-"$environment/bin/python" -m pytest -n 2 -m "not torch" "$@"
+"$environment/bin/python" -m pytest -n 2 --dist loadfile -m "not torch" "$@"
