@@ -24,9 +24,15 @@ constraints_for() {
 # the same requirements were installed before.
 install() {
   local environment="$1" python="$2" extras="$3" constraints stamp wanted
-  if [ ! -x "$environment/bin/python" ]; then
+  # An environment of an older Python, or one whose making was cut short, is made again.
+  if ! find_python "$environment/bin/python" >/dev/null || ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
     echo "making $environment with $("$python" --version)"
-    "$python" -m venv "$environment"
+    rm -rf "$environment"
+    "$python" -m venv "$environment" || {
+      rm -rf "$environment"
+      echo "no virtual environment could be made; on Debian and Ubuntu, install the package python3-venv first" >&2
+      return 2
+    }
   fi
   constraints="$(constraints_for "$environment")"
   stamp="$environment/.installed-requirements"

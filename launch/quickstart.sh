@@ -7,8 +7,11 @@
 #
 # Needs Python 3.11 or newer with pip; everything goes into .venv. A second run reuses what is there.
 set -euo pipefail
+here="$PWD"  # relative paths are the caller's
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
+
+from_here() { case "$1" in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
 
 workdir="runs/quickstart"
 overrides=()
@@ -16,14 +19,15 @@ while [ $# -gt 0 ]; do
   case "$1" in
     --data=* | --workdir=*) set -- "${1%%=*}" "${1#*=}" "${@:2}" ;;
     --data)
-      [ -f "${2:-}" ] || { echo "quickstart: --data needs a ConvAI2 file; there is no file '${2:-}'" >&2; exit 2; }
-      overrides=("--config.data.train=$2" "--config.data.test=" "--config.data.limit=92")
+      file="$(from_here "${2:-}")"
+      [ -f "$file" ] || { echo "quickstart: --data needs a ConvAI2 file; there is no file '${2:-}'" >&2; exit 2; }
+      overrides=("--config.data.train=$file" "--config.data.test=" "--config.data.limit=92")
       [ "$workdir" != "runs/quickstart" ] || workdir="runs/quickstart-$(basename "${2%.*}")"
       shift 2
       ;;
     --workdir)
       [ -n "${2:-}" ] || { echo "quickstart: --workdir needs a folder" >&2; exit 2; }
-      workdir="$2"
+      workdir="$(from_here "$2")"
       shift 2
       ;;
     -h | --help) sed -n '2,8s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
@@ -31,7 +35,7 @@ while [ $# -gt 0 ]; do
   esac
 done
 
-python="$(find_python .venv/bin/python python3 python3.13 python3.12 python3.11)" || {
+python="$(find_python python3 python3.13 python3.12 python3.11 .venv/bin/python)" || {
   echo "quickstart: no Python 3.11 or newer was found on the PATH" >&2
   exit 2
 }

@@ -10,7 +10,7 @@ source launch/environment.sh
 
 case "${1:-}" in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
-python="$(find_python .venv/bin/python python3.11 python3 python3.12 python3.13)" || {
+python="$(find_python python3.11 python3 python3.12 python3.13 .venv/bin/python)" || {
   echo "test: no Python 3.11 or newer was found on the PATH" >&2
   exit 2
 }

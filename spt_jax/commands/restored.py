@@ -64,7 +64,10 @@ class Run:
             persona: The lines of the one who answers.
             history: Utterances in turn, the partner's last.
         """
-        return encode_context(self.lm.tokenizer, persona, history, max_length=self.config.data.max_length)
+        d = self.config.data
+        if d.max_turns:
+            history = history[-(2 * d.max_turns - 1) :]
+        return encode_context(self.lm.tokenizer, persona, history, max_length=d.max_length)
 
     def score_contexts(self, contexts: Sequence[Sequence[int]]) -> np.ndarray:
         """The retriever's scores of each context: float32 ``[len(contexts), K]``.

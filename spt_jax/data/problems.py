@@ -7,6 +7,9 @@ from spt_jax.errors import UserError, nearest
 ON_ERROR = ("raise", "skip")
 
 
+MOST_SHOWN = 100
+
+
 class MalformedError(UserError):
     """One line or record does not follow its format; the message is the reason without the place."""
 
@@ -41,15 +44,15 @@ class Problems:
         """One sentence for each malformed line, in the order of the lines.
 
         Raises:
-          UserError: something was malformed and `on_error` is "raise"; names the first place and how many more.
+          UserError: something was malformed and `on_error` is "raise"; a line for each, the first 100 of them.
         """
         found = sorted(self._found)
         if found and self.on_error == "raise":
             line, reason = found[0]
-            others = [str(number) for number, _ in found[1:]]
-            more = ""
-            if others:
-                shown = ", ".join(others[:8]) + (", …" if len(others) > 8 else "")
-                more = f"; {len(found)} problems in all, also at lines {shown}"
-            raise UserError(f"{self.place(line)}: {reason}{more}; data.on_error='skip' leaves malformed lines out.")
+            advice = "data.on_error='skip' leaves malformed lines out."
+            if len(found) == 1:
+                raise UserError(f"{self.place(line)}: {reason}; {advice}")
+            shown = [f"{self.place(line)}: {reason}" for line, reason in found[:MOST_SHOWN]]
+            hidden = [f"and {len(found) - MOST_SHOWN} more"] if len(found) > MOST_SHOWN else []
+            raise UserError("\n".join([*shown, *hidden, f"{len(found)} problems in all; {advice}"]))
         return tuple(f"{self.place(line)}: {reason}" for line, reason in found)

@@ -98,6 +98,12 @@ def load_lm(
             f"{found.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the LM's vocabulary holds "
             f"{config.vocab_size}; they do not belong together"
         )
+    for name, token in {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}.items():
+        if token is not None and not 0 <= token < config.vocab_size:
+            raise UserError(
+                f"{found.path}: the tokenizer's {name} token is {token}; allowed: 0 to {config.vocab_size - 1}, "
+                "the LM's vocabulary"
+            )
     with ThreadPoolExecutor(1) as executor:
         digest = executor.submit(_sha256, checkpoint.files)
         params = load_params(config, checkpoint, table, sharding_for=sharding_for, progress=progress)

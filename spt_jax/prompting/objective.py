@@ -190,8 +190,8 @@ def losses_and_gradients(
     (gradients,) = retriever_vjp(score_gradient + more)
     gradients["bank"]["prompts"] = gradients["bank"]["prompts"] + bank_gradient
 
-    probabilities = jax.nn.softmax(scores / objective.score_temperature, axis=-1)
-    entropy = -jnp.sum(probabilities * jnp.log(probabilities), axis=-1)
+    log_probabilities = jax.nn.log_softmax(scores / objective.score_temperature, axis=-1)
+    entropy = -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)
     selected = jax.nn.one_hot(select(scores), scores.shape[-1])
     tokens = target_turn_onehot(batch).sum(axis=1)
     return Losses(

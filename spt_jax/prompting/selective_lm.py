@@ -34,6 +34,8 @@ class SelectiveLM:
         share: Whether the retriever's two sides share their linear layer.
         activation: The score's activation (`spt_jax.prompting.retriever.SCORE_ACTIVATIONS`).
         max_logit_rows: How many rows of V logits may exist at once; bounds memory, changes no result.
+        row_sharding: How the first axis of activations is laid out; None leaves it to the compiler, which would follow
+            the embedding table where that is sharded along M, and give every device all rows.
     """
 
     decoder: DecoderConfig
@@ -42,6 +44,7 @@ class SelectiveLM:
     share: bool = True
     activation: str = "softplus"
     max_logit_rows: int = 512
+    row_sharding: jax.sharding.NamedSharding | None = None
 
     @property
     def bank_shape(self) -> tuple[int, int, int]:
@@ -96,8 +99,18 @@ def join(prompts: jax.Array, text: jax.Array) -> jax.Array:
     K is innermost so that one dialogue's prompts stay on one device. The bank is cast to the text's type here.
     """
     rows = repeat(text, "d t m -> (d k) t m", k=prompts.shape[0])
-    fronts = repeat(prompts.astype(text.dtype), "k p m -> (d k) p m", d=text.shape[0])
+    # Cast after repeating, so that the gradient is summed over dialogues in the bank's own type.
+    fronts = repeat(prompts, "k p m -> (d k) p m", d=text.shape[0]).astype(text.dtype)
     return jnp.concatenate([fronts, rows], axis=1)
+
+
+def _on_its_devices(model: SelectiveLM, rows: jax.Array) -> jax.Array:
+    return rows if model.row_sharding is None else jax.lax.with_sharding_constraint(rows, model.row_sharding)
+
+
+def embed_rows(model: SelectiveLM, params: FrozenTree, batch: ArrayBatch) -> jax.Array:
+    """The embeddings ``[D, T, M]`` of the batch's rows, each on the devices that own the row."""
+    return _on_its_devices(model, embed(model.decoder, params, batch["tokens"]))
 
 
 def target_hidden(model: SelectiveLM, params: FrozenTree, prompts: jax.Array, batch: ArrayBatch) -> jax.Array:
@@ -113,7 +126,7 @@ def target_hidden(model: SelectiveLM, params: FrozenTree, prompts: jax.Array, ba
         ``[D, S, K, M]``.
     """
     num_prompts, prompt_length, _ = prompts.shape
-    embeddings = join(prompts, embed(model.decoder, params, batch["tokens"]))
+    embeddings = _on_its_devices(model, join(prompts, embed_rows(model, params, batch)))
     rows, length, _ = embeddings.shape
     positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
     row_lengths = repeat(batch["lengths"], "d -> (d k)", k=num_prompts) + prompt_length
@@ -141,7 +154,7 @@ def at_targets(per_turn: jax.Array, onehot: jax.Array) -> jax.Array:
 
 def batch_context_means(model: SelectiveLM, params: FrozenTree, batch: ArrayBatch) -> jax.Array:
     """Mean embeddings of every turn's context, float32 ``[D, N, M]``; see `context_means`."""
-    return context_means(embed(model.decoder, params, batch["tokens"]), batch["context_lengths"])
+    return context_means(embed_rows(model, params, batch), batch["context_lengths"])
 
 
 def retriever_scores(model: SelectiveLM, trainable: Trainable, means: jax.Array) -> jax.Array:

@@ -23,7 +23,7 @@ from spt_jax.models.loading import LanguageModel, load_lm
 from spt_jax.models.tokenizer import Tokenizer
 from spt_jax.models.weights import Progress
 from spt_jax.parallel.mesh import make_mesh
-from spt_jax.parallel.rules import parameter_sharding, row_devices
+from spt_jax.parallel.rules import parameter_sharding, row_devices, row_sharding
 from spt_jax.progress import ProgressBar
 from spt_jax.prompting.bank import from_file, from_normal, from_token_ids, from_vocabulary
 from spt_jax.prompting.objective import Objective
@@ -67,14 +67,14 @@ def open_experiment(config: Config) -> Experiment:
             sharding_for=partial(parameter_sharding, mesh),
             progress=progress,
         )
-    # Rows are padded to multiples of 16.
-    longest = config.bank.prompt_length + -(-config.data.max_length // 16) * 16
+    # Rows are padded to multiples of 16; a context as long as a row must leave room for its reply.
+    longest = config.bank.prompt_length + -(-config.data.max_length // 16) * 16 + config.evaluation.max_new_tokens
     if longest > lm.config.max_position_embeddings:
         raise UserError(
-            f"bank.prompt_length + data.max_length takes {longest} tokens, but the context of {lm.identity.name} is "
-            f"{lm.config.max_position_embeddings}; lower data.max_length"
+            f"bank.prompt_length + data.max_length + evaluation.max_new_tokens takes {longest} tokens, but the context "
+            f"of {lm.identity.name} is {lm.config.max_position_embeddings}; lower data.max_length"
         )
-    return Experiment(config, mesh, lm, describe(config, lm))
+    return Experiment(config, mesh, lm, describe(config, lm, mesh))
 
 
 @contextlib.contextmanager
@@ -95,8 +95,8 @@ def _loading_bar() -> Iterator[Progress]:
         yield progress
 
 
-def describe(config: Config, lm: LanguageModel) -> SelectiveLM:
-    """The static description of bank and retriever for an LM."""
+def describe(config: Config, lm: LanguageModel, mesh: Mesh) -> SelectiveLM:
+    """The static description of bank and retriever for an LM, with rows over the mesh's row axes."""
     return SelectiveLM(
         decoder=lm.config,
         num_prompts=config.bank.num_prompts,
@@ -104,6 +104,7 @@ def describe(config: Config, lm: LanguageModel) -> SelectiveLM:
         share=config.retriever.share,
         activation=config.retriever.activation,
         max_logit_rows=config.model.max_logit_rows,
+        row_sharding=row_sharding(mesh),
     )
 
 

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -122,7 +123,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """Weights & Biases; a run is continued under the working directory's name.
+    """Weights & Biases; a resumed run is continued under the id that its working directory keeps.
 
     Raises:
         UserError: The package ``wandb`` is not installed.
@@ -133,8 +134,16 @@ class WeightsAndBiases:
             import wandb  # pyright: ignore[reportMissingImports]
         except ImportError as error:
             raise UserError("tracking.wandb needs the package wandb: pip install wandb") from error
+        identity = directory / "wandb_id"  # folders of one name in two places are two runs
+        if not identity.exists():
+            write_atomically(identity, uuid.uuid4().hex)
         self._run = wandb.init(
-            project=project, name=directory.name, id=directory.name, resume="allow", dir=str(directory), config=config
+            project=project,
+            name=directory.name,
+            id=identity.read_text(encoding="utf-8"),
+            resume="allow",
+            dir=str(directory),
+            config=config,
         )
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:

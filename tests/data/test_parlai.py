@@ -132,7 +132,9 @@ def test_words_that_look_like_format_inside_texts_are_text():
 
 
 def test_several_problems_are_one_sentence_that_names_all_lines():
-    with pytest.raises(UserError, match=r"^f\.txt:2: .*; 3 problems in all, also at lines 4, 5; data\.on_error='skip'"):
+    with pytest.raises(
+        UserError, match=r"^f\.txt:2: .*\nf\.txt:4: .*\nf\.txt:5: .*\n3 problems in all; data\.on_error='skip'"
+    ):
         parse("1 a\tb\n2 c\n3 d\te\n4 f\n5 g\t", "raise")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import re
 from typing import Any
@@ -19,7 +20,13 @@ from spt_jax.models.decoder import abstract_params
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import parameter_sharding, place_batch, replicated, row_devices, row_sharding
 from spt_jax.prompting.objective import Objective
+from spt_jax.prompting.selective_lm import SelectiveLM
 from spt_jax.training.step import TrainState, init_state, make_train_step
+
+
+def model_on(mesh: Mesh) -> SelectiveLM:
+    return dataclasses.replace(tiny.MODEL, row_sharding=row_sharding(mesh))
+
 
 OBJECTIVE = Objective(selection_weight=0.7, contrastive_weight=0.4, fusion_weight=0.9, gold_temperature=0.8)
 RATE = 0.5
@@ -52,7 +59,7 @@ def start(mesh: Mesh) -> TrainState:
 def one_step(data: int, fsdp: int, tensor: int, micro_batches: int = 1) -> Any:
     """Metrics and moved trainables of one step; plain gradient descent, so that the move shows the gradient."""
     mesh = mesh_of(data, fsdp, tensor)
-    step = make_train_step(tiny.MODEL, OBJECTIVE, optax.sgd(RATE), mesh, micro_batches)
+    step = make_train_step(model_on(mesh), OBJECTIVE, optax.sgd(RATE), mesh, micro_batches)
     state, metrics = step(start(mesh), sharded_params(mesh), place_batch(mesh, host_batch()))
     return jax.device_get((metrics, state.trainable))
 
@@ -112,6 +119,21 @@ def test_frozen_weights_are_spread_over_the_devices():
     assert set(divisors.values()) == {1, 4}
     (_, _), (vocabulary, width) = spread["embed_tokens"]
     assert (vocabulary, width) == (64, 16)
+
+
+def folded_rows_a_device(mesh: Mesh, model: SelectiveLM) -> set[int]:
+    """First sizes of the activations ``[D·K, P+T, ...]`` in one device's compiled program."""
+    step = make_train_step(model, OBJECTIVE, optax.sgd(RATE), mesh)
+    placed = place_batch(mesh, host_batch())
+    length = placed["tokens"].shape[1] + model.prompt_length
+    text = step.lower(start(mesh), sharded_params(mesh), placed).compile().as_text()
+    return {int(rows) for rows in re.findall(rf"f32\[(\d+),{length},\d+\]", text)}
+
+
+def test_rows_stay_on_their_devices_when_the_weights_are_spread_over_the_same():
+    mesh = mesh_of(1, 8, 1)
+    assert folded_rows_a_device(mesh, model_on(mesh)) == {3}  # eight rows behind three prompts on eight devices
+    assert 24 in folded_rows_a_device(mesh, tiny.MODEL)  # left alone, the compiler gives every device every row
 
 
 def test_an_uneven_axis_is_replicated():

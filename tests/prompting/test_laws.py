@@ -12,7 +12,7 @@ import tiny
 
 from spt_jax.models.decoder import decode, embed, vocabulary_logits
 from spt_jax.prompting.objective import Losses, Objective, losses_and_gradients
-from spt_jax.prompting.selective_lm import SelectiveLM, score_turns
+from spt_jax.prompting.selective_lm import SelectiveLM, join, score_turns
 
 OBJECTIVE = Objective(selection_weight=0.7, contrastive_weight=0.4, fusion_weight=0.9, gold_temperature=0.8)
 TERMS = ("total", "lm", "selection", "contrastive", "fusion", "usage", "selection_entropy", "selected_nll")
@@ -197,3 +197,20 @@ def test_the_frozen_lm_in_bfloat16_keeps_float32_losses_and_trainables():
     exact, _ = _run(batch)
     assert {g.dtype for g in jax.tree.leaves((losses, gradients))} == {jnp.dtype("float32")}
     assert float(losses.total) == pytest.approx(float(exact.total), rel=3e-2)
+
+
+def test_under_bfloat16_the_banks_gradient_is_summed_over_dialogues_in_float32():
+    """Rows that cancel in float32 but not in bfloat16: 1 + 256 times 2^-9, of which bfloat16 would lose every one."""
+    rows = jnp.concatenate([jnp.ones((1, 1)), jnp.full((256, 1), 2.0**-9)])[:, None]
+    text = jnp.zeros((257, 1, 1), jnp.bfloat16)
+
+    def total(prompts):
+        return jnp.sum(join(prompts, text)[:, :1].astype(jnp.float32) * rows)
+
+    gradient = jax.grad(total)(jnp.ones((1, 1, 1)))
+    assert float(gradient[0, 0, 0]) == 1.5
+
+
+def test_selection_entropy_is_finite_at_small_temperatures():
+    losses, _ = _run(tiny.packed("dialogue").batch(), dataclasses.replace(OBJECTIVE, score_temperature=1e-4))
+    assert np.isfinite(float(losses.selection_entropy))
