@@ -90,7 +90,7 @@ CASES: dict[str, tuple[Break, str]] = {
     "unknown key": (flag("--config.bank.num_promts=3"), "no option 'bank.num_promts' .* Did you mean 'bank.num_pro"),
     "row longer than the context": (
         flag("--config.data.max_length=1021"),
-        r"bank\.prompt_length \+ data\.max_length takes 1028 tokens, but the context of .* is 1024; lower",
+        r"data\.max_length \+ evaluation\.max_new_tokens takes 1032 tokens, but the context of .* is 1024; lower",
     ),
     "dialogue too long even when truncated": (
         talk(("i talk a lot.", (("hi", "short"), ("and?", "very " * 160)))),

@@ -70,7 +70,7 @@ class Command:
 def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     folder = tmp_path_factory.mktemp("resume")
     lm = random_llama(
-        hidden_size=16, intermediate_size=16, head_dim=4, num_hidden_layers=1, max_position_embeddings=514
+        hidden_size=16, intermediate_size=16, head_dim=4, num_hidden_layers=1, max_position_embeddings=546
     )
     source = lm.write_folder(folder / "lm")
     (folder / "tiny.py").write_text(CONFIG.format(source=str(source), steps=STEPS))
@@ -235,7 +235,7 @@ def test_a_workdir_of_another_run_is_refused(command, never_killed):
 
 def test_another_lm_is_refused_with_both_named(command, never_killed):
     lm = random_llama(
-        hidden_size=16, intermediate_size=16, head_dim=4, num_hidden_layers=1, max_position_embeddings=514
+        hidden_size=16, intermediate_size=16, head_dim=4, num_hidden_layers=1, max_position_embeddings=546
     )
     lm.tensors["model.norm.weight"] = lm.tensors["model.norm.weight"] + 1
     other = lm.write_folder(command.folder / "another_lm")
