@@ -25,7 +25,7 @@ def torch_llama(config: DecoderConfig, params: Any, eos_id: int = 2) -> Any:
             num_key_value_heads=config.num_key_value_heads,
             head_dim=config.head_dim,
             max_position_embeddings=config.max_position_embeddings,
-            rms_norm_eps=config.rms_norm_eps,
+            rms_norm_eps=config.norm_eps,
             tie_word_embeddings=False,
             bos_token_id=0,
             eos_token_id=eos_id,
@@ -49,7 +49,7 @@ def torch_llama(config: DecoderConfig, params: Any, eos_id: int = 2) -> Any:
         state[f"{name}.self_attn.o_proj.weight"] = block["attention"]["o_proj"]["kernel"].reshape(-1, width).T
         for part in ("gate_proj", "up_proj", "down_proj"):
             state[f"{name}.mlp.{part}.weight"] = block["mlp"][part]["kernel"].T
-        state[f"{name}.input_layernorm.weight"] = block["input_norm"]["scale"]
-        state[f"{name}.post_attention_layernorm.weight"] = block["post_attention_norm"]["scale"]
+        state[f"{name}.input_layernorm.weight"] = block["attention_norm"]["scale"]
+        state[f"{name}.post_attention_layernorm.weight"] = block["mlp_norm"]["scale"]
     model.load_state_dict({key: torch.tensor(np.array(value)) for key, value in state.items()})
     return model.requires_grad_(False)

@@ -178,7 +178,7 @@ class GenerationEngine:
             raise UserError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")
         if len(contexts) != len(selected):
             raise UserError(f"{len(contexts)} contexts came with {len(selected)} selected prompts; give one for each")
-        limit = self.config.max_position_embeddings
+        limit = self.config.longest_row
         for row, (context, prompt) in enumerate(zip(contexts, selected, strict=True)):
             if not 0 <= prompt < bank.shape[0]:
                 raise UserError(f"row {row} selects prompt {prompt}; this bank has prompts 0 to {bank.shape[0] - 1}")

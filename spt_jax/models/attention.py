@@ -1,10 +1,11 @@
-"""Attention and the cache of its keys and values."""
+"""Attention, its masks, and the cache of its keys and values."""
 
 from __future__ import annotations
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 
 from spt_jax.models.decoder_config import DecoderConfig
 
@@ -57,23 +58,35 @@ def write_slots(cached: jax.Array, new: jax.Array, start: jax.Array) -> jax.Arra
     return jax.lax.dynamic_update_slice(cached, new.astype(cached.dtype), (0, start, 0, 0))
 
 
-def causal_mask(query_positions: jax.Array, key_positions: jax.Array, key_valid: jax.Array) -> jax.Array:
-    """Which keys a query may see: the valid ones at its own position or before.
+def causal_mask(
+    query_positions: jax.Array, key_positions: jax.Array, key_valid: jax.Array, window: int | None = None
+) -> jax.Array:
+    """Which keys a query may see: the valid ones at its own position or before, within its window.
 
     Args:
         query_positions: int ``[B, T]``.
         key_positions: int ``[B, C]``.
         key_valid: bool ``[B, C]``.
+        window: How many positions are seen, the query's own included; None for all.
 
     Returns:
         bool ``[B, 1, T, C]``.
     """
-    visible = key_positions[:, None, :] <= query_positions[:, :, None]
+    distance = query_positions[:, :, None] - key_positions[:, None, :]
+    visible = distance >= 0 if window is None else (distance >= 0) & (distance < window)
     return (visible & key_valid[:, None, :])[:, None]
 
 
-def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
-    """Scaled dot-product attention with grouped queries; the softmax is float32.
+def attention(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    mask: jax.Array,
+    *,
+    scale: float | None = None,
+    softcap: float | None = None,
+) -> jax.Array:
+    """Dot-product attention with grouped queries; the softmax is float32.
 
     A query that may see nothing (padding) gets finite values that nobody reads.
 
@@ -82,8 +95,17 @@ def attention(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Arra
         key: ``[B, C, num_key_value_heads, head_dim]``.
         value: Like `key`.
         mask: bool ``[B, 1, T, C]``.
+        scale: Multiplies the products; None for ``head_dim ** -0.5``.
+        softcap: c in ``c · tanh(x / c)`` over the scaled products; None for none.
 
     Returns:
         ``[B, T, H, head_dim]``.
     """
-    return jax.nn.dot_product_attention(query, key, value, mask=mask, implementation="xla")
+    if softcap is None:
+        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="xla")
+    factor = query.shape[-1] ** -0.5 if scale is None else scale
+    grouped = rearrange(query, "b t (g r) d -> b t g r d", g=key.shape[2])
+    products = jnp.einsum("btgrd,bcgd->bgrtc", grouped, key, preferred_element_type=jnp.float32) * factor
+    products = jnp.where(mask[:, :, None], softcap * jnp.tanh(products / softcap), jnp.finfo(jnp.float32).min)
+    weights = jax.nn.softmax(products, axis=-1).astype(value.dtype)
+    return rearrange(jnp.einsum("bgrtc,bcgd->btgrd", weights, value), "b t g r d -> b t (g r) d")

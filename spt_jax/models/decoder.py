@@ -7,7 +7,7 @@ The embedding table and the vocabulary projection are functions of their own, so
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -15,10 +15,116 @@ import jax.numpy as jnp
 
 from spt_jax.models.attention import KVCache, attention, causal_mask, write_slots
 from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.models.rotary import rotary_table, rotate
+from spt_jax.models.layers import MLP, Norm, Projection, partitioned
+from spt_jax.models.rotary import RotaryTable, rotary_table, rotate
 
 FrozenTree = dict[str, Any]
 """The frozen LM's parameters: nested dicts of arrays, an argument of every function here, never closed over."""
+
+LayerCache = tuple[jax.Array, jax.Array]
+"""One layer's keys and values, each ``[B, C, num_key_value_heads, head_dim]``."""
+
+
+class Layer(NamedTuple):
+    """What differs from layer to layer, scanned with the parameters.
+
+    Attributes:
+        kind: int32, its index in `DecoderConfig.layer_kinds`; None where there is one kind.
+        scale: float32, multiplies its queries; None where no layer has one.
+    """
+
+    kind: jax.Array | None
+    scale: jax.Array | None
+
+
+class Places(NamedTuple):
+    """Where the tokens stand, the same for every layer.
+
+    Attributes:
+        masks: For each kind of layer, bool ``[B, 1, T, C]``.
+        tables: For each kind of layer, its rotation; None where positions are learned.
+        slot: int32, the first slot of the cache to write; None without a cache.
+    """
+
+    masks: tuple[jax.Array, ...]
+    tables: tuple[RotaryTable, ...] | None
+    slot: jax.Array | None
+
+
+def _chosen(kind: jax.Array | None, choices: tuple[Any, ...]) -> Any:
+    """The element for a layer's kind; every element has the same shapes."""
+    if kind is None:
+        return choices[0]
+    return jax.tree.map(lambda *leaves: jax.lax.select_n(kind, *leaves), *choices)
+
+
+class SelfAttention(nn.Module):
+    """Grouped-query self-attention."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, layer_cache: LayerCache | None, layer: Layer, places: Places
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """``[B, T, M]`` to ``[B, T, M]``, and this layer's cache with the new keys and values written."""
+        c = self.config
+
+        def heads(name: str, count: int, axis: str) -> jax.Array:
+            axes = ("embed", axis, "head_dim")
+            y = Projection((count, c.head_dim), axes, use_bias=c.qkv_bias, dtype=c.jax_dtype, name=f"{name}_proj")(x)
+            if c.query_key_norm is None or name == "v":
+                return y
+            axes = ("norm",) if c.query_key_norm == "head" else (axis, "head_dim")
+            over = 2 if c.query_key_norm == "width" else 1
+            return Norm(c, axes, over, use_bias=False, name=f"{name}_norm")(y)
+
+        query = heads("q", c.num_attention_heads, "heads")
+        key = heads("k", c.num_key_value_heads, "kv_heads")
+        value = heads("v", c.num_key_value_heads, "kv_heads")
+        if places.tables is not None:
+            table = _chosen(layer.kind, places.tables)
+            query, key = rotate(query, table), rotate(key, table)
+        if layer.scale is not None:
+            query = query * layer.scale.astype(query.dtype)
+        if layer_cache is not None:
+            assert places.slot is not None
+            key = write_slots(layer_cache[0], key, places.slot)
+            value = write_slots(layer_cache[1], value, places.slot)
+            layer_cache = (key, value)
+        mask = _chosen(layer.kind, places.masks)
+        y = attention(query, key, value, mask, scale=c.attention_scale, softcap=c.attention_softcap)
+        axes = ("heads", "head_dim", "embed")
+        output = Projection((c.hidden_size,), axes, 2, use_bias=c.output_bias, dtype=c.jax_dtype, name="o_proj")
+        return output(y), layer_cache
+
+
+class DecoderBlock(nn.Module):
+    """One block; the carry of the scan is the hidden state, the scanned input and output its cache."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, layer_cache: LayerCache | None, layer: Layer, places: Places
+    ) -> tuple[jax.Array, LayerCache | None]:
+        """One step of the scan over layers: ``[B, T, M]`` and the layer's cache, in and out."""
+        c = self.config
+        before, after = c.norm_placement in ("input", "both"), c.norm_placement in ("output", "both")
+
+        def normed(h: jax.Array, name: str, wanted: bool) -> jax.Array:
+            return Norm(c, name=name)(h) if wanted else h
+
+        entering = normed(x, "attention_norm", before)
+        attended, layer_cache = SelfAttention(c, name="attention")(entering, layer_cache, layer, places)
+        attended = normed(attended, "attention_output_norm", after)
+        if c.parallel_residual is not None:
+            entering = normed(x, "mlp_norm", True) if c.parallel_residual == "two norms" else entering
+            return x + attended + MLP(c, name="mlp")(entering), layer_cache
+        x = normed(x + attended, "attention_norm", c.norm_placement == "sum")
+        fed = MLP(c, name="mlp")(normed(x, "mlp_norm", before))
+        x = x + normed(fed, "mlp_output_norm", after)
+        return normed(x, "mlp_norm", c.norm_placement == "sum"), layer_cache
 
 
 def _rematerialised(config: DecoderConfig) -> Any:
@@ -28,175 +134,73 @@ def _rematerialised(config: DecoderConfig) -> Any:
     return nn.remat(DecoderBlock, policy=policies[config.remat], prevent_cse=False)
 
 
-def _partitioned(init: Any, axes: tuple[str, ...]) -> Any:
-    return nn.with_logical_partitioning(init, axes)
-
-
-class Projection(nn.Module):
-    """A dense map whose input and output may have several axes, such as heads.
-
-    Attributes:
-        features: Sizes of the output axes.
-        axes: Logical names of the kernel's axes, inputs first; they say how the kernel is sharded.
-        num_inputs: How many trailing axes of the input are contracted.
-        use_bias: Whether a bias is added.
-        dtype: Type of the kernel and of the product.
-    """
-
-    features: tuple[int, ...]
-    axes: tuple[str, ...]
-    num_inputs: int = 1
-    use_bias: bool = False
-    dtype: Any = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[..., in axes]`` to ``[..., features]``."""
-        inputs = x.shape[x.ndim - self.num_inputs :]
-        shape = (*inputs, *self.features)
-        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=tuple(range(self.num_inputs)))
-        kernel = self.param("kernel", _partitioned(init, self.axes), shape, self.dtype)
-        contracted = tuple(range(self.num_inputs))
-        y = jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - self.num_inputs, x.ndim)), contracted), ((), ())))
-        if self.use_bias:
-            names = self.axes[self.num_inputs :]
-            zeros = _partitioned(nn.initializers.zeros, names)
-            y = y + self.param("bias", zeros, self.features, self.dtype)
-        return y
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (arXiv 1910.07467), statistics in float32."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Normalises the last axis of ``[..., M]``."""
-        ones = _partitioned(nn.initializers.ones, ("norm",))
-        scale = self.param("scale", ones, (x.shape[-1],), self.config.jax_dtype)
-        x32 = x.astype(jnp.float32)
-        normed = x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + self.config.rms_norm_eps)
-        return scale * normed.astype(x.dtype)
-
-
-class SelfAttention(nn.Module):
-    """Grouped-query self-attention with rotary positions."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        layer_cache: tuple[jax.Array, jax.Array] | None,
-        slot: jax.Array | None,
-        mask: jax.Array,
-        table: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """``[B, T, M]`` to ``[B, T, M]``, and this layer's cache with the new keys and values written at `slot`."""
-        c = self.config
-
-        def heads(count: int, name: str) -> jax.Array:
-            kind = "heads" if name == "q_proj" else "kv_heads"
-            axes = ("embed", kind, "head_dim")
-            return Projection((count, c.head_dim), axes, use_bias=c.attention_bias, dtype=c.jax_dtype, name=name)(x)
-
-        query = rotate(heads(c.num_attention_heads, "q_proj"), table)
-        key = rotate(heads(c.num_key_value_heads, "k_proj"), table)
-        value = heads(c.num_key_value_heads, "v_proj")
-        if layer_cache is not None:
-            assert slot is not None
-            key = write_slots(layer_cache[0], key, slot)
-            value = write_slots(layer_cache[1], value, slot)
-            layer_cache = (key, value)
-        y = attention(query, key, value, mask)
-        axes = ("heads", "head_dim", "embed")
-        output = Projection((c.hidden_size,), axes, 2, use_bias=c.attention_bias, dtype=c.jax_dtype, name="o_proj")
-        return output(y), layer_cache
-
-
-class GatedMLP(nn.Module):
-    """SwiGLU (arXiv 2002.05202): ``down(silu(gate(x)) · up(x))``."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[..., M]`` to ``[..., M]``."""
-        c = self.config
-
-        def dense(size: int, axes: tuple[str, str], name: str) -> Projection:
-            return Projection((size,), axes, use_bias=c.mlp_bias, dtype=c.jax_dtype, name=name)
-
-        gate = nn.silu(dense(c.intermediate_size, ("embed", "mlp"), "gate_proj")(x))
-        up = dense(c.intermediate_size, ("embed", "mlp"), "up_proj")(x)
-        return dense(c.hidden_size, ("mlp", "embed"), "down_proj")(gate * up)
-
-
-class DecoderBlock(nn.Module):
-    """One pre-norm block; the carry of the scan is the hidden state, the scanned input and output its cache."""
-
-    config: DecoderConfig
-
-    @nn.compact
-    def __call__(
-        self,
-        x: jax.Array,
-        layer_cache: tuple[jax.Array, jax.Array] | None,
-        slot: jax.Array | None,
-        mask: jax.Array,
-        table: tuple[jax.Array, jax.Array],
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array] | None]:
-        """One step of the scan over layers: ``[B, T, M]`` and the layer's cache, in and out."""
-        normed = RMSNorm(self.config, name="input_norm")(x)
-        attended, layer_cache = SelfAttention(self.config, name="attention")(normed, layer_cache, slot, mask, table)
-        x = x + attended
-        x = x + GatedMLP(self.config, name="mlp")(RMSNorm(self.config, name="post_attention_norm")(x))
-        return x, layer_cache
-
-
 class Decoder(nn.Module):
     """The whole LM. Use the functions below, which take the frozen tree as an argument."""
 
     config: DecoderConfig
 
     def setup(self) -> None:
-        """Declares the embedding table, the scanned blocks, the last norm and the head."""
+        """Declares the tables, the scanned blocks, the last norm and the head."""
         c = self.config
-        table = _partitioned(nn.initializers.normal(0.02), ("vocab", "embed"))
-        self.embed_tokens = self.param("embed_tokens", table, (c.vocab_size, c.hidden_size), c.jax_dtype)
+        width = c.embedding_size or c.hidden_size
+        spread = nn.initializers.normal(0.02)
+
+        def matrix(name: str, axes: tuple[str, str], rows: int, columns: int) -> jax.Array:
+            return self.param(name, partitioned(spread, axes), (rows, columns), c.jax_dtype)
+
+        self.embed_tokens = matrix("embed_tokens", ("vocab", "embed"), c.vocab_size, width)
+        if width != c.hidden_size:
+            self.project_in = matrix("project_in", ("norm", "embed"), width, c.hidden_size)
+            self.project_out = matrix("project_out", ("embed", "norm"), c.hidden_size, width)
+        if c.position_embedding == "learned":
+            rows = c.max_position_embeddings + c.position_offset
+            self.embed_positions = matrix("embed_positions", ("positions", "embed"), rows, c.hidden_size)
         self.layers = nn.scan(
             _rematerialised(c),
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(0, nn.broadcast, nn.broadcast, nn.broadcast),  # pyright: ignore[reportArgumentType]
+            in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
-        self.final_norm = RMSNorm(c)
+        if c.final_norm:
+            self.final_norm = Norm(c)
         if not c.tie_word_embeddings:
-            head = _partitioned(nn.initializers.normal(0.02), ("embed", "vocab"))
-            self.lm_head = self.param("lm_head", head, (c.hidden_size, c.vocab_size), c.jax_dtype)
+            self.lm_head = matrix("lm_head", ("embed", "vocab"), width, c.vocab_size)
 
     def __call__(
         self, embeddings: jax.Array, positions: jax.Array, valid: jax.Array, cache: KVCache | None
     ) -> tuple[jax.Array, KVCache | None]:
         """See `decode`."""
-        table = rotary_table(self.config, positions)
-        embeddings = embeddings.astype(self.config.jax_dtype)
-        if cache is None:
-            mask = causal_mask(positions, positions, valid)
-            hidden, _ = self.layers(embeddings, None, None, mask, table)
-            return self.final_norm(hidden), None
-        extended = cache.extended(positions, valid)
-        mask = causal_mask(positions, extended.positions, extended.valid)
-        hidden, (key, value) = self.layers(embeddings, (cache.key, cache.value), cache.length, mask, table)
-        return self.final_norm(hidden), extended.replace(key=key, value=value)  # pyright: ignore[reportAttributeAccessIssue]
+        c = self.config
+        x = embeddings.astype(c.jax_dtype)
+        tables = None
+        if c.position_embedding == "learned":
+            # Padding may carry any position; a row beyond the table would be NaN and spread through masked values.
+            x = x + jnp.take(self.embed_positions, positions + c.position_offset, axis=0, mode="clip")
+        else:
+            tables = tuple(rotary_table(c, kind.rope, positions) for kind in c.layer_kinds)
+        extended = None if cache is None else cache.extended(positions, valid)
+        seen = (positions, valid) if extended is None else (extended.positions, extended.valid)
+        masks = tuple(causal_mask(positions, *seen, kind.window) for kind in c.layer_kinds)
+        slot, pairs = (None, None) if cache is None else (cache.length, (cache.key, cache.value))
+        x, pairs = self.layers(x, pairs, self._layers(), Places(masks, tables, slot))
+        x = self.final_norm(x) if c.final_norm else x
+        if extended is None:
+            return x, None
+        return x, extended.replace(key=pairs[0], value=pairs[1])  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _layers(self) -> Layer:
+        c = self.config
+        kinds = jnp.asarray(c.layer_pattern, jnp.int32) if c.layer_pattern else None
+        scales = 1.0 / jnp.arange(1, c.num_layers + 1, dtype=jnp.float32) if c.attention_scale_by_layer else None
+        return Layer(kinds, scales)
 
 
 def embed(config: DecoderConfig, params: FrozenTree, tokens: jax.Array) -> jax.Array:
     """What enters the first block before positions; the soft prompts join the text here.
+
+    Gemma's scale and OPT-350m's projection are behind it: whatever the family, a soft prompt is M wide.
 
     Args:
         config: The decoder.
@@ -206,8 +210,12 @@ def embed(config: DecoderConfig, params: FrozenTree, tokens: jax.Array) -> jax.A
     Returns:
         ``[..., T, M]`` in the decoder's type.
     """
-    del config
-    return jnp.take(params["embed_tokens"], tokens, axis=0)
+    x = jnp.take(params["embed_tokens"], tokens, axis=0)
+    if config.embedding_size is not None:
+        x = x @ params["project_in"]
+    if config.embedding_scale != 1.0:
+        x = x * jnp.asarray(config.embedding_scale, x.dtype)
+    return x
 
 
 def decode(
@@ -235,14 +243,29 @@ def decode(
     return Decoder(config).apply({"params": params}, embeddings, positions, valid, cache)  # pyright: ignore[reportReturnType]
 
 
+def vocabulary_head(params: FrozenTree) -> FrozenTree:
+    """The part of the frozen tree that `vocabulary_logits` needs."""
+    return {name: params[name] for name in ("embed_tokens", "project_out", "lm_head") if name in params}
+
+
 def vocabulary_logits(config: DecoderConfig, params: FrozenTree, hidden: jax.Array) -> jax.Array:
     """The vocabulary projection: hidden states ``[..., M]`` to float32 logits ``[..., V]``."""
+    if config.embedding_size is not None:
+        hidden = hidden @ params["project_out"]
     if config.tie_word_embeddings:
         kernel, axis = params["embed_tokens"], 1
     else:
         kernel, axis = params["lm_head"], 0
     dimensions = (((hidden.ndim - 1,), (axis,)), ((), ()))
-    return jax.lax.dot_general(hidden, kernel, dimensions, preferred_element_type=jnp.float32)
+    logits = jax.lax.dot_general(hidden, kernel, dimensions, preferred_element_type=jnp.float32)
+    cap = config.logit_softcap
+    return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def _init(config: DecoderConfig, key: jax.Array) -> Any:
+    row = jnp.zeros((1, 1), jnp.int32)
+    embeddings = jnp.zeros((1, 1, config.hidden_size), config.jax_dtype)
+    return Decoder(config).init(key, embeddings, row, row == 0, None)["params"]
 
 
 def abstract_params(config: DecoderConfig) -> FrozenTree:
@@ -251,17 +274,9 @@ def abstract_params(config: DecoderConfig) -> FrozenTree:
     Returns:
         The tree with `flax.linen.LogicallyPartitioned` leaves around `jax.ShapeDtypeStruct`.
     """
-
-    def init() -> Any:
-        row = jnp.zeros((1, 1), jnp.int32)
-        embeddings = jnp.zeros((1, 1, config.hidden_size), config.jax_dtype)
-        return Decoder(config).init(jax.random.key(0), embeddings, row, row == 0, None)
-
-    return jax.eval_shape(init)["params"]
+    return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
 
 
 def random_params(config: DecoderConfig, key: jax.Array) -> FrozenTree:
     """A randomly initialised frozen tree, for tests, benchmarks and planning."""
-    row = jnp.zeros((1, 1), jnp.int32)
-    embeddings = jnp.zeros((1, 1, config.hidden_size), config.jax_dtype)
-    return nn.unbox(Decoder(config).init(key, embeddings, row, row == 0, None))["params"]  # pyright: ignore[reportIndexIssue]
+    return nn.unbox(_init(config, key))

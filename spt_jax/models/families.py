@@ -1,4 +1,8 @@
-"""The families we can load, and how a file's own description finds its family."""
+"""The families we can load, and how a file's own description finds its family.
+
+To add one: say which fields of `DecoderConfig` its ``config.json`` means, name its tensors
+(`spt_jax.models.tensor_tables`), list it in `FAMILIES`, and give it cases in the parity tests.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,26 @@ from typing import Any
 
 from spt_jax.errors import UserError, nearest
 from spt_jax.models.family import Family
-from spt_jax.models.llama import LLAMA
+from spt_jax.models.gemma_families import GEMMA, GEMMA2, GEMMA3
+from spt_jax.models.gpt_families import GPT2, NEOX, OPT
+from spt_jax.models.llama_families import LLAMA, MISTRAL, OLMO2, PHI3, QWEN2, QWEN3, SMOLLM3, STABLELM
 
-FAMILIES: tuple[Family, ...] = (LLAMA,)
+FAMILIES: tuple[Family, ...] = (
+    LLAMA,
+    SMOLLM3,
+    MISTRAL,
+    QWEN2,
+    QWEN3,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    OLMO2,
+    STABLELM,
+    OPT,
+    GPT2,
+    NEOX,
+)
 """Every supported family."""
 
 

@@ -59,7 +59,8 @@ class _Parameter:
     path: tuple[str, ...]
     axes: tuple[str | None, ...]
     shape: Shape
-    names: tuple[str, ...]
+    names: tuple[tuple[str, ...], ...]
+    """For each layer (one, where layers are not stacked) the tensor, or a tensor a head."""
     stacked: bool
     layout: Layout
 
@@ -106,12 +107,22 @@ def load_params(
     tree: dict[tuple[str, ...], jax.Array] = {}
     for parameter in parameters:
         sharding = None if sharding_for is None else sharding_for(parameter.axes, parameter.shape)
-        tree[parameter.path] = _read(parameter, checkpoint, config.jax_dtype, sharding, advance)
+        tree[parameter.path] = _read(config, parameter, checkpoint, sharding, advance)
     return traverse_util.unflatten_dict(tree)
+
+
+def check_tensors(config: DecoderConfig, checkpoint: Checkpoint, table: TensorTable) -> None:
+    """Sees that names and shapes of a checkpoint's tensors are the configuration's, as `load_params` does first.
+
+    Raises:
+        UserError: A tensor is missing, left over, or has another shape; all such tensors are named.
+    """
+    _match(config, checkpoint, table)
 
 
 def _match(config: DecoderConfig, checkpoint: Checkpoint, table: TensorTable) -> list[_Parameter]:
     ours = traverse_util.flatten_dict(abstract_params(config))
+    prefix = table.prefix_in(checkpoint.shapes)
     parameters = []
     for rule in table.rules:
         path = tuple(rule.path.split("/"))
@@ -119,31 +130,48 @@ def _match(config: DecoderConfig, checkpoint: Checkpoint, table: TensorTable) ->
         if leaf is None:
             continue
         assert isinstance(leaf, nn.LogicallyPartitioned)
-        stacked = "{layer}" in rule.name
-        names = tuple(rule.name.format(layer=i) for i in range(config.num_layers if stacked else 1))
-        parameters.append(_Parameter(path, leaf.names, leaf.value.shape, names, stacked, rule.layout))
+        shape = leaf.value.shape
+        stacked = path[0] == "layers"
+        spelled = [name for name in rule.names if name.format(prefix=prefix, layer=0, head=0) in checkpoint.shapes]
+        name = (spelled or rule.names)[0]
+        heads = range(shape[-2]) if "{head}" in name else range(1)
+        names = tuple(
+            tuple(name.format(prefix=prefix, layer=layer, head=head) for head in heads)
+            for layer in range(config.num_layers if stacked else 1)
+        )
+        parameters.append(_Parameter(path, leaf.names, shape, names, stacked, rule.layout))
     if ours:
         raise RuntimeError(f"the family's table has no rule for {', '.join('/'.join(path) for path in ours)}")
-    _check_names(config, checkpoint, table, {name for parameter in parameters for name in parameter.names})
+    wanted = {name for parameter in parameters for layer in parameter.names for name in layer}
+    _check_names(config, checkpoint, table, prefix, wanted)
     wrong = [
         f"{name} is {checkpoint.shapes[name]} and should be {expected}"
         for parameter in parameters
-        for expected in [parameter.layout.stored_shape(parameter.layer_shape)]
-        for name in parameter.names
+        for expected in [_stored_shape(config, parameter)]
+        for layer in parameter.names
+        for name in layer
         if checkpoint.shapes[name] != expected
     ]
     if wrong:
+        wrong = list(dict.fromkeys(wrong))  # joined tensors are asked for once a part
         raise UserError(f"{checkpoint.where}: tensors of the wrong shape for its configuration: {_listed(wrong)}")
     return parameters
 
 
-def _check_names(config: DecoderConfig, checkpoint: Checkpoint, table: TensorTable, wanted: set[str]) -> None:
+def _stored_shape(config: DecoderConfig, parameter: _Parameter) -> Shape:
+    shape = parameter.layer_shape
+    return parameter.layout.stored_shape(config, shape[1:] if len(parameter.names[0]) > 1 else shape)
+
+
+def _check_names(
+    config: DecoderConfig, checkpoint: Checkpoint, table: TensorTable, prefix: str, wanted: set[str]
+) -> None:
     found = {name for name in checkpoint.shapes if not table.ignores(name)}
     if missing := sorted(wanted - found):
         raise UserError(f"{checkpoint.where} lacks tensors that its configuration asks for: {_listed(missing)}")
     leftover = found - wanted
-    head, embedding = table.tied_head
-    if config.tie_word_embeddings and head in leftover:
+    embedding = table.embedding.format(prefix=prefix)
+    for head in leftover.intersection(table.heads) if config.tie_word_embeddings else ():
         leftover.remove(head)
         if not np.array_equal(checkpoint.read(head), checkpoint.read(embedding)):
             raise UserError(
@@ -162,14 +190,18 @@ def _listed(items: list[str], most: int = 8) -> str:
 
 
 def _read(
+    config: DecoderConfig,
     parameter: _Parameter,
     checkpoint: Checkpoint,
-    dtype: Any,
     sharding: jax.sharding.Sharding | None,
     advance: Callable[[int], None],
 ) -> jax.Array:
-    def arranged(name: str) -> np.ndarray:
-        return parameter.layout.arrange(checkpoint.read(name), parameter.layer_shape)
+    dtype = config.jax_dtype
+
+    def arranged(names: tuple[str, ...]) -> np.ndarray:
+        arrays = [checkpoint.read(name) for name in names]
+        stored = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
+        return parameter.layout.arrange(config, stored, parameter.layer_shape)
 
     if not parameter.stacked:
         array = _placed(arranged(parameter.names[0]), dtype, sharding)
@@ -180,8 +212,8 @@ def _read(
         layer_sharding = jax.sharding.NamedSharding(sharding.mesh, jax.sharding.PartitionSpec(*sharding.spec[1:]))
     stack = _empty_stack(parameter.shape, dtype, sharding)()
     write = _layer_writer(sharding)
-    for number, name in enumerate(parameter.names):
-        layer = _placed(arranged(name), dtype, layer_sharding)
+    for number, names in enumerate(parameter.names):
+        layer = _placed(arranged(names), dtype, layer_sharding)
         stack = write(stack, layer, number)
         advance(layer.size)
     return stack

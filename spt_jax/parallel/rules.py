@@ -20,6 +20,7 @@ LOGICAL_AXIS_RULES: Mapping[str, str | None] = {
     "head_dim": None,
     "mlp": "tensor",
     "norm": None,
+    "positions": None,
 }
 
 

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from spt_jax.models.decoder import FrozenTree, vocabulary_logits
+from spt_jax.models.decoder import FrozenTree, vocabulary_head, vocabulary_logits
 from spt_jax.prompting.losses import TargetWeights, contrastive_loss, selection_loss, weighted_target_losses
 from spt_jax.prompting.retriever import select
 from spt_jax.prompting.selective_lm import (
@@ -27,7 +27,6 @@ from spt_jax.prompting.selective_lm import (
     target_hidden,
     target_turn_onehot,
     turn_means,
-    vocabulary_head,
 )
 
 

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from einops import rearrange, repeat
 
-from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_logits
+from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_head, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.prompting.bank import from_normal, from_vocabulary
 from spt_jax.prompting.losses import chunk_size, target_losses
@@ -160,11 +160,6 @@ def batch_context_means(model: SelectiveLM, params: FrozenTree, batch: ArrayBatc
 def retriever_scores(model: SelectiveLM, trainable: Trainable, means: jax.Array) -> jax.Array:
     """Scores of contexts ``[..., M]`` against the bank: float32 ``[..., K]``."""
     return model.retriever.apply({"params": trainable["retriever"]}, means, trainable["bank"]["prompts"])  # pyright: ignore[reportReturnType]
-
-
-def vocabulary_head(params: FrozenTree) -> FrozenTree:
-    """The part of the frozen tree that the vocabulary projection needs."""
-    return {name: params[name] for name in ("embed_tokens", "lm_head") if name in params}
 
 
 def logits_chunk(model: SelectiveLM, rows: int, num_prompts: int, positions: int) -> int:

@@ -64,15 +64,17 @@ def open_experiment(config: Config) -> Experiment:
             dtype=config.model.dtype,
             remat=config.model.remat,
             revision=config.model.revision,
+            context_length=config.model.context_length,
+            quantization=config.model.quantization,
             sharding_for=partial(parameter_sharding, mesh),
             progress=progress,
         )
     # Rows are padded to multiples of 16; a context as long as a row must leave room for its reply.
     longest = config.bank.prompt_length + -(-config.data.max_length // 16) * 16 + config.evaluation.max_new_tokens
-    if longest > lm.config.max_position_embeddings:
+    if longest > lm.config.longest_row:
         raise UserError(
             f"bank.prompt_length + data.max_length + evaluation.max_new_tokens takes {longest} tokens, but the context "
-            f"of {lm.identity.name} is {lm.config.max_position_embeddings}; lower data.max_length"
+            f"of {lm.identity.name} is {lm.config.longest_row}; lower data.max_length"
         )
     return Experiment(config, mesh, lm, describe(config, lm, mesh))
 

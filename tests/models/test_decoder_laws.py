@@ -12,7 +12,7 @@ import pytest
 
 from spt_jax.models.attention import KVCache
 from spt_jax.models.decoder import decode, embed, random_params, vocabulary_logits
-from spt_jax.models.decoder_config import DecoderConfig, RopeScaling
+from spt_jax.models.decoder_config import DecoderConfig, LayerKind, Rope, RopeScaling
 
 CONFIG = DecoderConfig(
     vocab_size=97,
@@ -23,8 +23,8 @@ CONFIG = DecoderConfig(
     num_key_value_heads=2,
     head_dim=8,
     max_position_embeddings=64,
-    rope_scaling=RopeScaling("llama3", 8.0, 1.0, 4.0, 16),
-    attention_bias=True,
+    layer_kinds=(LayerKind(Rope(scaling=RopeScaling("llama3", 8.0, 16, 1.0, 4.0))),),
+    qkv_bias=True,
 )
 PARAMS = random_params(CONFIG, jax.random.key(0))
 PROMPTS = 0.5 * np.random.default_rng(1).normal(size=(4, 3, 48)).astype(np.float32)  # [K, P, M]

@@ -35,6 +35,11 @@ def logits(lm: LanguageModel) -> np.ndarray:
     return np.asarray(forward(lm.config, lm.params, jnp.asarray(tokens)))
 
 
+def frequencies(lm: Any) -> np.ndarray:
+    [kind] = lm.config.layer_kinds
+    return rotary_frequencies(lm.config, kind.rope)
+
+
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"attention_bias": True}])
 def test_float32_gguf_gives_the_folders_logits(changes: dict[str, Any], make_llama: Make, tmp_path: Path) -> None:
     files = make_llama(**changes)
@@ -85,12 +90,13 @@ def test_stored_rope_factors_stretch_the_frequencies(make_llama: Make, tmp_path:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 24,
     }
-    plain = rotary_frequencies(load_lm(str(files.write_folder(tmp_path / "plain"))).config)
+    plain = load_lm(str(files.write_folder(tmp_path / "plain")))
     scaled = load_lm(str(make_llama(rope_scaling=llama3).write_folder(tmp_path / "scaled")))
-    files.tensors["rope_freqs.weight"] = (plain / rotary_frequencies(scaled.config)).astype(np.float32)
+    files.tensors["rope_freqs.weight"] = (frequencies(plain) / frequencies(scaled)).astype(np.float32)
     single = load_lm(str(files.write_gguf(tmp_path / "m.gguf")))
-    assert single.config.rope_scaling is not None and single.config.rope_scaling.kind == "factors"
-    np.testing.assert_allclose(rotary_frequencies(single.config), rotary_frequencies(scaled.config), rtol=1e-6)
+    [kind] = single.config.layer_kinds
+    assert kind.rope is not None and kind.rope.scaling is not None and kind.rope.scaling.kind == "factors"
+    np.testing.assert_allclose(frequencies(single), frequencies(scaled), rtol=1e-6)
     np.testing.assert_allclose(logits(single), logits(scaled), atol=1e-4)
 
 

@@ -14,6 +14,7 @@ import pytest
 from spt_jax.data.sources import read_dialogues
 from spt_jax.models.attention import KVCache
 from spt_jax.models.decoder import decode, embed, vocabulary_logits
+from spt_jax.models.decoder_config import LayerKind, Rope
 from spt_jax.models.loading import LanguageModel, load_lm, load_tokenizer
 from spt_jax.models.sources import resolve_source
 
@@ -164,7 +165,7 @@ def test_digits_are_split_one_by_one(lm: LanguageModel) -> None:
 
 def test_identity_and_configuration(lm: LanguageModel, smollm2_source: str) -> None:
     assert (lm.config.num_layers, lm.config.hidden_size, lm.config.vocab_size) == (30, 576, 49152)
-    assert lm.config.tie_word_embeddings and lm.config.rope_theta == 1e5
+    assert lm.config.tie_word_embeddings and lm.config.layer_kinds == (LayerKind(Rope(1e5)),)
     assert lm.identity.name == smollm2_source and len(lm.identity.sha256) == 64
     assert load_tokenizer(smollm2_source).fingerprint == lm.tokenizer.fingerprint
     assert lm.tokenizer.chat_template is not None

@@ -1,0 +1,135 @@
+"""Gemma 1, 2 and 3 (arXiv 2403.08295, 2408.00118, 2503.19786)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from spt_jax.models.decoder_config import LayerKind, Rope
+from spt_jax.models.family import Family
+from spt_jax.models.gguf_config import GGUFConfig
+from spt_jax.models.hf_config import HFConfig, layers_of
+from spt_jax.models.llama_families import FULL, SLIDING, biases_of, gguf_llama, llama_like, window_of
+from spt_jax.models.tensor_tables import GEMMA2_NORMS, gguf_tensors, llama_tensors
+
+
+def _gemma(c: HFConfig) -> dict[str, Any]:
+    activation = c.activation("hidden_activation", "hidden_act", default="gelu_pytorch_tanh")
+    fields = {**llama_like(c.with_defaults(head_dim=256), tied=True), **biases_of(c), "mlp_bias": False}
+    return {
+        **fields,
+        "activation": "gelu_tanh" if activation == "gelu" else activation,  # the first release misnamed it
+        "embedding_scale": fields["hidden_size"] ** 0.5,
+        "norm_plus_one": True,
+    }
+
+
+def _gemma2(c: HFConfig) -> dict[str, Any]:
+    c = c.with_defaults(attn_logit_softcapping=50.0, final_logit_softcapping=30.0)
+    fields = {**_gemma(c), "activation": c.activation("hidden_activation", default="gelu_pytorch_tanh")}
+    rope, layers = fields["layer_kinds"][0].rope, fields["num_layers"]
+    types = [FULL if i % 2 else SLIDING for i in range(layers)]
+    return {
+        **fields,
+        **layers_of([LayerKind(rope, w) for w in c.windows(layers, window_of(c, 4096), types)]),
+        "norm_placement": "both",
+        "attention_scale": c.number("query_pre_attn_scalar", 256) ** -0.5,
+        "attention_softcap": c.optional("attn_logit_softcapping"),
+        "logit_softcap": c.optional("final_logit_softcapping"),
+    }
+
+
+def _gemma3(c: HFConfig) -> dict[str, Any]:
+    if "text_config" in c.fields:  # the language model inside a multimodal one
+        c = HFConfig(c.fields["text_config"], f"{c.where} (text_config)")
+        c.refuse_what_no_family_can()
+    c = c.with_defaults(
+        vocab_size=262_208,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        max_position_embeddings=131_072,
+        final_logit_softcapping=None,
+    )
+    c.refuse_unless("attn_logit_softcapping")
+    fields = _gemma2(c)
+    layers, every = fields["num_layers"], c.integer("sliding_window_pattern", 6)
+    types = [SLIDING if (i + 1) % every else FULL for i in range(layers)]
+    windows = c.windows(layers, window_of(c, 4096), types)
+    kinds = {FULL: c.rope(1_000_000.0, layer_type=FULL), SLIDING: _local_rope(c)}
+    types = c.fields.get("layer_types") or types
+    return {
+        **fields,
+        **layers_of([LayerKind(kinds[kind], w) for kind, w in zip(types, windows, strict=True)]),
+        "query_key_norm": "head",
+        "attention_softcap": None,
+    }
+
+
+def _local_rope(c: HFConfig) -> Rope:
+    """Gemma 3's local layers: a base of their own and no scaling, however the file spells it."""
+    base = c.number("rope_local_base_freq", 10_000.0)
+    nested = (c.fields.get("rope_parameters") or {}).get(SLIDING)
+    return HFConfig({**c.fields, "rope_scaling": nested, "rope_theta": base, "rope_parameters": None}, c.where).rope()
+
+
+def _gguf_gemma2(g: GGUFConfig) -> dict[str, Any]:
+    fields = gguf_llama(g)
+    rope, layers = fields["layer_kinds"][0].rope, fields["num_layers"]
+    window = int(g.get("attention.sliding_window", 4096))
+    # llama.cpp keeps the scale by size: Gemma 2 27B's queries are scaled by M / H, the others' by the head.
+    wide = layers == 46
+    scale = fields["hidden_size"] / fields["num_attention_heads"] if wide else fields["head_dim"]
+    return {
+        **fields,
+        **layers_of([LayerKind(rope, None if i % 2 else window) for i in range(layers)]),
+        "activation": "gelu_tanh",
+        "embedding_scale": fields["hidden_size"] ** 0.5,
+        "norm_plus_one": True,
+        "norm_placement": "both",
+        "attention_scale": scale**-0.5,
+        "attention_softcap": g.get("attn_logit_softcapping", 50.0),
+        "logit_softcap": g.get("final_logit_softcapping", 30.0),
+    }
+
+
+def _gguf_gemma3(g: GGUFConfig) -> dict[str, Any]:
+    fields = _gguf_gemma2(g)
+    layers, window = fields["num_layers"], int(g.get("attention.sliding_window", 1024))
+    wide = layers == 62  # 27B; see `_gguf_gemma2`
+    scale = fields["hidden_size"] / fields["num_attention_heads"] if wide else fields["head_dim"]
+    local = LayerKind(Rope(float(g.get("rope.freq_base_swa", 10_000.0))), window)
+    whole = LayerKind(g.rope(1_000_000.0))
+    return {
+        **fields,
+        **layers_of([local if (i + 1) % 6 else whole for i in range(layers)]),
+        "query_key_norm": "head",
+        "attention_scale": scale**-0.5,
+        "attention_softcap": None,
+        "logit_softcap": g.get("final_logit_softcapping"),
+    }
+
+
+GEMMA = Family("Gemma", ("gemma",), ("GemmaForCausalLM",), _gemma, llama_tensors())
+GEMMA2 = Family(
+    "Gemma 2",
+    ("gemma2",),
+    ("Gemma2ForCausalLM",),
+    _gemma2,
+    llama_tensors(GEMMA2_NORMS),
+    ("gemma2",),
+    _gguf_gemma2,
+    gguf_tensors(plus_one=True),
+)
+GEMMA3 = Family(
+    "Gemma 3",
+    ("gemma3_text", "gemma3"),
+    ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration"),
+    _gemma3,
+    llama_tensors(
+        GEMMA2_NORMS,
+        prefixes=("model.", "language_model.model.", "model.language_model.", ""),
+        ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
+    ),
+    ("gemma3",),
+    _gguf_gemma3,
+    gguf_tensors(plus_one=True),
+)

@@ -1,0 +1,115 @@
+"""The parts of a block that act on each position alone: projections, norms, the MLP."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from spt_jax.models.decoder_config import DecoderConfig
+
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+    "relu": jax.nn.relu,
+}
+
+
+def partitioned(init: Any, axes: tuple[str, ...]) -> Any:
+    """An initialiser whose parameter carries the logical names of its axes."""
+    return nn.with_logical_partitioning(init, axes)
+
+
+class Projection(nn.Module):
+    """A dense map whose input and output may have several axes, such as heads.
+
+    Attributes:
+        features: Sizes of the output axes.
+        axes: Logical names of the kernel's axes, inputs first; they say how the kernel is sharded.
+        num_inputs: How many trailing axes of the input are contracted.
+        use_bias: Whether a bias is added.
+        dtype: Type of the kernel and of the product.
+    """
+
+    features: tuple[int, ...]
+    axes: tuple[str, ...]
+    num_inputs: int = 1
+    use_bias: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``[..., in axes]`` to ``[..., features]``."""
+        inputs = x.shape[x.ndim - self.num_inputs :]
+        shape = (*inputs, *self.features)
+        init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=tuple(range(self.num_inputs)))
+        kernel = self.param("kernel", partitioned(init, self.axes), shape, self.dtype)
+        contracted = tuple(range(self.num_inputs))
+        y = jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - self.num_inputs, x.ndim)), contracted), ((), ())))
+        if self.use_bias:
+            zeros = partitioned(nn.initializers.zeros, self.axes[self.num_inputs :])
+            y = y + self.param("bias", zeros, self.features, self.dtype)
+        return y
+
+
+class Norm(nn.Module):
+    """RMSNorm (arXiv 1910.07467) or LayerNorm (arXiv 1607.06450) as the family has it, computed in float32.
+
+    Attributes:
+        config: The decoder.
+        axes: Logical names of the parameters' axes, the last of the input's.
+        num_axes: Over how many trailing axes the statistics are taken.
+        use_bias: Whether a LayerNorm has a bias.
+    """
+
+    config: DecoderConfig
+    axes: tuple[str, ...] = ("norm",)
+    num_axes: int = 1
+    use_bias: bool = True
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Normalises the last `num_axes` axes of ``[..., M]`` or ``[..., H, head_dim]``."""
+        c = self.config
+        over = tuple(range(x.ndim - self.num_axes, x.ndim))
+        shape = x.shape[x.ndim - len(self.axes) :]
+        y = x.astype(jnp.float32)
+        if c.norm == "layer":
+            y = y - jnp.mean(y, axis=over, keepdims=True)
+        y = y * jax.lax.rsqrt(jnp.mean(y * y, axis=over, keepdims=True) + c.norm_eps)
+        if c.norm_affine:
+            init = nn.initializers.zeros if c.norm_plus_one else nn.initializers.ones
+            scale = self.param("scale", partitioned(init, self.axes), shape, c.jax_dtype).astype(jnp.float32)
+            y = y * (1.0 + scale if c.norm_plus_one else scale)
+            if c.norm == "layer" and self.use_bias:
+                zeros = partitioned(nn.initializers.zeros, self.axes)
+                y = y + self.param("bias", zeros, shape, c.jax_dtype).astype(jnp.float32)
+        return y.astype(x.dtype)
+
+
+class MLP(nn.Module):
+    """The block's MLP, gated (arXiv 2002.05202) or plain."""
+
+    config: DecoderConfig
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[..., M]`` to ``[..., M]``."""
+        c = self.config
+        activation = _ACTIVATIONS[c.activation]
+
+        def dense(size: int, axes: tuple[str, str], name: str) -> Projection:
+            return Projection((size,), axes, use_bias=c.mlp_bias, dtype=c.jax_dtype, name=name)
+
+        inner = dense(c.intermediate_size, ("embed", "mlp"), "up_proj")(x)
+        if c.gated_mlp:
+            inner = activation(dense(c.intermediate_size, ("embed", "mlp"), "gate_proj")(x)) * inner
+        else:
+            inner = activation(inner)
+        return dense(c.hidden_size, ("mlp", "embed"), "down_proj")(inner)
