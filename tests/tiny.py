@@ -67,6 +67,8 @@ class CharacterEncoder:
     bos_id = 1
     eos_id = 2
     pad_id = 0
+    stop_ids = (2,)
+    vocab_size = 128
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [[min(ord(character), 127) for character in text] for text in texts]

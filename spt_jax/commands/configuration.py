@@ -28,12 +28,13 @@ _WRONG_TYPE = re.compile(
 _TRUTHS = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
 
 
-def attach_config(flag_values: flags.FlagValues, arguments: Sequence[str]) -> list[str]:
+def attach_config(flag_values: flags.FlagValues, arguments: Sequence[str], *, file_needed: bool = True) -> list[str]:
     """Replaces the text flag --config by the config of the file it names, and defines the flags of the overrides.
 
     Args:
         flag_values: Has a flag ``config``; afterwards its value is the config, without the overrides until parsed.
         arguments: As the user typed them.
+        file_needed: Whether --config must be given; else the defaults serve without it.
 
     Returns:
         The arguments left to parse: without --config, every override as ``--config.name=value``.
@@ -57,9 +58,9 @@ def attach_config(flag_values: flags.FlagValues, arguments: Sequence[str]) -> li
             left.append(_override(argument, match, rest))
         else:
             left.append(argument)
-    if not file:
+    if not file and (file_needed or file is not None):
         raise UserError(f"--config is missing; give a config file, such as {EXAMPLE}")
-    config = load_config(file)
+    config = load_config(file) if file else default_config()
     delattr(flag_values, "config")
     config_flags.DEFINE_config_dict("config", config, flag_values=flag_values, sys_argv=["spt-jax", *left])
     return left

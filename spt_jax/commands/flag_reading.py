@@ -17,13 +17,22 @@ _KINDS = {
 }
 
 
-def read_flags(door: str, flag_values: flags.FlagValues, arguments: Sequence[str]) -> None:
+def read_flags(
+    door: str,
+    flag_values: flags.FlagValues,
+    arguments: Sequence[str],
+    *,
+    positional: str = "",
+    config_file_needed: bool = True,
+) -> None:
     """Parses a door's flags, those of a --config included.
 
     Args:
         door: For the sentences.
         flag_values: Holds the door's definitions; afterwards, its values.
         arguments: As the user typed them, behind the door.
+        positional: The flag whose value may also stand alone, without ``--name=``.
+        config_file_needed: Whether a door with --config must be given one, or the defaults serve.
 
     Raises:
         UserError: A flag that does not exist or has a wrong value, or something that is no flag.
@@ -34,14 +43,18 @@ def read_flags(door: str, flag_values: flags.FlagValues, arguments: Sequence[str
         from spt_jax.commands.configuration import attach_config
 
         _refuse_unknown(door, own, arguments)
-        arguments = attach_config(flag_values, arguments)
+        arguments = attach_config(flag_values, arguments, file_needed=config_file_needed)
     try:
         rest = flag_values([f"spt-jax {door}", *arguments])[1:]
     except flags.UnrecognizedFlagError as error:
         raise UserError(_unknown(door, error.flagname, own)) from error
     except (flags.Error, ValueError) as error:
         raise UserError(_sentence(flag_values, arguments, error)) from error
+    if rest and positional and not flag_values[positional].present:
+        flag_values[positional].parse(rest.pop(0))
     if rest:
+        if positional:
+            raise UserError(f"{door} takes one {positional.upper()}, and {rest[0]!r} is another")
         raise UserError(f"{rest[0]!r} is not a flag of {door}; flags are written --name=value")
 
 

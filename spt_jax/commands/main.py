@@ -21,6 +21,7 @@ DOORS = {
     "score": "likelihood and scores of every turn under every prompt",
     "chat": "talk with the trained model in the terminal",
     "generate": "replies to a file of conversations",
+    "inspect": "what a model is and takes, from its metadata alone",
 }
 _HELP = ("-h", "-help", "--help")
 
@@ -74,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
         if any(argument in _HELP for argument in rest):
             print(door_help(module.__doc__ or "", flag_values))
             return 0
-        read_flags(door, flag_values, rest)
+        read_flags(door, flag_values, rest, **getattr(module, "ARGUMENTS", {}))
         return module.run(flag_values)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)

@@ -161,8 +161,9 @@ class Responder:
         self._engine = GenerationEngine(
             run.lm.config,
             run.lm.params,
-            eos_ids=[tokenizer.eos_id],
+            eos_ids=tokenizer.stop_ids,
             pad_id=tokenizer.pad_id,
+            vocab_size=tokenizer.vocab_size,
             max_batch=max_batch,
             length_multiple=length_multiple,
         )

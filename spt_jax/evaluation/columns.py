@@ -101,7 +101,12 @@ class ColumnEvaluator:
         self.answered = spread_evenly(len(self._contexts), replies)
         tokenizer = lm.tokenizer
         self._engine = GenerationEngine(
-            lm.config, lm.params, eos_ids=[tokenizer.eos_id], pad_id=tokenizer.pad_id, max_batch=batch_size
+            lm.config,
+            lm.params,
+            eos_ids=tokenizer.stop_ids,
+            pad_id=tokenizer.pad_id,
+            vocab_size=tokenizer.vocab_size,
+            max_batch=batch_size,
         )
 
     @property

@@ -10,7 +10,7 @@ import numpy as np
 
 from spt_jax.errors import UserError
 from spt_jax.generation.decode import DecodeState, advance_jitted, decode_loop, prefill
-from spt_jax.generation.sampling import Greedy, SamplingRule
+from spt_jax.generation.sampling import Greedy, SamplingRule, Within
 from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
 
@@ -27,6 +27,8 @@ class GenerationEngine:
         params: The frozen tree; every compiled function takes it as an argument.
         eos_ids: Tokens that end a row; they are not part of its result.
         pad_id: Fills the rows; never seen by the LM's other tokens.
+        vocab_size: How many leading tokens of the LM's vocabulary may be chosen: those that the tokenizer can spell;
+            None for all.
         max_batch: Rows in a batch, at most.
         length_multiple: Tokens; the text's width is rounded up to it.
 
@@ -41,6 +43,7 @@ class GenerationEngine:
         *,
         eos_ids: Sequence[int],
         pad_id: int,
+        vocab_size: int | None = None,
         max_batch: int = 16,
         length_multiple: int = 32,
     ) -> None:
@@ -51,6 +54,7 @@ class GenerationEngine:
         self.config = config
         self.params = params
         self.pad_id = pad_id
+        self.vocab_size = vocab_size
         self.max_batch = max_batch
         self.length_multiple = length_multiple
         self._eos_ids = np.asarray(tuple(eos_ids), np.int32)
@@ -85,7 +89,7 @@ class GenerationEngine:
             UserError: If the arguments do not fit one another, or a row does not fit the LM's context.
         """
         self._check(bank, contexts, selected, max_new_tokens)
-        rule = Greedy() if rule is None else rule
+        rule = self._rule(rule)
         keys = _row_keys(seed, len(contexts))
         # Longest first: what does not fit in memory fails at once, and time left is never underestimated.
         order = sorted(range(len(contexts)), key=lambda row: (-len(contexts[row]), row))
@@ -121,7 +125,7 @@ class GenerationEngine:
             UserError: As `generate`, when the stream is made, not when it is first read.
         """
         self._check(bank, [context], [selected], max_new_tokens)
-        rule = Greedy() if rule is None else rule
+        rule = self._rule(rule)
         return self._stream(bank, context, selected, max_new_tokens, rule, _row_keys(seed, 1))
 
     def _stream(
@@ -141,6 +145,12 @@ class GenerationEngine:
             yield int(token)
             if left:
                 state = advance_jitted(self.config, self.params, state, self._eos_ids, rule=rule)
+
+    def _rule(self, rule: SamplingRule | None) -> SamplingRule:
+        rule = Greedy() if rule is None else rule
+        if self.vocab_size is None or self.vocab_size >= self.config.vocab_size:
+            return rule
+        return Within(rule, self.vocab_size)
 
     def _prefill(
         self,

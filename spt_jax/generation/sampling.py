@@ -91,3 +91,20 @@ def sampling_rule(temperature: float, top_k: int = 0, top_p: float = 1.0) -> Gre
             raise UserError("top_k and top_p cut a draw, but temperature is 0 (greedy); give a temperature above 0")
         return Greedy()
     return Temperature(temperature, top_k, top_p)
+
+
+@dataclasses.dataclass(frozen=True)
+class Within:
+    """Another rule over the first tokens of the vocabulary: tables are padded beyond what a tokenizer can spell.
+
+    Attributes:
+        rule: What chooses.
+        vocab_size: How many leading tokens may be chosen.
+    """
+
+    rule: SamplingRule
+    vocab_size: int
+
+    def choose(self, logits: jax.Array, keys: jax.Array) -> jax.Array:
+        """As `rule`, on ``[B, vocab_size]``."""
+        return self.rule.choose(logits[:, : self.vocab_size], keys)

@@ -7,6 +7,7 @@ The embedding table and the vocabulary projection are functions of their own, so
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from spt_jax.models.attention import KVCache, attention, causal_mask, write_slots
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.layers import MLP, Norm, Projection, partitioned
+from spt_jax.models.quantized import QTensor, quantize
 from spt_jax.models.rotary import RotaryTable, rotary_table, rotate
 
 FrozenTree = dict[str, Any]
@@ -69,10 +71,11 @@ class SelfAttention(nn.Module):
     ) -> tuple[jax.Array, LayerCache | None]:
         """``[B, T, M]`` to ``[B, T, M]``, and this layer's cache with the new keys and values written."""
         c = self.config
+        dense = functools.partial(Projection, dtype=c.jax_dtype, quantization=c.quantization)
 
         def heads(name: str, count: int, axis: str) -> jax.Array:
             axes = ("embed", axis, "head_dim")
-            y = Projection((count, c.head_dim), axes, use_bias=c.qkv_bias, dtype=c.jax_dtype, name=f"{name}_proj")(x)
+            y = dense((count, c.head_dim), axes, use_bias=c.qkv_bias, name=f"{name}_proj")(x)
             if c.query_key_norm is None or name == "v":
                 return y
             axes = ("norm",) if c.query_key_norm == "head" else (axis, "head_dim")
@@ -95,8 +98,7 @@ class SelfAttention(nn.Module):
         mask = _chosen(layer.kind, places.masks)
         y = attention(query, key, value, mask, scale=c.attention_scale, softcap=c.attention_softcap)
         axes = ("heads", "head_dim", "embed")
-        output = Projection((c.hidden_size,), axes, 2, use_bias=c.output_bias, dtype=c.jax_dtype, name="o_proj")
-        return output(y), layer_cache
+        return dense((c.hidden_size,), axes, 2, use_bias=c.output_bias, name="o_proj")(y), layer_cache
 
 
 class DecoderBlock(nn.Module):
@@ -272,7 +274,8 @@ def abstract_params(config: DecoderConfig) -> FrozenTree:
     """Shapes, types and logical axes of the frozen tree, without allocating it.
 
     Returns:
-        The tree with `flax.linen.LogicallyPartitioned` leaves around `jax.ShapeDtypeStruct`.
+        The tree with `flax.linen.LogicallyPartitioned` leaves around `jax.ShapeDtypeStruct`; a quantised kernel is a
+        `QTensor` of them.
     """
     return jax.eval_shape(lambda: _init(config, jax.random.key(0)))
 
@@ -280,3 +283,21 @@ def abstract_params(config: DecoderConfig) -> FrozenTree:
 def random_params(config: DecoderConfig, key: jax.Array) -> FrozenTree:
     """A randomly initialised frozen tree, for tests, benchmarks and planning."""
     return nn.unbox(_init(config, key))
+
+
+def quantize_params(config: DecoderConfig, params: FrozenTree) -> FrozenTree:
+    """A float tree with its blocks' kernels quantised, the rest as it is.
+
+    Args:
+        config: The quantised decoder.
+        params: The frozen tree of the same decoder without quantisation.
+    """
+
+    def one(spec: Any, leaf: jax.Array) -> Any:
+        return _quantize(leaf, spec.scale.value.shape, spec.q.value.dtype) if isinstance(spec, QTensor) else leaf
+
+    # A node that is no dict: a quantised kernel's specification stands beside a float kernel.
+    return jax.tree.map(one, abstract_params(config), params, is_leaf=lambda node: not isinstance(node, dict))
+
+
+_quantize = jax.jit(quantize, static_argnums=(1, 2))

@@ -8,7 +8,7 @@ from spt_jax.models.decoder_config import LayerKind, Rope
 from spt_jax.models.family import Family
 from spt_jax.models.gguf_config import GGUFConfig
 from spt_jax.models.hf_config import HFConfig, layers_of
-from spt_jax.models.llama_families import FULL, SLIDING, biases_of, gguf_llama, llama_like, window_of
+from spt_jax.models.llama_families import FULL, SLIDING, biases_of, llama_like, window_of
 from spt_jax.models.tensor_tables import GEMMA2_NORMS, gguf_tensors, llama_tensors
 
 
@@ -71,40 +71,54 @@ def _local_rope(c: HFConfig) -> Rope:
     return HFConfig({**c.fields, "rope_scaling": nested, "rope_theta": base, "rope_parameters": None}, c.where).rope()
 
 
-def _gguf_gemma2(g: GGUFConfig) -> dict[str, Any]:
-    fields = gguf_llama(g)
-    rope, layers = fields["layer_kinds"][0].rope, fields["num_layers"]
-    window = int(g.get("attention.sliding_window", 4096))
-    # llama.cpp keeps the scale by size: Gemma 2 27B's queries are scaled by M / H, the others' by the head.
-    wide = layers == 46
-    scale = fields["hidden_size"] / fields["num_attention_heads"] if wide else fields["head_dim"]
+def _gguf_gemma(g: GGUFConfig, theta: float, window: int, period: int, *, widest: int) -> dict[str, Any]:
+    """What Gemma 2 and 3 share.
+
+    Args:
+        g: The metadata.
+        theta: Base of the rotation where the file names none.
+        window: The window where the file names none.
+        period: Every n-th layer sees everything.
+        widest: The layers of the 27B model: its queries are scaled by M / H, the others' by the head's width. The
+            files do not say; llama.cpp knows it by the layers too.
+    """
+    fields, whole = g.sizes(), g.rope(theta)
+    by_width = fields["num_layers"] == widest
+    scale = fields["hidden_size"] // fields["num_attention_heads"] if by_width else fields["head_dim"]
+    local = _gguf_local_rope(g, whole)
+    kinds = [LayerKind(whole if seen is None else local, seen) for seen in g.windows(window, period)]
     return {
         **fields,
-        **layers_of([LayerKind(rope, None if i % 2 else window) for i in range(layers)]),
+        **layers_of(kinds),
         "activation": "gelu_tanh",
         "embedding_scale": fields["hidden_size"] ** 0.5,
         "norm_plus_one": True,
         "norm_placement": "both",
         "attention_scale": scale**-0.5,
-        "attention_softcap": g.get("attn_logit_softcapping", 50.0),
-        "logit_softcap": g.get("final_logit_softcapping", 30.0),
+    }
+
+
+def _gguf_local_rope(g: GGUFConfig, whole: Rope) -> Rope:
+    """The rotation of layers with a window: Gemma 3's has a base of its own and no scaling."""
+    if g.architecture == "gemma3":
+        return Rope(float(g.get("rope.freq_base_swa", 10_000.0)))
+    return Rope(float(g.get("rope.freq_base_swa", whole.theta)), whole.scaling)
+
+
+def _gguf_gemma2(g: GGUFConfig) -> dict[str, Any]:
+    return {
+        **_gguf_gemma(g, 10_000.0, 4096, 2, widest=46),
+        "attention_softcap": g.get("attn_logit_softcapping", 50.0) or None,
+        "logit_softcap": g.get("final_logit_softcapping", 30.0) or None,
     }
 
 
 def _gguf_gemma3(g: GGUFConfig) -> dict[str, Any]:
-    fields = _gguf_gemma2(g)
-    layers, window = fields["num_layers"], int(g.get("attention.sliding_window", 1024))
-    wide = layers == 62  # 27B; see `_gguf_gemma2`
-    scale = fields["hidden_size"] / fields["num_attention_heads"] if wide else fields["head_dim"]
-    local = LayerKind(Rope(float(g.get("rope.freq_base_swa", 10_000.0))), window)
-    whole = LayerKind(g.rope(1_000_000.0))
+    g.refuse_unless("attn_logit_softcapping", 0.0)
     return {
-        **fields,
-        **layers_of([local if (i + 1) % 6 else whole for i in range(layers)]),
+        **_gguf_gemma(g, 1_000_000.0, 0, 6, widest=62),
         "query_key_norm": "head",
-        "attention_scale": scale**-0.5,
-        "attention_softcap": None,
-        "logit_softcap": g.get("final_logit_softcapping"),
+        "logit_softcap": g.get("final_logit_softcapping") or None,
     }
 
 

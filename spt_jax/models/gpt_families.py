@@ -78,7 +78,7 @@ def _neox(c: HFConfig) -> dict[str, Any]:
     biased = c.flag("attention_bias", True)
     theta, share = c.number("rotary_emb_base", 10_000.0), c.number("rotary_pct", 0.25)
     return {
-        **llama_like(c.with_defaults(partial_rotary_factor=share), theta),
+        **llama_like(c.with_defaults(partial_rotary_factor=share), theta, partial=True),
         "norm": "layer",
         "norm_eps": c.number("layer_norm_eps", 1e-5),
         "parallel_residual": "two norms" if c.flag("use_parallel_residual", True) else None,

@@ -10,7 +10,9 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from spt_jax.errors import UserError
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.quantized import QTensor, contract, quantized_init
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -34,7 +36,8 @@ class Projection(nn.Module):
         axes: Logical names of the kernel's axes, inputs first; they say how the kernel is sharded.
         num_inputs: How many trailing axes of the input are contracted.
         use_bias: Whether a bias is added.
-        dtype: Type of the kernel and of the product.
+        dtype: Type of the kernel, if it is not quantised, and of the product.
+        quantization: ``"none"``, ``"int8"`` or ``"int4"``: how the kernel is stored.
     """
 
     features: tuple[int, ...]
@@ -42,16 +45,25 @@ class Projection(nn.Module):
     num_inputs: int = 1
     use_bias: bool = False
     dtype: Any = jnp.float32
+    quantization: str = "none"
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[..., in axes]`` to ``[..., features]``."""
+        """Maps ``[..., in axes]`` to ``[..., features]``.
+
+        Raises:
+            UserError: The kernel is stored in another way than `quantization` says.
+        """
         inputs = x.shape[x.ndim - self.num_inputs :]
         shape = (*inputs, *self.features)
         init = nn.initializers.variance_scaling(1.0, "fan_in", "normal", in_axis=tuple(range(self.num_inputs)))
-        kernel = self.param("kernel", partitioned(init, self.axes), shape, self.dtype)
-        contracted = tuple(range(self.num_inputs))
-        y = jax.lax.dot_general(x, kernel, ((tuple(range(x.ndim - self.num_inputs, x.ndim)), contracted), ((), ())))
+        if self.quantization == "none":
+            kernel = self.param("kernel", partitioned(init, self.axes), shape, self.dtype)
+        else:
+            kernel = self.param("kernel", quantized_init(init, self.axes, self.num_inputs, self.quantization), shape)
+        if isinstance(kernel, QTensor) != (self.quantization != "none"):
+            raise UserError(f"the decoder's quantization is {self.quantization}, but its kernels are not stored so")
+        y = contract(x, kernel, self.num_inputs)
         if self.use_bias:
             zeros = partitioned(nn.initializers.zeros, self.axes[self.num_inputs :])
             y = y + self.param("bias", zeros, self.features, self.dtype)
@@ -105,7 +117,9 @@ class MLP(nn.Module):
         activation = _ACTIVATIONS[c.activation]
 
         def dense(size: int, axes: tuple[str, str], name: str) -> Projection:
-            return Projection((size,), axes, use_bias=c.mlp_bias, dtype=c.jax_dtype, name=name)
+            return Projection(
+                (size,), axes, use_bias=c.mlp_bias, dtype=c.jax_dtype, quantization=c.quantization, name=name
+            )
 
         inner = dense(c.intermediate_size, ("embed", "mlp"), "up_proj")(x)
         if c.gated_mlp:

@@ -14,8 +14,21 @@ from spt_jax.models.tensor_tables import OLMO2_NORMS, gguf_tensors, llama_tensor
 FULL, SLIDING = "full_attention", "sliding_attention"
 
 
-def llama_like(c: HFConfig, theta: float = 10_000.0, *, eps: float = 1e-6, tied: bool = False) -> dict[str, Any]:
-    """What most families keep of Llama: RMSNorm, rotary positions, a gated SiLU MLP, one kind of layer."""
+def llama_like(
+    c: HFConfig, theta: float = 10_000.0, *, eps: float = 1e-6, tied: bool = False, partial: bool = False
+) -> dict[str, Any]:
+    """What most families keep of Llama: RMSNorm, rotary positions, a gated SiLU MLP, one kind of layer.
+
+    Args:
+        c: The file.
+        theta: The rotation's base where the file names none.
+        eps: The norms' epsilon, likewise.
+        tied: Whether the head is tied, likewise.
+        partial: Whether the family may rotate a part of each head.
+    """
+    if not partial:
+        for fields in (c, c.rope_parameters()):
+            fields.refuse_unless("partial_rotary_factor", 1.0)
     rope = c.rope(theta)
     share = c.rope_parameters().number("partial_rotary_factor", c.number("partial_rotary_factor", 1.0))
     sizes = c.sizes()
@@ -43,12 +56,22 @@ def biases_of(c: HFConfig) -> dict[str, bool]:
 
 
 def _llama(c: HFConfig) -> dict[str, Any]:
+    c.refuse_unless("sliding_window")
     return {**llama_like(c), **biases_of(c)}
 
 
 def gguf_llama(g: GGUFConfig) -> dict[str, Any]:
-    """What every architecture of GGUF spells alike, with one kind of layer."""
-    return {**g.sizes(), "layer_kinds": (LayerKind(g.rope(), g.get("attention.sliding_window") or None),)}
+    """What every architecture of GGUF spells alike, with one rotation for all layers."""
+    rope = g.rope()
+    return {**g.sizes(), **layers_of([LayerKind(rope, window) for window in g.windows()])}
+
+
+def _gguf_llama(g: GGUFConfig) -> dict[str, Any]:
+    """Mistral's files too; they say nothing of the first release's window, and llama.cpp has none for them."""
+    fields = gguf_llama(g)
+    # Rows of queries and keys are stored in an order that goes with whole heads rotated.
+    g.refuse_unless("rope.dimension_count", fields["head_dim"])
+    return fields
 
 
 LLAMA = Family(
@@ -58,7 +81,7 @@ LLAMA = Family(
     _llama,
     llama_tensors(),
     ("llama",),
-    gguf_llama,
+    _gguf_llama,
     gguf_tensors(interleaved=True),
 )
 
@@ -111,6 +134,8 @@ def _qwen3(c: HFConfig) -> dict[str, Any]:
 
 
 def _gguf_qwen(g: GGUFConfig) -> dict[str, Any]:
+    if g.get("attention.sliding_window_pattern") is None:
+        g.refuse_unless("attention.sliding_window", 0)  # Qwen's are on some layers, which it alone does not tell
     normed = "head" if "blk.0.attn_q_norm.weight" in g.shapes else None
     return {**gguf_llama(g), "query_key_norm": normed}
 
@@ -147,7 +172,7 @@ OLMO2 = Family("OLMo 2", ("olmo2",), ("Olmo2ForCausalLM",), _olmo2, llama_tensor
 
 def _stablelm(c: HFConfig) -> dict[str, Any]:
     return {
-        **llama_like(c.with_defaults(partial_rotary_factor=0.25)),
+        **llama_like(c.with_defaults(partial_rotary_factor=0.25), partial=True),
         "norm": "layer",
         "norm_eps": c.number("layer_norm_eps", 1e-5),
         "qkv_bias": c.flag("use_qkv_bias", False),
@@ -169,7 +194,9 @@ def _phi3(c: HFConfig) -> dict[str, Any]:
     rope = dict(c.rope_parameters().fields)
     kind = rope.pop("type", None) or rope.get("rope_type", "default")
     rope["rope_type"] = "longrope" if kind in ("su", "yarn") else kind  # names of the first releases
-    fields = llama_like(HFConfig({**c.fields, "rope_scaling": None, "rope_parameters": rope}, c.where), eps=1e-5)
+    fields = llama_like(
+        HFConfig({**c.fields, "rope_scaling": None, "rope_parameters": rope}, c.where), eps=1e-5, partial=True
+    )
     return {**fields, "layer_kinds": (LayerKind(fields["layer_kinds"][0].rope, window_of(c)),)}
 
 

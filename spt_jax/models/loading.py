@@ -14,13 +14,15 @@ from spt_jax.errors import UserError
 from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.families import family_of_gguf, family_of_hf
-from spt_jax.models.family import TensorTable
+from spt_jax.models.family import Family, TensorTable
 from spt_jax.models.folder_tokenizer import tokenizer_of_folder
 from spt_jax.models.gguf_file import GGUFFile
 from spt_jax.models.gguf_tokenizer import tokenizer_of_gguf
-from spt_jax.models.safetensors_file import SafetensorsFolder
+from spt_jax.models.random_lm import byte_tokenizer, random_lm_params, shape_sha256
+from spt_jax.models.shapes import shape_fields
 from spt_jax.models.sources import Source, resolve_source
 from spt_jax.models.tokenizer import Tokenizer
+from spt_jax.models.weight_files import weights_of_folder
 from spt_jax.models.weights import Checkpoint, Progress, ShardingFor, load_params
 
 
@@ -33,7 +35,7 @@ class LMIdentity:
         revision: The hub's commit or the package's version; else empty.
         sha256: Of the weight files' bytes: of the file itself where there is one, else of the lines
             ``{file name} {sha256 of the file}`` in the order of names. The same weights saved in other shards or
-            another type have another hash.
+            another type have another hash. Of a ``shape:NAME``, of its fields and its seed.
     """
 
     name: str
@@ -67,12 +69,37 @@ class LanguageModel:
     identity: LMIdentity
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class OpenedLM:
+    """Everything known of an LM before its weights are read.
+
+    Attributes:
+        source: Where it is.
+        family: Its family.
+        fields: Its description there: ``config.json``, or a GGUF file's metadata.
+        config: The decoder.
+        tokenizer: Its tokenizer, which fits the decoder's vocabulary.
+        checkpoint: Its weight files, opened; None for a ``shape:NAME`` and where `open_lm` was told to leave them.
+        table: The family's tensors in such files.
+    """
+
+    source: Source
+    family: Family
+    fields: Mapping[str, Any]
+    config: DecoderConfig
+    tokenizer: Tokenizer
+    checkpoint: Checkpoint | None
+    table: TensorTable
+
+
 def load_lm(
     source: str,
     *,
     dtype: str = "float32",
     remat: str = "none",
     revision: str = "",
+    context_length: int = 0,
+    quantization: str = "none",
     sharding_for: ShardingFor | None = None,
     progress: Progress | None = None,
 ) -> LanguageModel:
@@ -83,6 +110,9 @@ def load_lm(
         dtype: ``"float32"`` or ``"bfloat16"``, whatever the files hold.
         remat: Rematerialisation policy; see `DecoderConfig`.
         revision: Branch, tag or commit of a hub id.
+        context_length: Tokens for which rotary positions that depend on the length are made; 0 for the length the LM
+            was trained for. See `DecoderConfig.with_context_length`.
+        quantization: ``"none"``, ``"int8"`` or ``"int4"``: how the blocks' kernels are kept.
         sharding_for: Logical axis names and shape of a (stacked) parameter to its sharding; None puts everything on
             the default device.
         progress: Called with ``("loading weights", parameters done, parameters in all)``.
@@ -90,25 +120,69 @@ def load_lm(
     Raises:
         UserError: The source, its configuration, its weights or its tokenizer cannot be used; says why.
     """
-    found = resolve_source(source, revision)
-    config, checkpoint, table, tokenizer = _opened(found)
-    config = dataclasses.replace(config, dtype=dtype, remat=remat)
-    if tokenizer.vocab_size > config.vocab_size:
-        raise UserError(
-            f"{found.path}: the tokenizer has {tokenizer.vocab_size} tokens, but the LM's vocabulary holds "
-            f"{config.vocab_size}; they do not belong together"
-        )
-    for name, token in {"bos": tokenizer.bos_id, "eos": tokenizer.eos_id, "pad": tokenizer.pad_id}.items():
-        if token is not None and not 0 <= token < config.vocab_size:
-            raise UserError(
-                f"{found.path}: the tokenizer's {name} token is {token}; allowed: 0 to {config.vocab_size - 1}, "
-                "the LM's vocabulary"
-            )
+    opened = open_lm(
+        source,
+        dtype=dtype,
+        remat=remat,
+        revision=revision,
+        context_length=context_length,
+        quantization=quantization,
+    )
+    name, config = opened.source.name, opened.config
+    if opened.checkpoint is None:
+        params = random_lm_params(config, sharding_for=sharding_for, progress=progress)
+        identity = LMIdentity(name, "", shape_sha256(opened.fields))
+        return LanguageModel(config, params, opened.tokenizer, identity)
     with ThreadPoolExecutor(1) as executor:
-        digest = executor.submit(_sha256, checkpoint.files)
-        params = load_params(config, checkpoint, table, sharding_for=sharding_for, progress=progress)
-        identity = LMIdentity(found.name, found.revision, digest.result())
-    return LanguageModel(config, params, tokenizer, identity)
+        digest = executor.submit(_sha256, opened.checkpoint.files)
+        params = load_params(config, opened.checkpoint, opened.table, sharding_for=sharding_for, progress=progress)
+        identity = LMIdentity(name, opened.source.revision, digest.result())
+    return LanguageModel(config, params, opened.tokenizer, identity)
+
+
+def open_lm(
+    source: str,
+    *,
+    dtype: str = "float32",
+    remat: str = "none",
+    revision: str = "",
+    context_length: int = 0,
+    quantization: str = "none",
+    weights: bool = True,
+) -> OpenedLM:
+    """Finds an LM and reads all but its weights' values, so that what cannot work is refused before memory is taken.
+
+    Args:
+        source: As for `load_lm`; so are `dtype`, `remat`, `revision`, `context_length` and `quantization`.
+        weights: False leaves a folder's weight files unopened, and a hub's unfetched.
+
+    Raises:
+        UserError: As `load_lm`, but for what only the weights' values or names can show.
+    """
+    found = resolve_source(source, revision, weights=weights)
+    checkpoint: Checkpoint | None = None
+    if found.kind == "gguf":
+        file = GGUFFile(found.path)
+        fields: Mapping[str, Any] = file.metadata
+        family = family_of_gguf(fields, file.where)
+        config = _checked(family.config_from_gguf, file.where, fields, file.shapes)
+        assert family.gguf_tensors is not None
+        checkpoint, table = file, family.gguf_tensors
+        tokenizer = tokenizer_of_gguf(fields, file.where)
+    else:
+        where = source if found.kind == "shape" else str(found.path / "config.json")
+        fields = shape_fields(source) if found.kind == "shape" else _json_object(found.path / "config.json")
+        family = family_of_hf(fields, where)
+        config, table = _checked(family.config_from_hf, where, fields), family.hf_tensors
+        if found.kind == "shape":
+            tokenizer = byte_tokenizer()
+        else:
+            checkpoint = weights_of_folder(found.path) if weights else None
+            tokenizer = tokenizer_of_folder(found.path, str(fields["model_type"]))
+    config = dataclasses.replace(config, dtype=dtype, remat=remat, quantization=quantization)
+    config = config.with_context_length(context_length) if context_length else config
+    tokenizer = tokenizer.fitted(config.vocab_size, source if found.kind == "shape" else str(found.path))
+    return OpenedLM(found, family, fields, config, tokenizer, checkpoint, table)
 
 
 def load_tokenizer(source: str, revision: str = "") -> Tokenizer:
@@ -118,29 +192,24 @@ def load_tokenizer(source: str, revision: str = "") -> Tokenizer:
         UserError: As `load_lm`.
     """
     found = resolve_source(source, revision, weights=False)
-    if found.kind == "gguf":
-        return tokenizer_of_gguf(GGUFFile(found.path).metadata, str(found.path))
-    return tokenizer_of_folder(found.path)
+    match found.kind:
+        case "gguf":
+            return tokenizer_of_gguf(GGUFFile(found.path).metadata, str(found.path))
+        case "shape":
+            shape_fields(source)
+            return byte_tokenizer()
+        case _:
+            return tokenizer_of_folder(found.path)
 
 
-def _opened(found: Source) -> tuple[DecoderConfig, Checkpoint, TensorTable, Tokenizer]:
-    """Everything but the weights' values, so that what cannot work is refused before memory is taken."""
-    if found.kind == "gguf":
-        file = GGUFFile(found.path)
-        family = family_of_gguf(file.metadata, file.where)
-        config = _checked(family.config_from_gguf, file.where, file.metadata, file.shapes)
-        return config, file, family.gguf, tokenizer_of_gguf(file.metadata, file.where)
-    where = found.path / "config.json"
+def _json_object(path: Path) -> dict[str, Any]:
     try:
-        fields = json.loads(where.read_text(encoding="utf-8"))
+        fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
+        raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(fields, dict):
-        raise UserError(f"{where} is not a JSON object")
-    family = family_of_hf(fields, str(where))
-    config = _checked(family.config_from_hf, str(where), fields)
-    folder = SafetensorsFolder(found.path)
-    return config, folder, family.hf, tokenizer_of_folder(found.path)
+        raise UserError(f"{path} is not a JSON object")
+    return fields
 
 
 def _checked(read: Any, where: str, *args: Any) -> DecoderConfig:

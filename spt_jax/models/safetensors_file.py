@@ -13,19 +13,13 @@ import math
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes
 import numpy as np
 
 from spt_jax.errors import UserError
+from spt_jax.models.weight_shards import FLOATING, mapped, shards_of, weight_file_size
 
-_DTYPES: dict[str, Any] = {
-    "F64": np.float64,
-    "F32": np.float32,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-}
-_INDEX = "model.safetensors.index.json"
-_UNSUPPORTED = ("*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.ot", "*.gguf")
+SAFETENSORS_FILE = "model.safetensors"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,23 +37,16 @@ class SafetensorsFolder:
         where: The folder, for messages.
         files: The weight files, in the order of their names.
         shapes: Shape of every tensor by name, known before any weight is read.
+        dtypes: Type of every tensor by name, as the file spells it (``"F32"``, ``"BF16"``, ...).
 
     Raises:
-        UserError: No weight file, an unsupported one, a missing shard, or an empty, truncated or damaged file.
+        UserError: No weight file, a missing shard, or an empty, truncated or damaged file.
     """
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
         self._entries: dict[str, _Entry] = {}
-        index = folder / _INDEX
-        if index.is_file():
-            self.files = _shards(index)
-        else:
-            self.files = tuple(sorted(folder.glob("*.safetensors")))
-            if len(self.files) > 1 and folder / "model.safetensors" in self.files:
-                self.files = (folder / "model.safetensors",)
-        if not self.files:
-            raise UserError(_nothing_found(folder))
+        self.files = _files(folder)
         for file in self.files:
             for name, entry in _read_header(file).items():
                 if name in self._entries:
@@ -67,50 +54,46 @@ class SafetensorsFolder:
                     raise UserError(f"{folder}: the tensor {name!r} is in both {other} and {file.name}")
                 self._entries[name] = entry
         self.shapes = {name: entry.shape for name, entry in self._entries.items()}
+        self.dtypes = {name: entry.dtype for name, entry in self._entries.items()}
 
     def read(self, name: str) -> np.ndarray:
         """The tensor `name` as a read-only view of the file, in the file's type.
 
         Raises:
-            UserError: Its type is not a floating-point one that we can read.
+            UserError: Its type is not a floating-point one that we can read, or the file is gone or was cut.
         """
         entry = self._entries[name]
-        if entry.dtype not in _DTYPES:
+        if entry.dtype not in FLOATING:
             raise UserError(
                 f"{entry.path}: the tensor {name!r} has type {entry.dtype}, which is not supported; "
-                f"supported: {', '.join(_DTYPES)}"
+                f"supported: {', '.join(FLOATING)}"
             )
-        return np.memmap(entry.path, dtype=_DTYPES[entry.dtype], mode="r", offset=entry.start, shape=entry.shape)
+        if 0 in entry.shape:  # nothing to map
+            return np.empty(entry.shape, FLOATING[entry.dtype])
+        return mapped(entry.path, FLOATING[entry.dtype], entry.start, entry.shape)
 
 
-def _shards(index: Path) -> tuple[Path, ...]:
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index} is not a safetensors index (JSON with a 'weight_map'): {error}") from error
-    files = tuple(index.parent / name for name in names)
-    missing = [file.name for file in files if not file.is_file()]
-    if missing:
-        raise UserError(f"{index} names {len(files)} shards, but {', '.join(missing)} is missing from {index.parent}")
+def _files(folder: Path) -> tuple[Path, ...]:
+    if (folder / SAFETENSORS_FILE).is_file():
+        return (folder / SAFETENSORS_FILE,)
+    if (folder / SAFETENSORS_INDEX).is_file():
+        return shards_of(folder / SAFETENSORS_INDEX)
+    files = tuple(sorted(folder.glob("*.safetensors")))
+    if not files:
+        raise UserError(f"{folder} holds no weight file; expected {SAFETENSORS_FILE} or {SAFETENSORS_INDEX}")
     return files
 
 
-def _nothing_found(folder: Path) -> str:
-    others = sorted(file.name for pattern in _UNSUPPORTED for file in folder.glob(pattern))
-    if others:
-        return f"{folder} holds {others[0]}, which is not supported here; supported in a folder: *.safetensors"
-    return f"{folder} holds no weight file; expected model.safetensors or {_INDEX} with its shards"
-
-
 def _span(fields: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    start, end = fields["data_offsets"]
-    return str(fields["dtype"]), tuple(int(n) for n in fields["shape"]), int(start), int(end)
+    start, end = (int(n) for n in fields["data_offsets"])
+    shape = tuple(int(n) for n in fields["shape"])
+    if not 0 <= start <= end or any(n < 0 for n in shape):
+        raise ValueError(f"shape {shape} at {start} to {end}")
+    return str(fields["dtype"]), shape, start, end
 
 
 def _read_header(path: Path) -> dict[str, _Entry]:
-    size = path.stat().st_size
-    if size == 0:
-        raise UserError(f"{path} is empty; download it again")
+    size = weight_file_size(path)
     with path.open("rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         if size < 8 or length > size - 8:
@@ -119,12 +102,12 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             header = json.loads(stream.read(length))
             header.pop("__metadata__", None)
             spans = {name: _span(fields) for name, fields in header.items()}
-        except (ValueError, KeyError, AttributeError, TypeError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
             raise UserError(f"{path} is not a safetensors file: its header does not parse ({error})") from error
     expected = 8 + length + max((span[3] for span in spans.values()), default=0)
     if size < expected:
         raise UserError(f"{path} is truncated: {size} bytes, its header describes {expected}; download it again")
     for name, (dtype, shape, start, end) in spans.items():
-        if dtype in _DTYPES and end - start != math.prod(shape) * np.dtype(_DTYPES[dtype]).itemsize:
+        if dtype in FLOATING and end - start != math.prod(shape) * np.dtype(FLOATING[dtype]).itemsize:
             raise UserError(f"{path} is damaged: the tensor {name!r} of {dtype} {shape} takes {end - start} bytes")
     return {name: _Entry(path, dtype, shape, 8 + length + start) for name, (dtype, shape, start, _) in spans.items()}

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 
 import tokenizers
 
+from spt_jax.errors import UserError
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tokenizer:
@@ -24,6 +26,8 @@ class Tokenizer:
         eos_id: End of sequence.
         pad_id: Padding; the end of sequence where the tokenizer names none (masks, not ids, mark padding).
         chat_template: The Jinja template of a chat model, where known.
+        stop_ids: Every token that ends a generated text, `eos_id` first: a model may name several, and a chat model
+            ends a turn and a text with different ones.
     """
 
     backend: tokenizers.Tokenizer
@@ -31,8 +35,10 @@ class Tokenizer:
     eos_id: int
     pad_id: int
     chat_template: str | None = None
+    stop_ids: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "stop_ids", tuple(dict.fromkeys((self.eos_id, *self.stop_ids))))
         self.backend.no_padding()
         self.backend.no_truncation()
         self.backend.encode_special_tokens = True
@@ -43,8 +49,18 @@ class Tokenizer:
         return 1 + max(self.backend.get_vocab(with_added_tokens=True).values())
 
     @functools.cached_property
+    def text_vocab_size(self) -> int:
+        """One more than the highest id that encoding a text can give; special tokens are never among them."""
+        added = self.backend.get_added_tokens_decoder()
+        special = {number for number, token in added.items() if token.special}
+        return 1 + max(n for n in self.backend.get_vocab(with_added_tokens=True).values() if n not in special)
+
+    @functools.cached_property
     def fingerprint(self) -> str:
-        """SHA-256 of the vocabulary (every token and id) and of the special ids, in hexadecimal."""
+        """SHA-256 of the vocabulary (every token and id) and of bos, eos and pad, in hexadecimal.
+
+        What else ends a reply is left out: nothing is trained on it.
+        """
         vocabulary = sorted(self.backend.get_vocab(with_added_tokens=True).items(), key=lambda item: (item[1], item[0]))
         content = json.dumps([vocabulary, self.bos_id, self.eos_id, self.pad_id], ensure_ascii=True)
         return hashlib.sha256(content.encode()).hexdigest()
@@ -57,3 +73,34 @@ class Tokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out, spaces as they were."""
         return self.backend.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def fitted(self, vocab_size: int, where: str) -> Tokenizer:
+        """This tokenizer for an LM whose embedding table has V = `vocab_size` rows.
+
+        A larger table is padding: generation should choose among the first `self.vocab_size` ids alone. Special
+        tokens beyond a smaller one are never met (Gemma 3's image token in a text-only model, a pad that somebody
+        added): such a pad gives way to the end of sequence, such stops are left out.
+
+        Args:
+            vocab_size: The LM's V.
+            where: The LM, for messages.
+
+        Raises:
+            UserError: Text, the bos or the eos would need an id that the LM does not have.
+        """
+        if self.text_vocab_size > vocab_size:
+            raise UserError(
+                f"{where}: the tokenizer has {self.text_vocab_size} tokens, but the LM's vocabulary holds "
+                f"{vocab_size}; they do not belong together"
+            )
+        for name, token in {"bos": self.bos_id, "eos": self.eos_id}.items():
+            if token is not None and not 0 <= token < vocab_size:
+                raise UserError(
+                    f"{where}: the tokenizer's {name} token is {token}; allowed: 0 to {vocab_size - 1}, "
+                    "the LM's vocabulary"
+                )
+        return dataclasses.replace(
+            self,
+            pad_id=self.pad_id if 0 <= self.pad_id < vocab_size else self.eos_id,
+            stop_ids=tuple(token for token in self.stop_ids if token < vocab_size),
+        )

@@ -25,6 +25,7 @@ class ByteTokenizer:
     """UTF-8 bytes as tokens, and three special ones behind them."""
 
     bos_id, eos_id, pad_id = 256, 257, 258
+    stop_ids, vocab_size = (257,), 259
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         return [list(text.encode("utf-8")) for text in texts]

@@ -215,3 +215,17 @@ def test_engine_sizes_below_one_are_refused(tiny):
         make_engine(tiny, max_batch=0)
     with pytest.raises(UserError, match="length_multiple is 0"):
         make_engine(tiny, length_multiple=0)
+
+
+def test_padding_of_the_vocabulary_is_never_generated(tiny, contexts) -> None:
+    free = make_engine(tiny).generate(tiny.bank, contexts, [0] * len(contexts), max_new_tokens=8)
+    limit = max(max(row) for row in free)  # forbids the highest token that the LM would have said
+    engine = GenerationEngine(
+        tiny.config, tiny.params, eos_ids=[], pad_id=0, vocab_size=limit, max_batch=4, length_multiple=40
+    )
+    rows = engine.generate(tiny.bank, contexts, [0] * len(contexts), max_new_tokens=8)
+    assert max(max(row) for row in rows) < limit
+    for before, after in zip(free, rows, strict=True):
+        same = next((i for i, token in enumerate(before) if token >= limit), len(before))
+        assert after[:same] == before[:same]
+    assert list(engine.stream(tiny.bank, contexts[2], 0, max_new_tokens=8)) == rows[2]

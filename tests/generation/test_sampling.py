@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from spt_jax.errors import UserError
-from spt_jax.generation.sampling import Greedy, Temperature, sampling_rule
+from spt_jax.generation.sampling import Greedy, Temperature, Within, sampling_rule
 
 DRAWS = 6000
 # 99.99 % quantile of chi-square with 9 degrees of freedom.
@@ -130,3 +130,12 @@ def test_values_outside_their_range_are_refused(arguments, sentence):
 def test_temperature_zero_is_greedy():
     assert sampling_rule(0.0) == Greedy()
     assert sampling_rule(0.7, 5, 0.9) == Temperature(0.7, 5, 0.9)
+
+
+@pytest.mark.parametrize("rule", [Greedy(), Temperature(1.0), Temperature(0.7, top_k=3)])
+def test_a_rule_within_a_vocabulary_is_the_rule_on_its_first_logits(rule) -> None:
+    logits = jnp.broadcast_to(LOGITS, (200, len(LOGITS)))[:, ::-1] + 5.0 * jnp.arange(len(LOGITS))
+    keys = jax.random.split(jax.random.key(3), 200)
+    assert rule.choose(logits, keys).max() > 5
+    chosen = Within(rule, 6).choose(logits, keys)
+    np.testing.assert_array_equal(chosen, rule.choose(logits[:, :6], keys))

@@ -8,13 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub import errors
 
 from spt_jax.errors import UserError
 from spt_jax.models.loading import LMIdentity, load_lm, load_tokenizer
-from spt_jax.models.sources import resolve_source
+from spt_jax.models.sources import Source, resolve_source
 
 Make = Callable[..., Any]
 
@@ -78,6 +76,8 @@ def test_paths_that_hold_no_model_are_refused(make_llama: Make, tmp_path: Path) 
     refused("./absent", "does not exist")
     folder = make_llama().write_folder(tmp_path / "hf")
     refused(str(folder / "model.safetensors"), "give the folder that holds it")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"x")
+    refused(str(tmp_path / "pytorch_model.bin"), "give the folder that holds it")
     refused(str(folder / "config.json"), "not a supported weight file", ".gguf")
     refused(str(folder), "revision 'main'", "not a hub id", revision="main")
     (folder / "config.json").write_text("{")
@@ -93,55 +93,14 @@ def test_a_folder_with_one_gguf_file_is_that_file(make_llama: Make, tmp_path: Pa
     refused(str(tmp_path), "several GGUF files", "m.gguf, n.gguf")
 
 
-def hub_error(kind: type[Exception]) -> Exception:
-    error = kind.__new__(kind)
-    error.args = ("said the hub\nin two lines",)
-    return error
-
-
-@pytest.mark.parametrize(
-    ("error", "words"),
-    [
-        (errors.GatedRepoError, ("gated", "403", "hf auth login")),
-        (errors.RepositoryNotFoundError, ("does not exist here", "401", "hf auth login")),
-        (errors.RevisionNotFoundError, ("no revision 'v9'",)),
-        (errors.LocalEntryNotFoundError, ("not in the local Hugging Face cache", "offline")),
-        (errors.OfflineModeIsEnabled, ("not in the local Hugging Face cache", "offline")),
-        (errors.HfHubHTTPError, ("could not be fetched", "said the hub")),
-        (ConnectionResetError, ("could not be fetched", "said the hub")),
-    ],
-)
-def test_each_failure_of_the_hub_is_one_sentence(
-    error: type[Exception], words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(*_: object, **__: object) -> str:
-        raise hub_error(error)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    refused("someone/some-llama", "'someone/some-llama'", *words, revision="v9")
-
-
 def test_an_unknown_hub_id_offline_is_refused() -> None:
     refused("nobody/no-such-llama", "'nobody/no-such-llama'", "Hugging Face")
 
 
-def test_a_hub_snapshot_is_a_folder_with_its_commit(
-    make_llama: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = make_llama().write_folder(tmp_path / "snapshots" / "0123abc")
-    asked: list[tuple[str, str | None, list[str]]] = []
-
-    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
-        asked.append((name, revision, allow_patterns))
-        return str(folder)
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
-    lm = load_lm("someone/some-llama", revision="main")
-    assert (lm.identity.name, lm.identity.revision) == ("someone/some-llama", "0123abc")
-    load_tokenizer("someone/some-llama")
-    (_, revision, with_weights), (_, _, without) = asked
-    assert revision == "main" and "model*.safetensors" in with_weights
-    assert not any("safetensors" in pattern for pattern in without)
+def test_a_shape_is_a_source_without_files() -> None:
+    assert resolve_source("shape:opt-125m") == Source("shape", Path(), "shape:opt-125m", "")
+    with pytest.raises(UserError, match="revision 'main' is given"):
+        resolve_source("shape:opt-125m", "main")
 
 
 @pytest.mark.parametrize(
@@ -150,15 +109,15 @@ def test_a_hub_snapshot_is_a_folder_with_its_commit(
         ({"model_type": "lama"}, ("model_type is 'lama'", "supported: llama", "Did you mean 'llama'?")),
         ({"model_type": None}, ("model_type is None", "supported: llama")),
         ({"architectures": ["LlamaForSequenceClassification"]}, ("LlamaForSequenceClassification", "LlamaForCausalLM")),
-        ({"hidden_act": "gelu"}, ("hidden_act is 'gelu'", "'silu'")),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 2.0}}, ("rope_type is 'yarn'", "default, linear, llama3")),
-        ({"rope_parameters": {"rope_type": "dynamic"}}, ("rope_type is 'dynamic'",)),
+        ({"hidden_act": "mish"}, ("hidden_act) is 'mish'", "silu")),
+        ({"rope_scaling": {"rope_type": "mrope"}}, ("rope_type is 'mrope'", "default, linear, dynamic, llama3")),
+        ({"rope_parameters": {"rope_type": "dynamic"}}, ("'factor'", "incomplete")),
         ({"rope_scaling": {"type": "linear"}}, ("'factor'",)),
         ({"rope_parameters": {"rope_type": "default", "partial_rotary_factor": 0.5}}, ("partial_rotary_factor",)),
         ({"sliding_window": 64}, ("sliding_window is 64", "supported: none")),
         ({"quantization_config": {"quant_method": "gptq"}}, ("'gptq'", "GGUF")),
         ({"hidden_size": None}, ("'hidden_size'", "incomplete")),
-        ({"hidden_size": "wide"}, ("does not describe a model", "wide")),
+        ({"hidden_size": "wide"}, ("hidden_size is 'wide'", "whole number")),
         ({"num_key_value_heads": 3}, ("num_key_value_heads",)),
         ({"vocab_size": 200}, ("tokenizer has 260 tokens", "holds 200")),
     ],
