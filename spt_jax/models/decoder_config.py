@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,6 +28,18 @@ _CHOICES: dict[str, tuple[str | None, ...]] = {
 }
 
 
+_SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched beyond the pre-training length.
@@ -34,8 +47,8 @@ class RopeScaling:
     Attributes:
         kind: ``"linear"`` divides every frequency by `factor` (position interpolation, arXiv 2306.15595).
             ``"dynamic"`` raises the base for contexts beyond the original length (NTK-aware scaling).
-            ``"llama3"`` divides the frequencies of wavelengths beyond ``original / low_freq_factor``, leaves those below
-            ``original / high_freq_factor`` and blends between (Llama 3.1, arXiv 2407.21783).
+            ``"llama3"`` divides the frequencies of wavelengths beyond ``original / low_freq_factor``, leaves those
+            below ``original / high_freq_factor`` and blends between (Llama 3.1, arXiv 2407.21783).
             ``"yarn"`` divides pairs that turn fewer than `beta_slow` times over the original length, leaves those that
             turn more than `beta_fast` times and blends between (arXiv 2309.00071).
             ``"longrope"`` divides each pair's frequency by its own factor, one list for contexts within the original
@@ -65,6 +78,17 @@ class RopeScaling:
     factors: tuple[float, ...] = ()
     long_factors: tuple[float, ...] = ()
 
+    def __post_init__(self) -> None:
+        for field in ("factor", "original_max_position_embeddings", "attention_factor", "beta_fast", "beta_slow"):
+            value = getattr(self, field)
+            if not (math.isfinite(value) and value > 0):
+                raise UserError(f"{field} of the rope scaling is {value}; allowed: a number above 0")
+        if not 0 < self.low_freq_factor < self.high_freq_factor < math.inf:
+            raise UserError(
+                f"low_freq_factor and high_freq_factor of the rope scaling are {self.low_freq_factor} and "
+                f"{self.high_freq_factor}; allowed: two numbers above 0, the first below the second"
+            )
+
     @property
     def depends_on_length(self) -> bool:
         """Whether the frequencies change with the length of the context."""
@@ -82,6 +106,10 @@ class Rope:
 
     theta: float = 10_000.0
     scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        if not 1 < self.theta < math.inf:
+            raise UserError(f"the base of rotary positions (rope_theta) is {self.theta}; allowed: a number above 1")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -188,6 +216,13 @@ class DecoderConfig:
     quantization: str = "none"
 
     def __post_init__(self) -> None:
+        for field in _SIZES:
+            if (value := getattr(self, field)) < 1:
+                raise UserError(f"{field} is {value}; allowed: 1 or more")
+        for field in ("norm_eps", "attention_scale", "attention_softcap", "logit_softcap"):
+            value = getattr(self, field)
+            if value is not None and not (math.isfinite(value) and value > 0):
+                raise UserError(f"{field} is {value}; allowed: a number above 0")
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of num_key_value_heads "
@@ -203,9 +238,25 @@ class DecoderConfig:
                 f"layer_pattern names the kinds of {len(self.layer_pattern)} layers; "
                 f"there are {self.num_layers} layers of {len(self.layer_kinds)} kinds"
             )
-        rotated = self.head_dim if self.rotary_dim is None else self.rotary_dim
+        if any(kind.window is not None and kind.window < 1 for kind in self.layer_kinds):
+            raise UserError("a sliding window is below 1; allowed: 1 or more positions, or none")
+        if self.position_embedding == "rotary":
+            self._check_rotation(self.head_dim if self.rotary_dim is None else self.rotary_dim)
+
+    def _check_rotation(self, rotated: int) -> None:
         if rotated % 2 or not 0 < rotated <= self.head_dim:
-            raise UserError(f"{rotated} features of a head are rotated; allowed: an even number up to {self.head_dim}")
+            raise UserError(
+                f"{rotated} features of a head are rotated; allowed: an even number from 2 to {self.head_dim}"
+            )
+        for scaling in self._scalings:
+            lists = {"short_factor": scaling.factors, "long_factor": scaling.long_factors}
+            for name, factors in lists.items():
+                wanted = scaling.kind == "longrope" or factors
+                if wanted and (len(factors) != rotated // 2 or not all(factor > 0 for factor in factors)):
+                    raise UserError(
+                        f"{name} of the rope scaling has {len(factors)} numbers; {rotated // 2} pairs of features are "
+                        "rotated, and each needs one above 0"
+                    )
 
     @property
     def jax_dtype(self) -> Any:

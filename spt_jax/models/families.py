@@ -41,14 +41,17 @@ def family_of_hf(fields: Mapping[str, Any], where: str) -> Family:
         UserError: The model type or the architecture is unknown; names it and lists what is supported.
     """
     model_type = fields.get("model_type")
+    architectures = fields.get("architectures") or []
+    if not isinstance(architectures, list):
+        raise UserError(f"{where}: architectures is {architectures!r}; it must be a list of names")
     supported = {kind: family for family in FAMILIES for kind in family.model_types}
-    if model_type not in supported:
+    if not isinstance(model_type, str) or model_type not in supported:
         raise UserError(
             f"{where}: model_type is {model_type!r}, which is not supported; supported: {', '.join(supported)}."
             f"{nearest(str(model_type), supported)}"
         )
     family = supported[model_type]
-    for architecture in fields.get("architectures") or ():
+    for architecture in architectures:
         if architecture not in family.architectures:
             raise UserError(
                 f"{where}: architecture is {architecture!r}, which is not a causal LM of the {family.name} family; "
@@ -65,7 +68,7 @@ def family_of_gguf(fields: Mapping[str, Any], where: str) -> Family:
     """
     architecture = fields.get("general.architecture")
     supported = {kind: family for family in FAMILIES for kind in family.gguf_architectures}
-    if architecture not in supported:
+    if not isinstance(architecture, str) or architecture not in supported:
         raise UserError(
             f"{where}: GGUF architecture is {architecture!r}, which is not supported; supported: "
             f"{', '.join(supported)}.{nearest(str(architecture), supported)}"

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from spt_jax.errors import UserError
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.gguf_config import GGUFConfig
 from spt_jax.models.hf_config import HFConfig
@@ -60,7 +61,7 @@ LINEAR = linear()
 
 
 def minus_one(layout: Layout) -> Layout:
-    """A norm's scale that the file keeps with Gemma's one added: subtracted, it is exactly what was there before."""
+    """A norm's scale that the file keeps with Gemma's one added: subtracted, what was there to 6e-8."""
     return Layout(layout.stored_shape, lambda config, array, ours: layout.arrange(config, array, ours) - 1.0)
 
 
@@ -194,7 +195,7 @@ class Family:
         """
         config = HFConfig(fields, where)
         config.refuse_what_no_family_can()
-        return DecoderConfig(**self.hf_fields(config))
+        return _decoder(self.hf_fields(config), where)
 
     def config_from_gguf(self, metadata: Mapping[str, Any], shapes: Mapping[str, Shape], where: str) -> DecoderConfig:
         """The decoder that a GGUF file's metadata describes; ties and biases show in which tensors it holds.
@@ -203,4 +204,11 @@ class Family:
             UserError: As `config_from_hf`.
         """
         assert self.gguf_fields is not None
-        return DecoderConfig(**self.gguf_fields(GGUFConfig(metadata, shapes, where)))
+        return _decoder(self.gguf_fields(GGUFConfig(metadata, shapes, where)), where)
+
+
+def _decoder(fields: dict[str, Any], where: str) -> DecoderConfig:
+    try:
+        return DecoderConfig(**fields)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error

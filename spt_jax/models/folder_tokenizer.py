@@ -104,6 +104,9 @@ def _through_transformers(folder: Path) -> tuple[Backend, Any, NamedTokens]:
     backend = getattr(loaded, "backend_tokenizer", None)
     if backend is None:
         raise UserError(f"{folder}: {type(loaded).__name__} has no fast form (tokenizer.json), which we need")
+    if len(loaded) <= len(loaded.all_special_tokens):
+        # From settings alone transformers makes a tokenizer of special tokens that can spell nothing.
+        raise UserError(f"{folder} holds no tokenizer: its settings are there, but no tokenizer.json or vocabulary")
     own = NamedTokens(loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
     return backend, loaded.chat_template, own
 

@@ -40,7 +40,7 @@ def _gemma2(c: HFConfig) -> dict[str, Any]:
 
 def _gemma3(c: HFConfig) -> dict[str, Any]:
     if "text_config" in c.fields:  # the language model inside a multimodal one
-        c = HFConfig(c.fields["text_config"], f"{c.where} (text_config)")
+        c = c.section("text_config")
         c.refuse_what_no_family_can()
     c = c.with_defaults(
         vocab_size=262_208,
@@ -50,7 +50,7 @@ def _gemma3(c: HFConfig) -> dict[str, Any]:
         final_logit_softcapping=None,
     )
     c.refuse_unless("attn_logit_softcapping")
-    fields = _gemma2(c)
+    fields = _gemma2(HFConfig({**c.fields, "rope_parameters": None, "rope_scaling": None}, c.where))
     layers, every = fields["num_layers"], c.integer("sliding_window_pattern", 6)
     types = [SLIDING if (i + 1) % every else FULL for i in range(layers)]
     windows = c.windows(layers, window_of(c, 4096), types)
@@ -67,7 +67,7 @@ def _gemma3(c: HFConfig) -> dict[str, Any]:
 def _local_rope(c: HFConfig) -> Rope:
     """Gemma 3's local layers: a base of their own and no scaling, however the file spells it."""
     base = c.number("rope_local_base_freq", 10_000.0)
-    nested = (c.fields.get("rope_parameters") or {}).get(SLIDING)
+    nested = c.section("rope_parameters").fields.get(SLIDING)
     return HFConfig({**c.fields, "rope_scaling": nested, "rope_theta": base, "rope_parameters": None}, c.where).rope()
 
 
@@ -142,6 +142,7 @@ GEMMA3 = Family(
         GEMMA2_NORMS,
         prefixes=("model.", "language_model.model.", "model.language_model.", ""),
         ignored=(r"(model\.)?(vision_tower|multi_modal_projector)\..*",),
+        heads=("lm_head.weight", "language_model.lm_head.weight"),
     ),
     ("gemma3",),
     _gguf_gemma3,

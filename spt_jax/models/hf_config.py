@@ -48,7 +48,8 @@ class HFConfig:
             value = default
         if value is _ABSENT:
             raise UserError(f"{self.where} has no field {key!r}, which describes the model; the file is incomplete")
-        if isinstance(value, bool) or not isinstance(value, int | float) or (kind is int and value != int(value)):
+        known = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        if not known or (kind is int and value != int(value)):
             wanted = "a whole number" if kind is int else "a number"
             raise UserError(f"{self.where}: {key} is {value!r}; it must be {wanted}")
         return kind(value)
@@ -68,7 +69,16 @@ class HFConfig:
     def flag(self, key: str, default: bool) -> bool:
         """True or False."""
         value = self.fields.get(key)
+        if value is not None and value not in (True, False):
+            raise UserError(f"{self.where}: {key} is {value!r}; it must be true or false")
         return default if value is None else bool(value)
+
+    def section(self, key: str) -> HFConfig:
+        """The object under `key`; one without fields where it is absent or null."""
+        value = self.fields.get(key)
+        if value is not None and not isinstance(value, Mapping):
+            raise UserError(f"{self.where}: {key} is {value!r}; it must be an object")
+        return HFConfig(value or {}, f"{self.where} ({key})")
 
     def refuse_unless(self, key: str, *allowed: Any) -> None:
         """Raises `UserError` when `key` is present with a value outside `allowed`; null always passes."""
@@ -80,7 +90,7 @@ class HFConfig:
     def refuse_what_no_family_can(self) -> None:
         """Refuses by name what would change the arithmetic of any family."""
         if self.fields.get("quantization_config"):
-            method = self.fields["quantization_config"].get("quant_method", "unnamed")
+            method = self.section("quantization_config").fields.get("quant_method", "unnamed")
             raise UserError(
                 f"{self.where}: the weights are quantised by {method!r}, which is not supported; "
                 "give the unquantised folder or a GGUF file, and model.quantization to quantise here"
@@ -138,15 +148,21 @@ class HFConfig:
 
     def rope_parameters(self, layer_type: str | None = None) -> HFConfig:
         """The fields that describe the rotation, old and new spelling together."""
-        merged = {**(self.fields.get("rope_scaling") or {}), **(self.fields.get("rope_parameters") or {})}
-        if layer_type is not None and layer_type in merged:
-            merged = merged[layer_type] or {}
-        return HFConfig(merged, f"{self.where} (rope_parameters)")
+        merged = {**self.section("rope_scaling").fields, **self.section("rope_parameters").fields}
+        parameters = HFConfig(merged, f"{self.where} (rope_parameters)")
+        if layer_type is not None:
+            return parameters.section(layer_type) if layer_type in merged else parameters
+        for key, value in merged.items():
+            if isinstance(value, Mapping):
+                raise UserError(
+                    f"{self.where}: rope_parameters differ by kind of layer ({key}), which is not supported here; "
+                    "supported: the same for all layers"
+                )
+        return parameters
 
     def _scaling(self, kind: str, p: HFConfig) -> RopeScaling:
         longest = self.integer("max_position_embeddings")
         original = p.integer("original_max_position_embeddings", longest)
-        original = self.integer("original_max_position_embeddings", original)
         match kind:
             case "linear":
                 return RopeScaling(kind, p.number("factor"))
@@ -174,11 +190,12 @@ class HFConfig:
                     factor,
                     original,
                     attention_factor=p.number("attention_factor", stretched),
-                    factors=p._numbers("short_factor"),
-                    long_factors=p._numbers("long_factor"),
+                    factors=p.numbers("short_factor"),
+                    long_factors=p.numbers("long_factor"),
                 )
 
-    def _numbers(self, key: str) -> tuple[float, ...]:
+    def numbers(self, key: str) -> tuple[float, ...]:
+        """A list of numbers; `UserError` when it is none."""
         value = self.fields.get(key)
         if not isinstance(value, list) or not all(isinstance(x, int | float) for x in value):
             raise UserError(f"{self.where}: {key} is {value!r}; it must be a list of numbers")

@@ -57,7 +57,7 @@ def biases_of(c: HFConfig) -> dict[str, bool]:
 
 def _llama(c: HFConfig) -> dict[str, Any]:
     c.refuse_unless("sliding_window")
-    return {**llama_like(c), **biases_of(c)}
+    return {**llama_like(c.with_defaults(max_position_embeddings=2048)), **biases_of(c)}
 
 
 def gguf_llama(g: GGUFConfig) -> dict[str, Any]:
@@ -191,7 +191,9 @@ STABLELM = Family(
 
 
 def _phi3(c: HFConfig) -> dict[str, Any]:
-    rope = dict(c.rope_parameters().fields)
+    # A field of the whole file here, which wins over one beside the factors.
+    original = {"original_max_position_embeddings": c.integer("original_max_position_embeddings", 4096)}
+    rope = {**c.rope_parameters().fields, **original}
     kind = rope.pop("type", None) or rope.get("rope_type", "default")
     rope["rope_type"] = "longrope" if kind in ("su", "yarn") else kind  # names of the first releases
     fields = llama_like(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -24,6 +25,8 @@ from spt_jax.models.sources import Source, resolve_source
 from spt_jax.models.tokenizer import Tokenizer
 from spt_jax.models.weight_files import weights_of_folder
 from spt_jax.models.weights import Checkpoint, Progress, ShardingFor, load_params
+
+_BLOCK = 1 << 20  # bytes hashed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,9 +136,14 @@ def load_lm(
         params = random_lm_params(config, sharding_for=sharding_for, progress=progress)
         identity = LMIdentity(name, "", shape_sha256(opened.fields))
         return LanguageModel(config, params, opened.tokenizer, identity)
+    unwanted = threading.Event()
     with ThreadPoolExecutor(1) as executor:
-        digest = executor.submit(_sha256, opened.checkpoint.files)
-        params = load_params(config, opened.checkpoint, opened.table, sharding_for=sharding_for, progress=progress)
+        digest = executor.submit(_sha256, opened.checkpoint.files, unwanted)
+        try:
+            params = load_params(config, opened.checkpoint, opened.table, sharding_for=sharding_for, progress=progress)
+        except BaseException:
+            unwanted.set()  # a refusal does not wait for the rest of a large file
+            raise
         identity = LMIdentity(name, opened.source.revision, digest.result())
     return LanguageModel(config, params, opened.tokenizer, identity)
 
@@ -217,15 +225,21 @@ def _checked(read: Any, where: str, *args: Any) -> DecoderConfig:
         return read(*args, where)
     except UserError:
         raise
-    except (TypeError, ValueError, ZeroDivisionError) as error:
+    except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{where}: a field has a value that does not describe a model ({error})") from error
 
 
-def _sha256(files: tuple[Path, ...]) -> str:
+def _sha256(files: tuple[Path, ...], unwanted: threading.Event) -> str:
     digests = []
     for file in files:
-        with file.open("rb") as stream:
-            digests.append(hashlib.file_digest(stream, "sha256").hexdigest())
+        digest = hashlib.sha256()
+        try:
+            with file.open("rb") as stream:
+                while not unwanted.is_set() and (block := stream.read(_BLOCK)):
+                    digest.update(block)
+        except OSError as error:
+            raise UserError(f"{file} could not be read to its end: {error.strerror}") from error
+        digests.append(digest.hexdigest())
     if len(digests) == 1:
         return digests[0]
     lines = "".join(f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True))

@@ -20,7 +20,7 @@ def rotary_frequencies(config: DecoderConfig, rope: Rope) -> np.ndarray:
     Returns:
         float32 ``[rotated features // 2]``, after the scaling.
     """
-    width = config.rotary_dim or config.head_dim
+    width = config.head_dim if config.rotary_dim is None else config.rotary_dim
     theta, scaling = rope.theta, rope.scaling
     if scaling is not None and scaling.kind == "dynamic":
         stretch = max(1.0, config.longest_row / scaling.original_max_position_embeddings)
@@ -41,8 +41,6 @@ def _scaled(frequencies: np.ndarray, scaling: RopeScaling, theta: float, longest
         case "factors" | "longrope":
             long = scaling.kind == "longrope" and longest_row > original
             factors = scaling.long_factors if long else scaling.factors
-            if len(factors) != len(frequencies):
-                raise ValueError(f"{len(factors)} rope factors for {len(frequencies)} rotated pairs")
             return frequencies / np.asarray(factors)
         case "llama3":
             turns = original * frequencies / (2 * np.pi)
@@ -76,7 +74,7 @@ def rotary_table(config: DecoderConfig, rope: Rope | None, positions: jax.Array)
         Two float32 arrays ``[B, T, 1, rotated features]``, ready to broadcast over heads.
     """
     if rope is None:
-        shape = (*positions.shape, 1, config.rotary_dim or config.head_dim)
+        shape = (*positions.shape, 1, config.head_dim if config.rotary_dim is None else config.rotary_dim)
         return jnp.ones(shape, jnp.float32), jnp.zeros(shape, jnp.float32)
     angles = positions[..., None].astype(jnp.float32) * rotary_frequencies(config, rope)
     angles = jnp.concatenate([angles, angles], axis=-1)[:, :, None, :]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Literal
 
 from spt_jax.errors import UserError, nearest
+from spt_jax.models.gguf_file import parts_of
 from spt_jax.models.hub import hub_folder
 
 _HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -48,7 +49,7 @@ def resolve_source(source: str, revision: str = "", *, weights: bool = True) -> 
         found = Source("shape", Path(), source, "")
     elif source.startswith("package:"):
         found = _in_package(source)
-    elif (path := Path(source).expanduser()).exists():
+    elif (path := _existing(source)) is not None:
         found = _at_path(path, source, "")
     elif source.endswith(".gguf") or not _HUB_ID.fullmatch(source) or source.startswith("."):
         raise UserError(f"model source {source!r} does not exist")
@@ -60,6 +61,14 @@ def resolve_source(source: str, revision: str = "", *, weights: bool = True) -> 
     return found
 
 
+def _existing(source: str) -> Path | None:
+    try:
+        path = Path(source).expanduser()
+        return path if source and path.exists() else None
+    except (OSError, RuntimeError):  # too long for a path, or the home of nobody
+        return None
+
+
 def _at_path(path: Path, name: str, revision: str) -> Source:
     if path.is_file():
         if path.suffix == ".gguf":
@@ -69,11 +78,15 @@ def _at_path(path: Path, name: str, revision: str) -> Source:
     if (path / "config.json").is_file():
         return Source("folder", path, name, revision)
     files = sorted(path.glob("*.gguf"))
-    if len(files) == 1:
+    if _is_one_model(files):
         return Source("gguf", files[0], name, revision)
     if files:
         raise UserError(f"{path} holds several GGUF files; name one of: {', '.join(file.name for file in files)}")
     raise UserError(f"{path} has no config.json, so it is not a Hugging Face model folder")
+
+
+def _is_one_model(files: list[Path]) -> bool:
+    return bool(files) and (len(files) == 1 or parts_of(files[0]) == tuple(files))
 
 
 def _in_package(source: str) -> Source:
@@ -88,7 +101,8 @@ def _in_package(source: str) -> Source:
         ) from error
     listed = (Path(str(distribution.locate_file(file))) for file in distribution.files or ())
     files = [file for file in listed if file.exists()]  # Python 3.12 lists existing files alone, 3.11 the deleted too
-    places = [file for file in files if file.suffix == ".gguf"]
+    places = sorted(file for file in files if file.suffix == ".gguf")
+    places = places[:1] if _is_one_model(places) else places
     weights = {file.parent for file in files if file.suffix == ".safetensors" or file.match("pytorch_model*.bin")}
     places += [file.parent for file in files if file.name == "config.json" and file.parent in weights]
     if not places:

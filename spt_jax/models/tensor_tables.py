@@ -21,7 +21,7 @@ from spt_jax.models.family import (
 )
 
 _JOINED = linear(num_inputs=2)
-_HEADS = {"q_proj", "k_proj", "v_proj"}
+_HEADS = ("q_proj", "k_proj", "v_proj")
 
 
 def _dense(ours: str, theirs: str, layout: Layout, bias: Layout = FLAT) -> tuple[TensorRule, TensorRule]:
@@ -110,6 +110,7 @@ def llama_tensors(
     *,
     prefixes: tuple[str, ...] = ("model.", ""),
     ignored: tuple[str, ...] = (),
+    heads: tuple[str, ...] = ("lm_head.weight",),
     query_key_norm: str = "self_attn.{which}_norm",
 ) -> TensorTable:
     """The names that Llama began and most families keep, in Hugging Face's files.
@@ -118,6 +119,7 @@ def llama_tensors(
         norms: Our norms of a block and theirs.
         prefixes: What may stand before the names.
         ignored: Patterns of further tensors that may be left unread.
+        heads: Spellings of the head.
         query_key_norm: The norms of queries and keys, ``{which}`` for ``q`` or ``k``.
     """
     return TensorTable(
@@ -128,23 +130,19 @@ def llama_tensors(
             *_flat(
                 *(
                     _norm(
-                        f"layers/attention/{which}_norm", _BLOCK + query_key_norm.replace("{which}", which), FLAT_NORM
+                        f"layers/attention/{which}_norm", _BLOCK + query_key_norm.replace("{which}", which), FLAT
                     )
                     for which in "qk"
                 )
             ),
             *_norm("final_norm", "{prefix}norm"),
-            TensorRule("lm_head", ("lm_head.weight",), LINEAR),
+            TensorRule("lm_head", heads, LINEAR),
         ),
         ignored=_LLAMA_BUFFERS + ignored,
         prefixes=prefixes,
         embedding="{prefix}embed_tokens.weight",
-        heads=("lm_head.weight",),
+        heads=heads,
     )
-
-
-FLAT_NORM = FLAT
-"""A norm over all heads, a vector in the file."""
 
 
 def phi3_tensors() -> TensorTable:
@@ -173,7 +171,7 @@ def opt_tensors() -> TensorTable:
             TensorRule("embed_positions", ("{prefix}embed_positions.weight",), AS_STORED),
             TensorRule("project_in", ("{prefix}project_in.weight",), LINEAR),
             TensorRule("project_out", ("{prefix}project_out.weight",), LINEAR),
-            *_flat(*(_dense(f"layers/attention/{n}", _BLOCK + f"self_attn.{n}", LINEAR) for n in sorted(_HEADS))),
+            *_flat(*(_dense(f"layers/attention/{n}", _BLOCK + f"self_attn.{n}", LINEAR) for n in _HEADS)),
             *_dense("layers/attention/o_proj", _BLOCK + "self_attn.out_proj", _JOINED),
             *_dense("layers/mlp/up_proj", _BLOCK + "fc1", LINEAR),
             *_dense("layers/mlp/down_proj", _BLOCK + "fc2", LINEAR),
@@ -182,7 +180,7 @@ def opt_tensors() -> TensorTable:
             *_norm("final_norm", "{prefix}final_layer_norm"),
             TensorRule("lm_head", ("lm_head.weight",), LINEAR),
         ),
-        ignored=(),
+        ignored=(r"(model\.)?(decoder\.)?version",),
         prefixes=("model.decoder.", "decoder.", ""),
         embedding="{prefix}embed_tokens.weight",
         heads=("lm_head.weight",),

@@ -20,10 +20,12 @@ def weights_of_folder(folder: Path) -> SafetensorsFolder | TorchFolder:
     Raises:
         UserError: No weight file of these formats; a format that is not supported is named. Or as the two readers.
     """
-    if (folder / SAFETENSORS_INDEX).is_file() or any(folder.glob("*.safetensors")):
+    if (folder / SAFETENSORS_INDEX).is_file() or any(folder.glob("model*.safetensors")):
         return SafetensorsFolder(folder)
     if (folder / TORCH_INDEX).is_file() or any(folder.glob("pytorch_model*.bin")):
         return TorchFolder(folder)
+    if any(folder.glob("*.safetensors")):  # of another name, and nothing else to take
+        return SafetensorsFolder(folder)
     found = sorted(file.name for pattern in _UNSUPPORTED for file in folder.glob(pattern))
     if found:
         raise UserError(

@@ -2,8 +2,8 @@
 
 The parameters of all layers are one array stacked on axis 0. A stack is made on its devices and filled layer by layer
 in place, so the host never holds more than one tensor of the file; of a memory-mapped one each shard reads its own
-part. A quantised kernel is quantised on its devices, a layer at a time, from
-the numbers in the file: no stack of floats ever exists.
+part. A quantised kernel is quantised on its devices, a layer at a time, from the numbers in the file: no stack of
+floats ever exists.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ class Checkpoint(Protocol):
     @property
     def files(self) -> tuple[Path, ...]:
         """The weight files."""
+        ...
+
+    @property
+    def dtypes(self) -> Mapping[str, str]:
+        """Type of every tensor by name, as its format spells it."""
         ...
 
     @property

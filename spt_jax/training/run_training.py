@@ -16,6 +16,7 @@ import optax
 from spt_jax.config import Config
 from spt_jax.data.loader import DialogueLoader
 from spt_jax.data.packing import PackedRows, Row
+from spt_jax.models.quantized import tree_bytes
 from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.training import experiment as setup
 from spt_jax.training.checkpoint import Checkpoints, restore_targets
@@ -137,7 +138,8 @@ def _summary(prepared: _Preparation) -> str:
     e, loader, splits = prepared.experiment, prepared.loader, prepared.splits
     skipped = f" ({len(splits.skipped)} malformed lines skipped)" if splits.skipped else ""
     return (
-        f"{e.lm.identity.name} on {jax.device_count()} {jax.devices()[0].platform} device(s)\n"
+        f"{e.lm.identity.name} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
+        f"{tree_bytes(e.lm.params) / 1e6:,.0f} MB of frozen weights\n"
         f"{len(splits.train)} dialogues to learn from, {len(splits.development)} for development{skipped}\n"
         f"{prepared.total_steps} steps; about {loader.turns_per_step:.0f} turns and {loader.tokens_per_step:,.0f} "
         f"tokens a step behind each of {e.model.num_prompts} soft prompts, {loader.padding_share:.1%} padding"
