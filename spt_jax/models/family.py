@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -194,8 +195,9 @@ class Family:
             UserError: A field is missing, or says something the decoder cannot do.
         """
         config = HFConfig(fields, where)
-        config.refuse_what_no_family_can()
-        return _decoder(self.hf_fields(config), where)
+        with _naming(where):
+            config.refuse_what_no_family_can()
+            return DecoderConfig(**self.hf_fields(config))
 
     def config_from_gguf(self, metadata: Mapping[str, Any], shapes: Mapping[str, Shape], where: str) -> DecoderConfig:
         """The decoder that a GGUF file's metadata describes; ties and biases show in which tensors it holds.
@@ -204,11 +206,16 @@ class Family:
             UserError: As `config_from_hf`.
         """
         assert self.gguf_fields is not None
-        return _decoder(self.gguf_fields(GGUFConfig(metadata, shapes, where)), where)
+        with _naming(where):
+            return DecoderConfig(**self.gguf_fields(GGUFConfig(metadata, shapes, where)))
 
 
-def _decoder(fields: dict[str, Any], where: str) -> DecoderConfig:
+@contextlib.contextmanager
+def _naming(where: str) -> Iterator[None]:
+    """Puts the file before sentences that do not know it: those about a decoder's fields."""
     try:
-        return DecoderConfig(**fields)
+        yield
     except UserError as error:
+        if where in str(error):
+            raise
         raise UserError(f"{where}: {error}") from error

@@ -129,9 +129,7 @@ def llama_tensors(
             *_flat(*(_norm(f"layers/{ours}", _BLOCK + theirs) for ours, theirs in norms.items())),
             *_flat(
                 *(
-                    _norm(
-                        f"layers/attention/{which}_norm", _BLOCK + query_key_norm.replace("{which}", which), FLAT
-                    )
+                    _norm(f"layers/attention/{which}_norm", _BLOCK + query_key_norm.replace("{which}", which), FLAT)
                     for which in "qk"
                 )
             ),

@@ -338,3 +338,15 @@ def test_training_and_replies_run_on_a_shape_without_any_file(
     assert {**reply, **context} == reply
     assert reply["selected"] in (0, 1)
     capsys.readouterr()
+
+
+def test_a_stored_head_that_is_tied_is_told_by_its_shape_alone(
+    facts: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    files = random_llama(tie_word_embeddings=True)
+    files.tensors["lm_head.weight"] = files.tensors["model.embed_tokens.weight"].copy()
+    seen = facts(str(files.write_folder(tmp_path / "same")))
+    assert seen["decoder"]["tie_word_embeddings"] and seen["parameters"]["head"] == 0
+    files.tensors["lm_head.weight"] = files.tensors["lm_head.weight"][:-1]
+    assert main(["inspect", str(files.write_folder(tmp_path / "other"))]) == 2
+    assert "lm_head.weight and model.embed_tokens.weight differ" in capsys.readouterr().err

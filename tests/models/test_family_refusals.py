@@ -6,7 +6,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from published_configs import (
     GEMMA,
     GEMMA2,
@@ -30,7 +33,9 @@ from published_configs import (
 )
 
 from spt_jax.errors import UserError
+from spt_jax.models.families import family_of_hf
 from spt_jax.models.loading import load_lm
+from spt_jax.models.rotary import rotary_frequencies
 
 SIZES = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 261}
 
@@ -152,6 +157,11 @@ def test_unknown_layer_types_are_refused(name: str, tmp_path: Path) -> None:
         ({**LLAMA2, "rope_scaling": {"rope_type": "longrope", "factor": 2.0}}, ("factor",)),
         ({**LLAMA2, "num_key_value_heads": 5}, ("num_key_value_heads", "5", "32")),
         ({**STABLELM2, "num_key_value_heads": 7}, ("num_key_value_heads", "7", "32")),
+        ({**STABLELM2, "partial_rotary_factor": 0.0}, ("0 features", "even number")),
+        ({**MISTRAL, "sliding_window": 0}, ("window", "1 or more")),
+        ({**GEMMA2, "final_logit_softcapping": 0.0}, ("logit_softcap", "above 0")),
+        ({**LLAMA2, "tie_word_embeddings": "false"}, ("tie_word_embeddings", "true or false")),
+        ({**LLAMA2, "rope_parameters": {"full_attention": {"rope_type": "yarn"}}}, ("full_attention", "same for all")),
         (without(OPT, "ffn_dim"), ("ffn_dim",)),
         (without(PYTHIA, "intermediate_size"), ("intermediate_size",)),
         (without(OLMO2, "hidden_size"), ("hidden_size",)),
@@ -164,3 +174,38 @@ def test_what_a_family_cannot_do_is_named(fields: dict[str, Any], words: tuple[s
     message = refusal(fields, tmp_path)
     for word in words:
         assert word in message, message
+
+
+WRONG = st.one_of(
+    st.sampled_from([0, -1, 0.5, 1e400, -1e400, float("nan"), 10**400, True, "", "x", None]),
+    st.sampled_from([[], {}, [1], ["x"], [[]], {"x": 1}, {"full_attention": 3}, {"type": "linear", "factor": 0}]),
+)
+
+
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_any_value_of_any_field_is_refused_in_a_sentence_or_describes_a_decoder(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    """The folder holds no weights, so what describes a decoder is refused for that, and by nothing but a sentence."""
+    fields = data.draw(st.sampled_from([*PUBLISHED.values()]))
+    section = data.draw(st.sampled_from([k for k, v in fields.items() if isinstance(v, dict)] or [""]))
+    field = data.draw(st.sampled_from([*fields, "rope_parameters", "quantization_config", "layer_types"]))
+    value = data.draw(WRONG)
+    if section and data.draw(st.booleans()):
+        inner = data.draw(st.sampled_from([*fields[section]] or ["factor"]))
+        fields = {**fields, section: {**fields[section], inner: value}}
+    else:
+        fields = {**fields, field: value}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    try:
+        with pytest.raises(UserError, match="no weight file"):
+            load_lm(str(tmp_path))
+    except AssertionError as refused:  # another sentence
+        assert str(tmp_path) in str(refused)
+        return
+    fields = json.loads((tmp_path / "config.json").read_text())
+    config = family_of_hf(fields, "here").config_from_hf(fields, "here")
+    for kind in config.layer_kinds:
+        frequencies = rotary_frequencies(config, kind.rope) if kind.rope else np.zeros(())
+        assert np.isfinite(frequencies).all()
