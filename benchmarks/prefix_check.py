@@ -20,9 +20,9 @@ from pathlib import Path
 
 from spt_jax.data import Dialogue, TextEncoder, pack, read_dialogues
 from spt_jax.errors import UserError
-from spt_jax.models.folder_tokenizer import tokenizer_of_folder
 from spt_jax.models.loading import load_tokenizer
-from spt_jax.models.tokenizer import Tokenizer
+from spt_jax.models.tokenization.folder_tokenizer import tokenizer_of_folder
+from spt_jax.models.tokenization.tokenizer import Tokenizer
 
 _NO_LIMIT = 1 << 30
 

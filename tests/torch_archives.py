@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from spt_jax.errors import UserError
-from spt_jax.models.torch_file import TorchFolder
-from spt_jax.models.weight_files import weights_of_folder
+from spt_jax.models.files.torch_file import TorchFolder
+from spt_jax.models.files.weight_files import weights_of_folder
 
 
 class Pickled:

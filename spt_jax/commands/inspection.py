@@ -16,11 +16,11 @@ from flax import linen as nn
 from spt_jax.config import Config
 from spt_jax.models.decoder import abstract_params
 from spt_jax.models.decoder_config import DecoderConfig, LayerKind
-from spt_jax.models.hub import HubMetadata, hub_metadata
+from spt_jax.models.files.hub import HubMetadata, hub_metadata
+from spt_jax.models.files.sources import resolve_source
 from spt_jax.models.loading import OpenedLM, open_lm
 from spt_jax.models.quantized import tree_bytes
-from spt_jax.models.sources import resolve_source
-from spt_jax.models.tokenizer import Tokenizer
+from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.models.weights import check_tensors
 from spt_jax.prompting.selective_lm import SelectiveLM
 

@@ -14,16 +14,16 @@ from typing import Any
 from spt_jax.errors import UserError
 from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.models.families import family_of_gguf, family_of_hf
-from spt_jax.models.family import Family, TensorTable
-from spt_jax.models.folder_tokenizer import tokenizer_of_folder
-from spt_jax.models.gguf_file import GGUFFile
-from spt_jax.models.gguf_tokenizer import tokenizer_of_gguf
+from spt_jax.models.families.family import Family, TensorTable
+from spt_jax.models.families.registry import family_of_gguf, family_of_hf
+from spt_jax.models.files.gguf_file import GGUFFile
+from spt_jax.models.files.sources import Source, resolve_source
+from spt_jax.models.files.weight_files import weights_of_folder
 from spt_jax.models.random_lm import byte_tokenizer, random_lm_params, shape_sha256
 from spt_jax.models.shapes import shape_fields
-from spt_jax.models.sources import Source, resolve_source
-from spt_jax.models.tokenizer import Tokenizer
-from spt_jax.models.weight_files import weights_of_folder
+from spt_jax.models.tokenization.folder_tokenizer import tokenizer_of_folder
+from spt_jax.models.tokenization.gguf_tokenizer import tokenizer_of_gguf
+from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.models.weights import Checkpoint, Progress, ShardingFor, load_params
 
 _BLOCK = 1 << 20  # bytes hashed at once
@@ -109,7 +109,7 @@ def load_lm(
     """Loads a frozen LM and its tokenizer.
 
     Args:
-        source: See `spt_jax.models.sources.resolve_source`.
+        source: See `spt_jax.models.files.sources.resolve_source`.
         dtype: ``"float32"`` or ``"bfloat16"``, whatever the files hold.
         remat: Rematerialisation policy; see `DecoderConfig`.
         revision: Branch, tag or commit of a hub id.

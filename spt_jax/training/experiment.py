@@ -20,7 +20,7 @@ from spt_jax.data.sources import read_dialogues
 from spt_jax.errors import UserError
 from spt_jax.models.decoder import FrozenTree, embed
 from spt_jax.models.loading import LanguageModel, load_lm
-from spt_jax.models.tokenizer import Tokenizer
+from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.models.weights import Progress
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import parameter_sharding, row_devices, row_sharding

@@ -19,9 +19,9 @@ from tiny_run import walk, write_config, write_dialogues
 
 from spt_jax.commands.main import main
 from spt_jax.errors import UserError
-from spt_jax.models.gguf_file import GGUFFile
+from spt_jax.models.files.gguf_file import GGUFFile
+from spt_jax.models.files.safetensors_file import SafetensorsFolder
 from spt_jax.models.loading import load_lm
-from spt_jax.models.safetensors_file import SafetensorsFolder
 from spt_jax.models.shapes import shape_fields
 from spt_jax.prompting.selective_lm import SelectiveLM
 

@@ -11,9 +11,9 @@ import pytest
 from toy_encoders import MergingEncoder, WordEncoder
 
 from spt_jax.data import Dialogue, DialogueSet, Turn
-from spt_jax.models.folder_tokenizer import tokenizer_of_folder
 from spt_jax.models.loading import load_tokenizer
-from spt_jax.models.tokenizer import Tokenizer
+from spt_jax.models.tokenization.folder_tokenizer import tokenizer_of_folder
+from spt_jax.models.tokenization.tokenizer import Tokenizer
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 # Mean and greatest tokens of a dialogue of the whole validation set (METHOD counts the last eos too: one more).

@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from spt_jax.errors import UserError
+from spt_jax.models.files.sources import Source, resolve_source
 from spt_jax.models.loading import LMIdentity, load_lm, load_tokenizer
-from spt_jax.models.sources import Source, resolve_source
 
 Make = Callable[..., Any]
 

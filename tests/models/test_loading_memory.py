@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 from torch_archives import Pickled, archive
 
-from spt_jax.models.weight_files import weights_of_folder
+from spt_jax.models.files.weight_files import weights_of_folder
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 SLACK_MB = 300

@@ -15,8 +15,8 @@ from spt_jax.data.sources import read_dialogues
 from spt_jax.models.attention import KVCache
 from spt_jax.models.decoder import decode, embed, vocabulary_logits
 from spt_jax.models.decoder_config import LayerKind, Rope
+from spt_jax.models.files.sources import resolve_source
 from spt_jax.models.loading import LanguageModel, load_lm, load_tokenizer
-from spt_jax.models.sources import resolve_source
 
 pytestmark = pytest.mark.smollm2
 NEW_TOKENS = 20

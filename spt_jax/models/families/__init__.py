@@ -1,0 +1,1 @@
+"""Decoder families as data: fields of their configurations, names of their tensors."""

@@ -1,0 +1,1 @@
+"""Text to token ids and back, from whatever files describe a tokenizer."""
