@@ -76,7 +76,7 @@ CASES: dict[str, tuple[Break, str]] = {
     "weights empty": (weights(emptied), r"model\.safetensors is empty; download it again"),
     "weights truncated": (weights(halve), r"model\.safetensors is truncated: \d+ bytes"),
     "weights are no safetensors": (weights(lambda path: path.write_bytes(b"PK" * 99)), "not a safetensors file"),
-    "weights unsupported": (unsupported, r"lm holds pytorch_model\.bin, which is not supported here; supported"),
+    "weights no torch archive": (unsupported, r"pytorch_model\.bin is not supported: it starts with"),
     "file unsupported": (source(lambda f: written(f / "lm.onnx", b"x")), r"lm\.onnx is not a supported weight file"),
     "lm missing": (flag("--config.model.source=./nowhere"), r"model source '\./nowhere' does not exist"),
     "gguf missing": (flag("--config.model.source=absent.gguf"), r"model source 'absent\.gguf' does not exist"),
