@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
 import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -17,6 +16,7 @@ from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.families.family import Family, TensorTable
 from spt_jax.models.families.registry import family_of_gguf, family_of_hf
 from spt_jax.models.files.gguf_file import GGUFFile
+from spt_jax.models.files.json_object import json_object
 from spt_jax.models.files.sources import Source, resolve_source
 from spt_jax.models.files.weight_files import weights_of_folder
 from spt_jax.models.random_lm import byte_tokenizer, random_lm_params, shape_sha256
@@ -179,7 +179,7 @@ def open_lm(
         tokenizer = tokenizer_of_gguf(fields, file.where)
     else:
         where = source if found.kind == "shape" else str(found.path / "config.json")
-        fields = shape_fields(source) if found.kind == "shape" else _json_object(found.path / "config.json")
+        fields = shape_fields(source) if found.kind == "shape" else json_object(found.path / "config.json")
         family = family_of_hf(fields, where)
         config, table = _checked(family.config_from_hf, where, fields), family.hf_tensors
         if found.kind == "shape":
@@ -208,16 +208,6 @@ def load_tokenizer(source: str, revision: str = "") -> Tokenizer:
             return byte_tokenizer()
         case _:
             return tokenizer_of_folder(found.path)
-
-
-def _json_object(path: Path) -> dict[str, Any]:
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return fields
 
 
 def _checked(read: Any, where: str, *args: Any) -> DecoderConfig:

@@ -126,14 +126,17 @@ def initial_trainable(config: Config, model: SelectiveLM, params: FrozenTree, to
     """
     bank_key, retriever_key = jax.random.split(jax.random.key(config.seed))
     shape = model.bank_shape
-    table = embed(model.decoder, params, jnp.arange(model.decoder.vocab_size))
+
+    def table() -> jax.Array:
+        return embed(model.decoder, params, jnp.arange(model.decoder.vocab_size))
+
     match config.bank.init:
         case "vocabulary":
-            prompts = from_vocabulary(bank_key, table, shape)
+            prompts = from_vocabulary(bank_key, table(), shape)
         case "normal":
             prompts = from_normal(bank_key, shape, config.bank.init_stddev)
         case "text":
-            prompts = from_token_ids(tokenizer.encode(list(config.bank.init_text)), table, shape)
+            prompts = from_token_ids(tokenizer.encode(list(config.bank.init_text)), table(), shape)
         case _:
             prompts = from_file(config.bank.init_file, shape)
     return jax.device_get({"bank": {"prompts": prompts}, "retriever": model.init_retriever(retriever_key)})

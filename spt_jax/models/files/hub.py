@@ -10,13 +10,13 @@ import contextlib
 import dataclasses
 import errno
 import fnmatch
-import json
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from spt_jax.errors import UserError
+from spt_jax.models.files.json_object import json_object
 from spt_jax.models.files.safetensors_file import SAFETENSORS_FILE, SAFETENSORS_INDEX
 from spt_jax.models.files.torch_file import TORCH_FILE, TORCH_INDEX
 from spt_jax.models.files.weight_files import weights_of_folder
@@ -122,7 +122,7 @@ def hub_metadata(source: str, revision: str = "") -> HubMetadata:
     files = {
         name: size for name, size in sizes.items() if name in names or _matches(name, _TOKENIZER_FILES + _INDEX_FILES)
     }
-    return HubMetadata(_config(folder), shapes, folder.name, files, names, folder)
+    return HubMetadata(json_object(folder / "config.json"), shapes, folder.name, files, names, folder)
 
 
 def _small_files(source: str, revision: str, weights: bool) -> Path:
@@ -217,17 +217,6 @@ def _remote_shapes(source: str, commit: str, names: Iterable[str]) -> dict[str, 
     with ThreadPoolExecutor(8) as executor:
         headers = list(executor.map(header, names))
     return {name: entry for tensors in headers for name, entry in tensors.items()}
-
-
-def _config(folder: Path) -> dict[str, Any]:
-    where = folder / "config.json"
-    try:
-        fields = json.loads(where.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{where} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{where} is not a JSON object")
-    return fields
 
 
 def _matches(name: str, patterns: Iterable[str]) -> bool:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,6 +11,7 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
 from spt_jax.errors import UserError
+from spt_jax.models.files.json_object import json_object
 from spt_jax.models.tokenization.byte_level_bpe import byte_level_backend
 from spt_jax.models.tokenization.sentencepiece_bpe import read_sentencepiece
 from spt_jax.models.tokenization.special_tokens import SPECIAL_TOKEN_RULES, NamedTokens, rule_of, special_tokens
@@ -75,15 +75,7 @@ def tokenizer_of_folder(folder: Path, model_type: str = "") -> Tokenizer:
 
 def _json(path: Path) -> dict[str, Any]:
     """The object in a JSON file; empty where there is no such file."""
-    if not path.is_file():
-        return {}
-    try:
-        fields = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON: {error}") from error
-    if not isinstance(fields, dict):
-        raise UserError(f"{path} is not a JSON object")
-    return fields
+    return json_object(path) if path.is_file() else {}
 
 
 def _through_transformers(folder: Path) -> tuple[Backend, Any, NamedTokens]:
