@@ -15,6 +15,8 @@ PAGE = Path(__file__).with_name("configuration.md")
 SECTIONS = {
     "": "The run",
     "model": "The frozen LM",
+    "method": "What is learned",
+    "lora": "Low-rank updates",
     "bank": "The bank of soft prompts",
     "retriever": "The retriever",
     "objective": "The losses",
@@ -36,8 +38,8 @@ RELATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
         {"data.max_turns": 2},
     ),
     (
-        "`bank.init = file` needs `bank.init_file`.",
-        {"bank.init": "file"},
+        "`bank.init = file` and `bank.init = peft` need `bank.init_file`.",
+        {"bank.init": "peft"},
     ),
     (
         "`bank.init = text` needs `bank.init_text`.",

@@ -6,14 +6,15 @@ default is its description.
 
 from __future__ import annotations
 
-import dataclasses
-import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 from ml_collections import ConfigDict
 
+from spt_jax.config_rules import RULES, UNRULED, relations
 from spt_jax.errors import UserError, nearest
+
+__all__ = ["RULES", "UNRULED", "Config", "default_config", "flatten", "from_dict", "set_option", "validate"]
 
 Config = Any
 """An `ml_collections.ConfigDict`, whose own annotations hide its sections behind a union of leaf types."""
@@ -30,27 +31,54 @@ def default_config() -> Config:
     c.model.dtype = "float32"  # Type of the frozen LM's weights and activations: float32 or bfloat16
     c.model.quantization = "none"  # How the blocks' frozen kernels are kept: none, int8 or int4
     c.model.context_length = 0  # Tokens of context where RoPE depends on it (dynamic, LongRoPE); 0 for the trained one
+    c.model.dropout = 0.0  # The frozen LM's own dropout in training (OPT was trained with 0.1)
     c.model.remat = "none"  # What the backward pass recomputes: none, dots (all but matrix products) or full
     c.model.max_logit_rows = 512  # Rows of vocabulary logits that may exist at once; bounds memory, changes no result
 
+    c.method = ConfigDict()
+    c.method.kind = "spt"  # spt, prompt_tuning, prefix_tuning, p_tuning, lora, full, zero_shot or few_shot
+    c.method.hidden_size = 0  # Width of p_tuning's encoder (0: M) and of prefix_tuning's (0: no encoder)
+    c.method.shots = 2  # Training dialogues that few_shot shows before each context
+
+    c.lora = ConfigDict()
+    c.lora.rank = 8  # r of the low-rank updates, for method.kind = lora
+    c.lora.alpha = 16.0  # The update is scaled by alpha / rank
+    c.lora.dropout = 0.0  # Dropout of the update's input in training
+    c.lora.targets = ("q_proj", "v_proj")  # Projections of every block that get an update
+
     c.bank = ConfigDict()
+    c.bank.kind = "prompts"  # prompts (embeddings), or prefixes (keys and values for every layer)
     c.bank.num_prompts = 4  # K, soft prompts in the bank
     c.bank.prompt_length = 8  # P, virtual tokens in one soft prompt
-    c.bank.init = "vocabulary"  # vocabulary (random token embeddings), normal, text or file
+    c.bank.init = "vocabulary"  # vocabulary (random token embeddings), normal, text, file, peft or clusters
     c.bank.init_stddev = 1.0  # Standard deviation of init = normal (the authors' program: 1)
     c.bank.init_text = ("",)  # Texts of init = text: one for all prompts, or one a prompt
-    c.bank.init_file = ""  # .npy, .npz or .safetensors with prompts [K, P, M] for init = file
+    c.bank.init_file = ""  # For init = file: .npy, .npz or .safetensors [K, P, M]; for init = peft: adapter folders
 
     c.retriever = ConfigDict()
+    c.retriever.kind = "linear"  # linear, or transformer (an encoder, causal over tokens)
+    c.retriever.sides = "both"  # What it maps before the cosine: both, prompts, contexts, or none (no retriever)
+    c.retriever.context = "context"  # context (the paper), or official (the authors' program, padding and all)
+    c.retriever.layers = 2  # Layers of the transformer
+    c.retriever.heads = 4  # Attention heads of the transformer
+    c.retriever.feed_forward = 2048  # Width of the transformer's MLP
+    c.retriever.dropout = 0.0  # Dropout of the transformer in training (the authors' program: 0.1)
     c.retriever.share = True  # One linear layer for contexts and prompts (the authors' program), or one a side
     c.retriever.activation = "softplus"  # Score of a cosine: softplus, relu or leaky_relu
 
     c.objective = ConfigDict()
+    c.objective.lm_weight = 1.0  # Weight of L_LM; 0 switches the loss off
     c.objective.selection_weight = 0.4  # λ_sel; 0 switches the loss off
     c.objective.contrastive_weight = 0.4  # λ_con; 0 switches the loss off
     c.objective.fusion_weight = 1.0  # λ_fus; 0 switches the loss off
     c.objective.gold_temperature = 1.0  # τ_gold of softmax(-nll / τ_gold), the LM's verdict
     c.objective.score_temperature = 1.0  # τ_sim of softmax(score / τ_sim), the retriever's choice
+    c.objective.gold_noise = 0.0  # Standard deviation of noise on the LM's verdict, clipped at 0 and renormalised
+    c.objective.annealing = 0.0  # a of the LM loss's weights clip(a (1 - progress) softmax_k(score)); 0: weights of 1
+    c.objective.annealing_min = 0.0  # Lower bound of those weights
+    c.objective.annealing_max = 1.0  # Upper bound of those weights
+    c.objective.balance_weight = 0.0  # Weight of a load-balancing loss against selection that collapses; 0 is off
+    c.objective.prompts_per_step = 0  # m < K prompts that a dialogue trains in a step; 0 for all K
     c.objective.bleu_threshold = 20.0  # Γ: turns whose texts have a higher sentence BLEU count as similar
     c.objective.pair_text = "persona"  # Text of the BLEU: persona (authors' program) or context (the paper)
     c.objective.pairs = "across"  # Contrastive pairs: across dialogues, or all
@@ -70,6 +98,13 @@ def default_config() -> Config:
     c.data.columns.turns = "turns"  # ... with whole dialogues, instead of history and response
     c.data.on_error = "raise"  # A malformed line: raise, or skip (counted and shown)
     c.data.limit = 0  # Use the first so many training dialogues; 0 for all
+    c.data.fraction = 1.0  # Use this share of the training dialogues, drawn by the seed
+    c.data.template = "plain"  # Text of a row: plain (the paper's), or chat (the LM's own chat template)
+    c.data.task = "response"  # What is learned: response, or persona (the persona from the whole dialogue)
+    c.data.last_turn_only = False  # Learn the last turn of each dialogue alone
+    c.data.freeze_persona = True  # Official mode: false learns the persona's tokens too
+    c.data.freeze_context = True  # Official mode: false learns the context's tokens too
+    c.data.official_pad = "eos"  # Official mode: what pads where the tokenizer has no pad of its own: eos, or bos
     c.data.layout = "dialogue"  # dialogue packs a dialogue into one row; turn gives each turn its own row
     c.data.batch = 8  # Rows a step: dialogues in the dialogue layout, turns in the turn layout
     c.data.max_length = 512  # Tokens of a row, soft prompt not counted; the oldest turns are dropped beyond it
@@ -104,6 +139,9 @@ def default_config() -> Config:
     c.evaluation = ConfigDict()
     c.evaluation.batch = 16  # Rows scored, and replies decoded, at once
     c.evaluation.max_new_tokens = 32  # Tokens of a reply at most
+    c.evaluation.selection = "hard"  # What answers: hard (the best prompt), or soft (a score-weighted mixture)
+    c.evaluation.selection_noise = 0.0  # Standard deviation of noise on the scores before the choice
+    c.evaluation.bertscore = ""  # Encoder of BERTScore: folder, hub id or package:NAME (extra: eval); empty for none
     c.evaluation.replies = 0  # Turns that get a reply, spread evenly over the dialogues; 0 for every turn
     c.evaluation.samples = 6  # Turns whose replies under every prompt stand in report.html
 
@@ -117,106 +155,6 @@ def default_config() -> Config:
     c.tracking.wandb = False  # Log to Weights & Biases (extra: tracking)
     c.tracking.project = "spt_jax"  # W&B project
     return c
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What a value must satisfy, and the same in words."""
-
-    holds: Callable[[Any], bool]
-    allowed: str
-
-
-def one_of(*names: str) -> Rule:
-    """One of the given names."""
-    return Rule(lambda value: value in names, "one of " + ", ".join(names))
-
-
-# `inf` and `nan` are floats to Python, but no option means them.
-AT_LEAST_0 = Rule(lambda value: 0 <= value < math.inf, "0 or more")
-AT_LEAST_1 = Rule(lambda value: 1 <= value < math.inf, "1 or more")
-POSITIVE = Rule(lambda value: 0 < value < math.inf, "more than 0")
-FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
-
-RULES: dict[str, Rule] = {
-    "seed": AT_LEAST_0,
-    "model.source": Rule(bool, "a folder, a hub id, a .gguf file, package:NAME or shape:NAME"),
-    "model.dtype": one_of("float32", "bfloat16"),
-    "model.quantization": one_of("none", "int8", "int4"),
-    "model.context_length": AT_LEAST_0,
-    "model.remat": one_of("none", "dots", "full"),
-    "model.max_logit_rows": AT_LEAST_1,
-    "bank.num_prompts": AT_LEAST_1,
-    "bank.prompt_length": AT_LEAST_1,
-    "bank.init": one_of("vocabulary", "normal", "text", "file"),
-    "bank.init_stddev": POSITIVE,
-    "bank.init_text": Rule(lambda value: all(isinstance(text, str) for text in value), "texts"),
-    "retriever.activation": one_of("softplus", "relu", "leaky_relu"),
-    "objective.selection_weight": AT_LEAST_0,
-    "objective.contrastive_weight": AT_LEAST_0,
-    "objective.fusion_weight": AT_LEAST_0,
-    "objective.gold_temperature": POSITIVE,
-    "objective.score_temperature": POSITIVE,
-    "objective.bleu_threshold": Rule(lambda value: 0 <= value <= 100, "0 to 100"),
-    "objective.pair_text": one_of("persona", "context"),
-    "objective.pairs": one_of("across", "all"),
-    "data.train": Rule(bool, "a file, a folder, hf:NAME or builtin:train"),
-    "data.format": one_of("auto", "parlai", "jsonl", "datasets"),
-    "data.development_dialogues": AT_LEAST_1,
-    "data.test_dialogues": AT_LEAST_1,
-    "data.on_error": one_of("raise", "skip"),
-    "data.limit": AT_LEAST_0,
-    "data.layout": one_of("dialogue", "turn"),
-    "data.batch": AT_LEAST_1,
-    "data.max_length": Rule(lambda value: value >= 16, "16 or more"),
-    "data.max_turns": AT_LEAST_0,
-    "data.max_buckets": AT_LEAST_1,
-    "data.prefetch": AT_LEAST_1,
-    "optimizer.learning_rate": POSITIVE,
-    "optimizer.retriever_factor": AT_LEAST_0,
-    "optimizer.schedule": one_of("constant", "cosine"),
-    "optimizer.warmup_steps": AT_LEAST_0,
-    "optimizer.final_fraction": Rule(lambda value: 0 <= value <= 1, "0 to 1"),
-    "optimizer.weight_decay": AT_LEAST_0,
-    "optimizer.b1": FRACTION,
-    "optimizer.b2": FRACTION,
-    "optimizer.eps": POSITIVE,
-    "optimizer.clip_norm": AT_LEAST_0,
-    "optimizer.micro_batches": AT_LEAST_1,
-    "train.epochs": AT_LEAST_1,
-    "train.steps": AT_LEAST_0,
-    "train.log_every": AT_LEAST_1,
-    "train.evaluate_every": AT_LEAST_1,
-    "train.save_every": AT_LEAST_1,
-    "train.keep_latest": AT_LEAST_1,
-    "train.keep_best": AT_LEAST_1,
-    "train.max_bad_steps": AT_LEAST_1,
-    "train.profile_steps": AT_LEAST_0,
-    "evaluation.batch": AT_LEAST_1,
-    "evaluation.max_new_tokens": AT_LEAST_1,
-    "evaluation.replies": AT_LEAST_0,
-    "evaluation.samples": AT_LEAST_0,
-    "mesh.data": Rule(lambda value: value == -1 or value >= 1, "1 or more, or -1 for the rest"),
-    "mesh.fsdp": AT_LEAST_1,
-    "mesh.tensor": AT_LEAST_1,
-}
-
-UNRULED: dict[str, str] = {
-    "model.revision": "the hub knows its revisions",
-    "bank.init_file": "read, and checked against K, P and M, when bank.init is file",
-    "retriever.share": "true or false",
-    "data.development": "empty, or a source like data.train",
-    "data.test": "empty, or a source like data.train",
-    "data.split": "the data set knows its splits",
-    "data.columns.persona": "the data set knows its columns",
-    "data.columns.history": "the data set knows its columns",
-    "data.columns.response": "the data set knows its columns",
-    "data.columns.turns": "the data set knows its columns",
-    "tracking.tensorboard": "true or false",
-    "tracking.wandb": "true or false",
-    "tracking.project": "any name",
-}
-"""Options of which every value of the right type is allowed here, and why."""
 
 
 def flatten(config: Config | dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -276,7 +214,7 @@ def validate(config: Config) -> None:
         elif name in RULES and not RULES[name].holds(value):
             problems.append(f"{name} is {value!r}; allowed: {RULES[name].allowed}")
     if not problems:
-        problems += _relations(config)
+        problems += relations(config)
     if problems:
         raise UserError("\n".join(problems))
 
@@ -290,19 +228,3 @@ def _is_a(value: Any, kind: type) -> bool:
     if isinstance(value, bool):
         return kind is bool
     return isinstance(value, (kind, int) if kind is float else kind)
-
-
-def _relations(config: Config) -> list[str]:
-    problems = []
-    if config.data.batch % config.optimizer.micro_batches:
-        problems.append(
-            f"optimizer.micro_batches is {config.optimizer.micro_batches}; allowed: a divisor of data.batch "
-            f"({config.data.batch})"
-        )
-    if config.data.max_turns and config.data.layout != "turn":
-        problems.append(f"data.max_turns is {config.data.max_turns}, which needs data.layout = turn")
-    if config.bank.init == "file" and not config.bank.init_file:
-        problems.append("bank.init is 'file', so bank.init_file must name a .npy, .npz or .safetensors file")
-    if config.bank.init == "text" and not any(config.bank.init_text):
-        problems.append("bank.init is 'text', so bank.init_text must hold a text, or one for each prompt")
-    return problems

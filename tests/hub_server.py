@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import hashlib
 import json
@@ -12,6 +13,8 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import unquote, urlsplit
+
+import yaml
 
 MAIN = "a" * 40
 OLD = "b" * 40
@@ -32,6 +35,9 @@ class HubServer:
         listed_sizes: File name to a size that the hub claims in place of the true one.
         served: ``(file name, bytes sent, first byte)`` of every GET of a file.
         asked: Method and path of every request.
+        writers: Log-ins (tokens) that may make repositories and commit to them.
+        readers: Log-ins that may not.
+        private: Repositories that were made private.
     """
 
     endpoint: str = ""
@@ -44,6 +50,9 @@ class HubServer:
     listed_sizes: dict[str, int] = dataclasses.field(default_factory=dict)
     served: list[tuple[str, int, int]] = dataclasses.field(default_factory=list)
     asked: list[str] = dataclasses.field(default_factory=list)
+    writers: tuple[str, ...] = ()
+    readers: tuple[str, ...] = ()
+    private: list[str] = dataclasses.field(default_factory=list)
 
     def fetched(self) -> list[str]:
         """Names of the files whose bytes were asked for, in order of names."""
@@ -92,6 +101,44 @@ class _Handler(BaseHTTPRequestHandler):
             name, _, rest = path.removeprefix("/").partition("/resolve/")
             revision, _, file = rest.partition("/")
             self.answer_file(name, revision, file)
+
+    def do_POST(self) -> None:
+        path = unquote(urlsplit(self.path).path)
+        self.hub.asked.append(f"{self.command} {path}")
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+        if path != "/api/validate-yaml" and token not in self.hub.writers:
+            self.reply(403 if token in self.hub.readers else 401, b'{"error": "no"}', Content_Type="application/json")
+            return
+        status, answer = self.written(path, body)
+        self.reply(status, json.dumps(answer).encode(), Content_Type="application/json")
+
+    def written(self, path: str, body: bytes) -> tuple[int, Any]:
+        """Makes a repository, checks a card, or takes a commit whose files are small."""
+        if path == "/api/validate-yaml":
+            _, front, _ = json.loads(body)["content"].split("---\n", 2)
+            known = isinstance(yaml.safe_load(front), dict)
+            return (200, {}) if known else (400, {"errors": [{"message": "no front matter"}]})
+        if path == "/api/repos/create":
+            asked = json.loads(body)
+            name = f"{asked['organization']}/{asked['name']}" if asked.get("organization") else f"me/{asked['name']}"
+            if name in self.hub.repositories:
+                return 409, {"error": "You already created this model repo", "url": f"{self.hub.endpoint}/{name}"}
+            self.hub.repositories[name] = {MAIN: {}}
+            if asked.get("visibility") == "private" or asked.get("private"):
+                self.hub.private.append(name)
+            return 200, {"url": f"{self.hub.endpoint}/{name}"}
+        name, _, action = path.removeprefix("/api/models/").partition("/preupload/")
+        if action:
+            files = json.loads(body)["files"]
+            return 200, {"files": [{**f, "uploadMode": "regular", "shouldIgnore": False} for f in files]}
+        name = name.partition("/commit/")[0]
+        for line in body.splitlines():
+            entry = json.loads(line)
+            if entry["key"] == "file":
+                content = base64.b64decode(entry["value"]["content"])
+                self.hub.repositories[name][MAIN][entry["value"]["path"]] = content
+        return 200, {"commitUrl": f"{self.hub.endpoint}/{name}/commit/{MAIN}", "commitOid": MAIN}
 
     def answer_api(self, path: str) -> None:
         name, kind, revision = next(

@@ -23,8 +23,7 @@ from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.loading import open_lm
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import parameter_sharding, replicated, row_devices
-from spt_jax.prompting.selective_lm import SelectiveLM
-from spt_jax.training.experiment import objective_of
+from spt_jax.training.description import describe, objective_of
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.step import TrainState, make_train_step
 
@@ -124,14 +123,7 @@ def test_a_train_step_of_real_size_keeps_the_shapes_of_its_state(name: str) -> N
     decoder = real_decoder(name, config)
     needed = config.mesh.fsdp * config.mesh.tensor * max(1, config.mesh.data)
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=jax.devices()[:needed])
-    model = SelectiveLM(
-        decoder,
-        config.bank.num_prompts,
-        config.bank.prompt_length,
-        config.retriever.share,
-        config.retriever.activation,
-        config.model.max_logit_rows,
-    )
+    model = describe(config, decoder)
     assert config.data.batch % (row_devices(mesh) * config.optimizer.micro_batches) == 0
     length = -(-config.data.max_length // 16) * 16
     assert config.bank.prompt_length + length + config.evaluation.max_new_tokens <= decoder.longest_row

@@ -17,7 +17,9 @@ from spt_jax.data.packing import Row, pack
 from spt_jax.data.similarity import BleuSimilarity, pair_texts
 from spt_jax.models.decoder import random_params
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.prompting.adapters import SoftPrompts
 from spt_jax.prompting.objective import losses_and_gradients
+from spt_jax.prompting.retriever import RetrieverConfig
 from spt_jax.prompting.selective_lm import SelectiveLM
 
 CONFIG = DecoderConfig(
@@ -30,7 +32,7 @@ CONFIG = DecoderConfig(
     head_dim=8,
     max_position_embeddings=256,
 )
-MODEL = SelectiveLM(CONFIG, num_prompts=3, prompt_length=4, max_logit_rows=64)
+MODEL = SelectiveLM(CONFIG, SoftPrompts(3, 4, stddev=0.5), RetrieverConfig(), max_logit_rows=64)
 
 STEP = jax.jit(losses_and_gradients, static_argnums=(0, 1, 5))
 """Compiled once a shape for all tests."""
@@ -67,6 +69,7 @@ class CharacterEncoder:
     bos_id = 1
     eos_id = 2
     pad_id = 0
+    own_pad_id = 0
     stop_ids = (2,)
     vocab_size = 128
 
@@ -113,7 +116,7 @@ def params(config: DecoderConfig = CONFIG, seed: int = 0) -> Any:
 
 
 def trainable(model: SelectiveLM = MODEL, seed: int = 1) -> Any:
-    return model.init(jax.random.key(seed), None, stddev=0.5)
+    return model.init(jax.random.key(seed))
 
 
 def relative_difference(a: Any, b: Any) -> float:

@@ -29,6 +29,8 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", **fv)
     flags.DEFINE_string("data", "", "Dialogues, in any format that data.train takes; else the run's data.test.", **fv)
     flags.DEFINE_integer("limit", 0, "Use the first so many dialogues; 0 for all.", lower_bound=0, **fv)
+    flags.DEFINE_integer("batch", None, "Rows at once; else the run's evaluation.batch.", lower_bound=1, **fv)
+    flags.DEFINE_string("bertscore", None, "Encoder of BERTScore; else the run's evaluation.bertscore.", **fv)
     flags.DEFINE_bool("baselines", True, "Also measure no soft prompt and the bank before training.", **fv)
     flags.DEFINE_bool("reuse", False, "Show the results that are there when they answer the same question.", **fv)
     flags.DEFINE_integer(
@@ -59,6 +61,8 @@ def run(flag_values: flags.FlagValues) -> int:
 
     workdir = Path(given["workdir"])
     config, _, _ = read_config(workdir)
+    options = {name: given[name] for name in ("batch", "bertscore") if given[name] is not None}
+    config.evaluation.update(options)
     with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
         checkpoint = checkpoints.meta(given["checkpoint"])
     source, dialogues = heldout_dialogues(config, given["data"], given["limit"])
@@ -67,6 +71,7 @@ def run(flag_values: flags.FlagValues) -> int:
     results = kept_results(workdir, asked) if given["reuse"] else None
     if results is None:
         restored = open_run(given["workdir"], given["checkpoint"])
+        restored.config.evaluation.update(options)
         check_writable(workdir / "results.json")
         which = "" if given["checkpoint"].isdigit() else f"{given['checkpoint']} "
         print(f"{which}checkpoint, step {restored.step}, on {len(dialogues)} dialogues of {source}", flush=True)
@@ -75,6 +80,7 @@ def run(flag_values: flags.FlagValues) -> int:
             restored.trainable,
             restored.initial if given["baselines"] else None,
             dialogues,
+            template=restored.template,
             replies=given["replies"],
         )
         about = {"source": source, "step": restored.step, "chat": chat, "question": asked}
@@ -93,8 +99,9 @@ def _show(results: dict[str, Any]) -> None:
     Console().print(rich_table(results["columns"]))
     for sample in results["samples"][:_SAMPLES_PRINTED]:
         selected = sample["selected"]
+        who = f"soft prompt {selected}" if len(sample["replies"]) > 1 else "it"
         print(f"\npersona: {_line(' '.join(sample['persona']))}\n  they say: {_line(sample['history'][-1])}")
-        print(f"  soft prompt {selected} answers: {_line(sample['replies'][selected]) or '(nothing)'}")
+        print(f"  {who} answers: {_line(sample['replies'][selected]) or '(nothing)'}")
 
 
 def _line(text: str) -> str:

@@ -31,7 +31,8 @@ def read_flags(
         door: For the sentences.
         flag_values: Holds the door's definitions; afterwards, its values.
         arguments: As the user typed them, behind the door.
-        positional: The flag whose value may also stand alone, without ``--name=``.
+        positional: The flag whose value may also stand alone, without ``--name=``; one that may be repeated takes all
+            that stands alone.
         config_file_needed: Whether a door with --config must be given one, or the defaults serve.
 
     Raises:
@@ -50,6 +51,9 @@ def read_flags(
         raise UserError(_unknown(door, error.flagname, own)) from error
     except (flags.Error, ValueError) as error:
         raise UserError(_sentence(flag_values, arguments, error)) from error
+    if rest and positional and isinstance(flag_values[positional], flags.MultiFlag):
+        flag_values[positional].parse(rest)
+        rest = []
     if rest and positional and not flag_values[positional].present:
         flag_values[positional].parse(rest.pop(0))
     if rest:

@@ -26,16 +26,13 @@ from spt_jax.commands.requests import Request, encode_requests, read_requests
 from spt_jax.errors import UserError
 from spt_jax.progress import ProgressBar
 
-# Contexts that the retriever scores between two movements of the progress bar.
-_SCORED_AT_ONCE = 64
-
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this door."""
     define_reply_flags(flag_values)
     flags.DEFINE_string("input", None, "File of JSON lines to reply to.", flag_values=flag_values)
     flags.DEFINE_string("out", None, "File of JSON lines to write.", flag_values=flag_values)
-    flags.DEFINE_integer("batch", 16, "Conversations generated at once, at most.", flag_values=flag_values)
+    flags.DEFINE_integer("batch", 16, "Conversations selected and generated at once.", flag_values=flag_values)
 
 
 def run(flag_values: flags.FlagValues, opener: Opener | None = None) -> int:
@@ -55,7 +52,7 @@ def run(flag_values: flags.FlagValues, opener: Opener | None = None) -> int:
     requests = read_requests(source)
     run_ = restored(flag_values, opener)
     responder = Responder(run_, settings, max_batch=flag_values.batch)
-    selections = _selections(responder, encode_requests(requests, run_.encode_context))
+    selections = _selections(responder, encode_requests(requests, run_.encode_context), flag_values.batch)
     replies = _replies(responder, selections)
     write_atomically(target, "".join(map(_line, requests, selections, replies)))
     print(f"{len(replies)} replies in {target}", file=sys.stderr)
@@ -73,11 +70,11 @@ def _paths(flag_values: flags.FlagValues) -> tuple[Path, Path]:
     return source, target
 
 
-def _selections(responder: Responder, contexts: Sequence[Sequence[int]]) -> list[Selection]:
+def _selections(responder: Responder, contexts: Sequence[Sequence[int]], batch: int) -> list[Selection]:
     selections: list[Selection] = []
     with ProgressBar("selecting prompts", len(contexts)) as bar:
-        for start in range(0, len(contexts), _SCORED_AT_ONCE):
-            chunk = responder.select(contexts[start : start + _SCORED_AT_ONCE])
+        for start in range(0, len(contexts), batch):
+            chunk = responder.select(contexts[start : start + batch])
             selections += chunk
             bar.advance(len(chunk))
     return selections

@@ -22,7 +22,7 @@ from spt_jax.models.loading import OpenedLM, open_lm
 from spt_jax.models.quantized import tree_bytes
 from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.models.weights import check_tensors
-from spt_jax.prompting.selective_lm import SelectiveLM
+from spt_jax.training.description import describe, front_length
 
 Facts = dict[str, Any]
 """Nested dicts and lists of text, numbers, truth values and None, as JSON has them."""
@@ -199,14 +199,12 @@ def _tokenizer(tokenizer: Tokenizer) -> Facts:
 
 
 def _trainable(config: Config, decoder: DecoderConfig) -> Facts:
-    bank, retriever = config.bank, config.retriever
-    model = SelectiveLM(decoder, bank.num_prompts, bank.prompt_length, retriever.share, retriever.activation)
+    model = describe(config, decoder)
     tree = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     return {
-        "num_prompts": bank.num_prompts,
-        "prompt_length": bank.prompt_length,
-        "bank": _count(tree["bank"]),
-        "retriever": _count(tree["retriever"]),
+        "num_prompts": model.num_prompts,
+        "prompt_length": front_length(config),
+        **{name: _count(part) for name, part in tree.items()},
         "total": _count(tree),
     }
 
@@ -214,7 +212,7 @@ def _trainable(config: Config, decoder: DecoderConfig) -> Facts:
 def _features(config: Config, opened: OpenedLM) -> dict[str, Facts]:
     """Whether each feature applies, and what there is to know about it."""
     decoder = opened.config
-    row = config.bank.prompt_length + config.data.max_length
+    row = front_length(config) + config.data.max_length
     windows = [kind.window for kind in decoder.layer_kinds if kind.window is not None]
     narrow = [f"layers with a window of {w} tokens lose the soft prompt in longer rows" for w in windows if w < row]
     needed = row + config.evaluation.max_new_tokens

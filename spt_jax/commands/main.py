@@ -18,10 +18,12 @@ from spt_jax.errors import UserError, nearest
 DOORS = {
     "train": "train a bank of soft prompts and a retriever, or resume",
     "evaluate": "figures, predictions and a report on held-out dialogues",
+    "compare": "runs side by side: one table, intervals, significance",
     "score": "likelihood and scores of every turn under every prompt",
     "chat": "talk with the trained model in the terminal",
     "generate": "replies to a file of conversations",
     "inspect": "what a model is and takes, from its metadata alone",
+    "convert": "authors' checkpoints and PEFT adapters, in and out",
 }
 _HELP = ("-h", "-help", "--help")
 
@@ -55,7 +57,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     arguments = list(arguments)
     if arguments[:1] == ["help"]:
-        arguments = [*arguments[1:2], "--help"]
+        arguments = [*arguments[1:3], "--help"]
     if not arguments or arguments[0] in _HELP:
         print(overview())
         return 0
@@ -70,6 +72,10 @@ def main(arguments: Sequence[str]) -> int:
             raise UserError(f"{what}; allowed: {', '.join(DOORS)}.{nearest(door, DOORS)}")
         _prepare_libraries()
         module = importlib.import_module(f"spt_jax.commands.{door}")
+        if hasattr(module, "branch") and rest[:1] and rest[0] not in _HELP:
+            door, rest = f"{door} {module.branch(rest[0])}", rest[1:]
+            name = f"spt-jax {door}"
+            module = importlib.import_module(f"spt_jax.commands.{door.replace(' ', '_')}")
         flag_values = flags.FlagValues()
         module.define_flags(flag_values)
         if any(argument in _HELP for argument in rest):

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from absl import flags
 
 from spt_jax.errors import UserError
-from spt_jax.generation.replies import cut_reply
 
 if TYPE_CHECKING:  # whatever needs jax is imported late: --help and a wrong flag do not wait for it
     from spt_jax.generation.sampling import SamplingRule
@@ -31,8 +30,18 @@ class RestoredRun(Protocol):
         ...
 
     @property
-    def trainable(self) -> Mapping[str, Any]:
-        """The trained tree; ``trainable["bank"]["prompts"]`` is ``[K, P, M]``."""
+    def conditions(self) -> Any:
+        """The LM under what was learned, a `spt_jax.prompting.adapters.Conditions`."""
+        ...
+
+    @property
+    def cut(self) -> Callable[[str], str]:
+        """The reply in a generated text."""
+        ...
+
+    @property
+    def stop_ids(self) -> Sequence[int]:
+        """The tokens that end a reply."""
         ...
 
     def score_contexts(self, contexts: Sequence[Sequence[int]]) -> np.ndarray:
@@ -151,17 +160,17 @@ class Responder:
         from spt_jax.generation.engine import GenerationEngine
 
         self._run = run
-        self._bank = run.trainable["bank"]["prompts"]
+        self._bank = run.conditions.bank
         self.settings = settings
         if settings.prompt is not None and settings.prompt >= self._bank.shape[0]:
             raise UserError(f"--prompt is {settings.prompt}; this run has prompts 0 to {self._bank.shape[0] - 1}")
         tokenizer = run.lm.tokenizer
         self._decode = tokenizer.decode
-        self._cut = cut_reply
+        self._cut = run.cut
         self._engine = GenerationEngine(
             run.lm.config,
-            run.lm.params,
-            eos_ids=tokenizer.stop_ids,
+            run.conditions.params,
+            eos_ids=run.stop_ids,
             pad_id=tokenizer.pad_id,
             vocab_size=tokenizer.vocab_size,
             max_batch=max_batch,

@@ -4,25 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from spt_jax.config import Config
+from spt_jax.data.collate import inference_contexts
 from spt_jax.data.dialogue import Dialogue
-from spt_jax.data.template import encode_context
+from spt_jax.data.official import official_prompt
+from spt_jax.data.template import Template, encode_context
 from spt_jax.errors import UserError
-from spt_jax.models.decoder import FrozenTree, embed
+from spt_jax.generation.replies import cut_reply_official
 from spt_jax.models.loading import LanguageModel
 from spt_jax.parallel.rules import replicated
-from spt_jax.prompting.retriever import context_means
-from spt_jax.prompting.selective_lm import SelectiveLM, Trainable, retriever_scores
+from spt_jax.prompting.adapters import Conditions, Trainable, WholeModel
+from spt_jax.prompting.selective_lm import batch_scores, inference_conditions
 from spt_jax.training.checkpoint import Checkpoints, restore_targets
-from spt_jax.training.experiment import Experiment, open_experiment, read_source, read_splits
+from spt_jax.training.experiment import Experiment, open_experiment, pad_id_of, read_source, read_splits, template_of
+from spt_jax.training.run_training import keeps_initial
 from spt_jax.training.workdir import CHECKPOINT_FOLDER, check_lm, read_config, read_initial
 
 
@@ -33,7 +35,7 @@ class Run:
     Attributes:
         workdir: Where it lies.
         experiment: Configuration, mesh, LM and model.
-        trainable: The bank and the retriever of the restored step.
+        trainable: What was learned, of the restored step.
         step: The restored step.
     """
 
@@ -54,8 +56,29 @@ class Run:
 
     @cached_property
     def initial(self) -> Trainable:
-        """The trainable tree before the first step."""
-        return read_initial(self.workdir)
+        """The trainable tree before the first step; empty where that was the LM alone."""
+        return read_initial(self.workdir) if keeps_initial(self.config) else {}
+
+    @cached_property
+    def conditions(self) -> Conditions:
+        """The LM under what was learned."""
+        return inference_conditions(self.experiment.model, self.lm.params, self.trainable)
+
+    @cached_property
+    def template(self) -> Template:
+        """How the rows of the run are written; few-shot prompting reads the training dialogues for it."""
+        demonstrations = read_splits(self.config).train if self.config.method.kind == "few_shot" else []
+        return template_of(self.config, self.lm.tokenizer, demonstrations)
+
+    @property
+    def cut(self) -> Callable[[str], str]:
+        """The reply in a generated text."""
+        return cut_reply_official if self.experiment.model.official else self.template.cut
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """The tokens that end a reply."""
+        return [*self.lm.tokenizer.stop_ids, self.template.end_id(self.lm.tokenizer)]
 
     def encode_context(self, persona: Sequence[str], history: Sequence[str]) -> list[int]:
         """Token ids of an inference prompt within the run's limits.
@@ -67,29 +90,33 @@ class Run:
         d = self.config.data
         if d.max_turns:
             history = history[-(2 * d.max_turns - 1) :]
-        return encode_context(self.lm.tokenizer, persona, history, max_length=d.max_length)
+        tokenizer = self.lm.tokenizer
+        if self.experiment.model.official:
+            return official_prompt(persona, history, tokenizer, max_length=d.max_length).tolist()
+        return encode_context(tokenizer, persona, history, max_length=d.max_length, template=self.template)
 
     def score_contexts(self, contexts: Sequence[Sequence[int]]) -> np.ndarray:
         """The retriever's scores of each context: float32 ``[len(contexts), K]``.
 
-        Contexts are padded to a multiple of 64 tokens and scored one by one, so that few shapes are compiled.
+        In the official mode the contexts are one batch, on which every score depends. Else they are scored one by one,
+        padded to a multiple of 64 tokens, so that few shapes are compiled.
         """
+        model, pad_id = self.experiment.model, pad_id_of(self.config, self.lm.tokenizer)
+        if model.official:
+            batch = inference_contexts(contexts, pad_id)
+            return np.asarray(jax.device_get(self._scores(batch))[:, 0], np.float32)
         rows = []
         for context in contexts:
-            tokens = np.full(-(-len(context) // 64) * 64, self.lm.tokenizer.pad_id, np.int32)
-            tokens[: len(context)] = context
-            rows.append(_score(self.experiment.model, self.lm.params, self.trainable, tokens, len(context)))
+            tokens = np.full((1, -(-len(context) // 64) * 64), pad_id, np.int32)
+            tokens[0, : len(context)] = context
+            rows.append(self._scores({"tokens": tokens, "context_lengths": np.array([[len(context)]], np.int32)}))
         return np.asarray(jax.device_get(rows), np.float32).reshape(len(contexts), -1)
 
-
-def _score_context(
-    model: SelectiveLM, params: FrozenTree, trainable: Trainable, tokens: jax.Array, length: jax.Array
-) -> jax.Array:
-    means = context_means(embed(model.decoder, params, tokens)[None], jnp.reshape(length, (1, 1)))
-    return retriever_scores(model, trainable, means)[0, 0]
+    def _scores(self, batch: Mapping[str, np.ndarray]) -> jax.Array:
+        return _batch_scores(self.experiment.model, self.lm.params, self.trainable, batch)
 
 
-_score = jax.jit(_score_context, static_argnums=0)
+_batch_scores = jax.jit(batch_scores, static_argnums=0)
 
 
 def open_run(workdir: str, step: str = "best") -> Run:
@@ -111,12 +138,20 @@ def open_run(workdir: str, step: str = "best") -> Run:
         experiment = open_experiment(config)
         lm = experiment.lm
         check_lm(folder, identity, lm.identity, fingerprint, lm.tokenizer.fingerprint)
-        template = jax.eval_shape(lambda: experiment.model.init(jax.random.key(0)))
-        targets = {"trainable": restore_targets(template, replicated(experiment.mesh))}
+        targets = {"trainable": _targets(experiment)}
         restored = checkpoints.restore(step, targets)
     if restored is None:
         raise UserError(f"there is no checkpoint in {folder / CHECKPOINT_FOLDER}; train first")
     return Run(folder, experiment, restored[1]["trainable"], restored[0])
+
+
+def _targets(experiment: Experiment) -> Trainable:
+    """What a checkpoint's tree looks like: where the whole LM is in it, it lies as the LM does, else everywhere."""
+    model = experiment.model
+    tree = jax.eval_shape(lambda: model.init(jax.random.key(0)))
+    if isinstance(model.adapter, WholeModel):
+        return restore_targets(tree, {"lm": jax.tree.map(lambda x: x.sharding, experiment.lm.params)})
+    return restore_targets(tree, replicated(experiment.mesh))
 
 
 def _fit_mesh(config: Config, devices: int) -> None:

@@ -33,7 +33,8 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", **fv)
     flags.DEFINE_string("data", None, "Dialogues, in any format that data.train takes.", **fv)
     flags.DEFINE_string("out", None, "Where the JSON lines go.", **fv)
-    flags.DEFINE_enum("layout", "dialogue", ["dialogue", "turn"], "Rows: packed dialogues or single turns.", **fv)
+    flags.DEFINE_enum("layout", None, ["dialogue", "turn"], "Rows: packed dialogues or single turns.", **fv)
+    flags.DEFINE_integer("batch", None, "Rows at once; in the official mode scores depend on it.", lower_bound=1, **fv)
     flags.DEFINE_integer("limit", 0, "Score the first so many dialogues; 0 for all.", lower_bound=0, **fv)
 
 
@@ -50,14 +51,16 @@ def run(flag_values: flags.FlagValues) -> int:
     from spt_jax.atomic_file import check_writable, write_atomically
     from spt_jax.commands.restored import heldout_dialogues, open_run
     from spt_jax.evaluation.likelihood import score_rows
-    from spt_jax.training.experiment import pack_dialogues
+    from spt_jax.training.experiment import pack_dialogues, pad_id_of
 
     out = Path(given["out"])
     check_writable(out)
     restored = open_run(given["workdir"], given["checkpoint"])
     config, lm = restored.config, restored.lm
     _, dialogues = heldout_dialogues(config, given["data"], given["limit"])
-    rows = pack_dialogues(config, dialogues, lm.tokenizer, given["layout"]).rows
+    official = restored.experiment.model.official
+    layout = given["layout"] or ("turn" if official or config.data.max_turns else "dialogue")
+    rows = pack_dialogues(config, dialogues, lm.tokenizer, restored.template, layout).rows
     with ProgressBar("scoring turns", sum(len(row.turns) for row in rows)) as bar:
         likelihoods = score_rows(
             restored.experiment.model,
@@ -65,8 +68,8 @@ def run(flag_values: flags.FlagValues) -> int:
             restored.trainable,
             rows,
             mesh=restored.experiment.mesh,
-            batch_size=config.evaluation.batch,
-            pad_id=lm.tokenizer.pad_id,
+            batch_size=given["batch"] or config.evaluation.batch,
+            pad_id=pad_id_of(config, lm.tokenizer),
             max_buckets=config.data.max_buckets,
             on_batch=lambda turns, _: bar.advance(turns),
         )

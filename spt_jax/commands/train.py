@@ -47,7 +47,7 @@ def train_run(config: Config, workdir: Path) -> int:
     """
     from spt_jax.data.packing import Row
     from spt_jax.evaluation.likelihood import DevelopmentEvaluator
-    from spt_jax.training.experiment import Experiment
+    from spt_jax.training.experiment import Experiment, pad_id_of
     from spt_jax.training.run_training import run_training
 
     def evaluators(e: Experiment, development: Sequence[Row]) -> list[DevelopmentEvaluator]:
@@ -58,7 +58,7 @@ def train_run(config: Config, workdir: Path) -> int:
                 development,
                 mesh=e.mesh,
                 batch_size=config.evaluation.batch,
-                pad_id=e.lm.tokenizer.pad_id,
+                pad_id=pad_id_of(config, e.lm.tokenizer),
                 max_buckets=config.data.max_buckets,
             )
         ]

@@ -60,6 +60,46 @@ def collate(rows: Sequence[Row], indices: np.ndarray, shape: BucketShape, pad_id
     return batch
 
 
+def training_contexts(rows: Sequence[Row], indices: np.ndarray, width: int, pad_id: int) -> Batch:
+    """What the authors' retriever reads in training: whole rows, response included, padded on the right to the limit.
+
+    Args:
+      rows: rows of `spt_jax.data.official`.
+      indices: [D] which of them; -1 makes an empty row.
+      width: R, the limit of a row in tokens.
+      pad_id: fills the rows, and is averaged like any other token.
+
+    Returns:
+      `retriever_tokens` [D, R] and `retriever_widths` [D], R or 0 for an empty row; both int32.
+    """
+    tokens = np.full((len(indices), width), pad_id, dtype=np.int32)
+    for place, index in enumerate(indices):
+        if index >= 0:
+            tokens[place, : len(rows[index])] = rows[index].tokens
+    return {"retriever_tokens": tokens, "retriever_widths": np.where(indices >= 0, width, 0).astype(np.int32)}
+
+
+def inference_contexts(prompts: Sequence[Sequence[int] | np.ndarray | None], pad_id: int, multiple: int = 64) -> Batch:
+    """What the authors' retriever reads at test time: inference prompts padded on the left to the batch's longest.
+
+    Args:
+      prompts: D rows of token ids; None makes an empty row.
+      pad_id: fills the rows, and is averaged like any other token.
+      multiple: R is rounded up to it, so that few shapes are compiled; what is beyond the longest is not averaged.
+
+    Returns:
+      `retriever_tokens` [D, R] and `retriever_widths` [D], the longest prompt's length or 0 for an empty row; int32.
+    """
+    longest = max(len(prompt) for prompt in prompts if prompt is not None)
+    tokens = np.full((len(prompts), -(-longest // multiple) * multiple), pad_id, dtype=np.int32)
+    widths = np.zeros(len(prompts), dtype=np.int32)
+    for place, prompt in enumerate(prompts):
+        if prompt is not None:
+            tokens[place, longest - len(prompt) : longest] = prompt
+            widths[place] = longest
+    return {"retriever_tokens": tokens, "retriever_widths": widths}
+
+
 def similar_pairs(similarity: BleuSimilarity, texts: np.ndarray, threshold: float) -> np.ndarray:
     """[n, n] bool: BLEU(text_i, text_j) > threshold; `texts` [n] are positions in `similarity`, -1 similar to none."""
     result = np.zeros((len(texts), len(texts)), dtype=bool)

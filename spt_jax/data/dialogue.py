@@ -92,6 +92,28 @@ def split_by_persona(dialogues: Sequence[Dialogue], count: int, seed: int) -> tu
     return rest, [dialogue for index, dialogue in enumerate(dialogues) if index in held]
 
 
+def draw_fraction(dialogues: Sequence[Dialogue], fraction: float, seed: int) -> list[Dialogue]:
+    """A share of the dialogues, drawn without replacement, in their order.
+
+    With one seed a smaller share is part of every larger one, so that runs on less data see nothing new.
+
+    Args:
+      dialogues: what to draw from.
+      fraction: the share, more than 0, up to 1; rounded to whole dialogues, one at least (of none: none).
+      seed: of the draw.
+
+    Raises:
+      UserError: `fraction` is not in (0, 1], or `seed` is negative.
+    """
+    if not 0 < fraction <= 1:
+        raise UserError(f"data.fraction is {fraction}; allowed: more than 0, up to 1")
+    if seed < 0:
+        raise UserError(f"The seed of a draw is {seed}; allowed: 0 or more")
+    count = max(1, round(fraction * len(dialogues)))
+    chosen = np.random.default_rng(seed).permutation(len(dialogues))[:count]
+    return [dialogues[index] for index in sorted(chosen)]
+
+
 def _smallest_sum_at_least(sizes: list[int], count: int, below: int) -> list[int] | None:
     """Positions whose sizes add up to the smallest reachable sum in [count, below), or None; early positions first."""
     mask = (1 << below) - 1

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from spt_jax.data.buckets import Buckets, BucketShape, choose_buckets
-from spt_jax.data.collate import Batch, collate, similar_pairs
+from spt_jax.data.collate import Batch, collate, inference_contexts, similar_pairs, training_contexts
 from spt_jax.data.packing import Row
 from spt_jax.data.similarity import BleuSimilarity
 from spt_jax.errors import UserError
@@ -32,6 +32,8 @@ class DialogueLoader:
       process_index: this host.
       process_count: number of hosts; divides `batch_size`.
       prefetch: batches made ahead by `iterate`; 0 makes them on demand.
+      retriever_width: the limit of a row in tokens where the retriever reads whole rows with their padding, as in the
+        authors' program (`training_contexts`); 0 for contexts alone.
 
     Raises:
       UserError: no rows, or a number out of its range.
@@ -50,6 +52,7 @@ class DialogueLoader:
         process_index: int = 0,
         process_count: int = 1,
         prefetch: int = 4,
+        retriever_width: int = 0,
     ) -> None:
         _check(batch_size, seed, bleu_threshold, process_index, process_count, prefetch)
         self._rows = rows
@@ -59,6 +62,7 @@ class DialogueLoader:
         self._seed = seed
         self._threshold = bleu_threshold
         self._prefetch = prefetch
+        self._retriever_width = retriever_width
         share = batch_size // process_count
         self._mine = slice(process_index * share, (process_index + 1) * share)
         self._similarity: BleuSimilarity | None = None
@@ -119,6 +123,8 @@ class DialogueLoader:
         bucket, indices = self._deal(step)
         shape = self.shapes[bucket]
         batch = collate(self._rows, indices[self._mine], shape, self._pad_id)
+        if self._retriever_width:
+            batch |= training_contexts(self._rows, indices[self._mine], self._retriever_width, self._pad_id)
         if self._similarity is not None:
             texts = np.full((self._batch_size, shape.turns), -1, dtype=np.int64)
             for place, index in enumerate(indices[indices >= 0]):
@@ -179,6 +185,36 @@ def sequential_batches(
         (collate(rows, indices, buckets.shapes[bucket], pad_id), indices)
         for bucket, indices in buckets.deal(batch_size, None)
     ]
+
+
+def consecutive_batches(
+    rows: Sequence[Row], *, batch_size: int, pad_id: int, max_buckets: int = 4
+) -> list[tuple[Batch, np.ndarray]]:
+    """Every row exactly once, neighbours in file order side by side, as the authors' program evaluates.
+
+    Args:
+      rows: rows of `spt_jax.data.official`.
+      batch_size: D, rows of a batch; the last batch is filled with empty rows.
+      pad_id: fills tokens, and is averaged by the retriever like any other token.
+      max_buckets: at most so many different batch shapes.
+
+    Returns:
+      (batch of `collate` with the arrays of `inference_contexts`, [D] int64 row indices, -1 for an empty row).
+
+    Raises:
+      UserError: no rows, or a number below 1.
+    """
+    shapes = choose_buckets(rows, batch_size, max_buckets).shapes
+    batches = []
+    for start in range(0, len(rows), batch_size):
+        indices = np.full(batch_size, -1, dtype=np.int64)
+        members = np.arange(start, min(start + batch_size, len(rows)))
+        indices[: len(members)] = members
+        longest = max(len(rows[int(index)]) for index in members)
+        shape = next(shape for shape in shapes if shape.length >= longest)
+        prompts = [rows[int(index)].inference_prompt if index >= 0 else None for index in indices]
+        batches.append((collate(rows, indices, shape, pad_id) | inference_contexts(prompts, pad_id), indices))
+    return batches
 
 
 def _plan(buckets: Buckets, batch_size: int, seed: int, epoch: int) -> list[tuple[int, np.ndarray]]:

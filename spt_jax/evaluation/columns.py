@@ -6,18 +6,20 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.packing import Row
+from spt_jax.data.template import turn_history
 from spt_jax.evaluation.likelihood import Likelihoods, score_rows
 from spt_jax.evaluation.text_metrics import TextMetrics, text_metrics
 from spt_jax.generation.engine import GenerationEngine
-from spt_jax.generation.replies import cut_reply
 from spt_jax.models.loading import LanguageModel
-from spt_jax.prompting.selective_lm import SelectiveLM, Trainable
+from spt_jax.prompting.adapters import Trainable
+from spt_jax.prompting.selective_lm import SelectiveLM, inference_conditions
 
 PERPLEXITY_DEFINITIONS = {
     "perplexity": "exp(total nll under the selected prompt / target tokens), end of sequence included",
@@ -46,17 +48,12 @@ class Column:
     figures: dict[str, Any]
 
 
-def without_prompt(model: SelectiveLM, trainable: Trainable) -> tuple[SelectiveLM, Trainable]:
-    """The LM alone, as a bank ``[1, 0, M]`` of one prompt without tokens."""
-    bare = dataclasses.replace(model, num_prompts=1, prompt_length=0)
-    prompts = jnp.zeros(bare.bank_shape, jnp.float32)
-    return bare, {"bank": {"prompts": prompts}, "retriever": trainable["retriever"]}
-
-
 def turn_contexts(rows: Sequence[Row]) -> dict[tuple[int, int], list[int]]:
     """Token ids of every turn's inference prompt, ``<bos>`` through the last ``R:``, by (dialogue, turn)."""
     return {
-        (row.dialogue, int(turn)): row.tokens[:length].tolist()
+        (row.dialogue, int(turn)): (
+            row.tokens[:length] if row.inference_prompt is None else row.inference_prompt
+        ).tolist()
         for row in rows
         for turn, length in zip(row.turns, row.context_lengths, strict=True)
     }
@@ -80,7 +77,17 @@ class ColumnEvaluator:
         batch_size: Rows scored and replies decoded at once.
         max_buckets: Length buckets.
         max_new_tokens: Tokens of a reply at most.
+        cut: The reply in a generated text.
+        pad_id: Fills rows that are scored; None for the tokenizer's.
+        end_id: What ends a reply, beside the tokenizer's stop tokens; None for nothing else.
+        learns_persona: Whether the persona is written, from the whole dialogue, instead of responses.
         replies: How many turns get a reply, spread evenly; 0 for all.
+        selection: ``"hard"`` answers under the prompt with the best score, ``"soft"`` under the mixture of all prompts
+            with the weights ``softmax_k(score / τ_sim)``.
+        selection_noise: Standard deviation of normal noise on the scores before the choice.
+        score_temperature: τ_sim of the mixture.
+        bert_score_model: Encoder of BERTScore; empty for none.
+        seed: Of the noise.
     """
 
     def __init__(
@@ -93,21 +100,26 @@ class ColumnEvaluator:
         batch_size: int,
         max_buckets: int,
         max_new_tokens: int,
+        cut: Callable[[str], str],
+        pad_id: int | None = None,
+        end_id: int | None = None,
+        learns_persona: bool = False,
         replies: int = 0,
+        selection: str = "hard",
+        selection_noise: float = 0.0,
+        score_temperature: float = 1.0,
+        bert_score_model: str = "",
+        seed: int = 0,
     ) -> None:
         self._lm, self._mesh, self._dialogues, self._rows = lm, mesh, dialogues, rows
         self._batch_size, self._max_buckets, self._max_new_tokens = batch_size, max_buckets, max_new_tokens
         self._contexts = turn_contexts(rows)
         self.answered = spread_evenly(len(self._contexts), replies)
-        tokenizer = lm.tokenizer
-        self._engine = GenerationEngine(
-            lm.config,
-            lm.params,
-            eos_ids=tokenizer.stop_ids,
-            pad_id=tokenizer.pad_id,
-            vocab_size=tokenizer.vocab_size,
-            max_batch=batch_size,
-        )
+        self._pad_id = lm.tokenizer.pad_id if pad_id is None else pad_id
+        self._cut, self._end_ids = cut, [] if end_id is None else [end_id]
+        self._learns_persona = learns_persona
+        self._soft, self._noise, self._seed = selection == "soft", selection_noise, seed
+        self._temperature, self._bert_score_model = score_temperature, bert_score_model
 
     @property
     def turns(self) -> int:
@@ -115,15 +127,22 @@ class ColumnEvaluator:
         return len(self._contexts)
 
     def reference(self, dialogue: int, turn: int) -> str:
-        """The response that the dialogue has."""
-        return self._dialogues[dialogue].turns[turn].response
+        """What the dialogue has in the place of a reply: the response, or the persona where that is learned."""
+        found = self._dialogues[dialogue]
+        return " ".join(found.persona) if self._learns_persona else found.turns[turn].response
+
+    def history(self, dialogue: int, turn: int) -> list[str]:
+        """What a reply goes by: the utterances up to the query, and the response too where the persona is learned."""
+        found = self._dialogues[dialogue]
+        said = turn_history(found, turn)
+        return [*said, found.turns[turn].response] if self._learns_persona else said
 
     def run(self, model: SelectiveLM, trainable: Trainable, on_turns: Callable[[int], None]) -> Column:
         """Scores every turn, replies to the chosen ones under their selected prompts, and measures both.
 
         Args:
             model: The description; K and P are those of `trainable`.
-            trainable: The bank and the retriever.
+            trainable: What was learned.
             on_turns: Called with the number of turns scored, then answered, after each batch.
         """
         likelihoods = score_rows(
@@ -133,10 +152,14 @@ class ColumnEvaluator:
             self._rows,
             mesh=self._mesh,
             batch_size=self._batch_size,
-            pad_id=self._lm.tokenizer.pad_id,
+            pad_id=self._pad_id,
             max_buckets=self._max_buckets,
             on_batch=lambda turns, _: on_turns(turns),
         )
+        if self._noise:
+            noise = np.random.default_rng(self._seed).normal(size=likelihoods.scores.shape)
+            noisy = likelihoods.scores + self._noise * noise
+            likelihoods = dataclasses.replace(likelihoods, scores=noisy.astype(np.float32))
         keys = [(int(likelihoods.dialogue[u]), int(likelihoods.turn[u])) for u in self.answered]
         done = 0
 
@@ -145,32 +168,76 @@ class ColumnEvaluator:
             on_turns(answered - done)
             done = answered
 
-        selected = [int(k) for k in likelihoods.selected[self.answered]]
-        replies = self.replies(trainable, keys, selected, on_batch)
-        metrics = text_metrics(replies, [self.reference(*key) for key in keys])
+        writer = self.writer(model, trainable)
+        if self._soft and model.num_prompts > 1:
+            mixed = _mixtures(writer.bank, likelihoods.scores[self.answered] / self._temperature)
+            replies = dataclasses.replace(writer, bank=mixed).replies(keys, range(len(keys)), on_batch)
+        else:
+            replies = writer.replies(keys, likelihoods.selected[self.answered].tolist(), on_batch)
+        references = [self.reference(*key) for key in keys]
+        metrics = text_metrics(replies, references, bert_score_model=self._bert_score_model)
         words = [len(self.reference(d, t).split()) for d, t in zip(likelihoods.dialogue, likelihoods.turn, strict=True)]
         figures = {
             "perplexity": likelihoods.perplexity,
             "perplexity_per_word": likelihoods.perplexity_per_word(words),
             "oracle_perplexity": likelihoods.oracle_perplexity,
-            # Without a prompt there is nothing to select.
-            "usage": likelihoods.usage.tolist() if model.prompt_length else None,
+            # Without a retriever there is nothing to select.
+            "usage": likelihoods.usage.tolist() if model.retriever_config else None,
         }
         return Column(likelihoods, self.answered, replies, metrics, figures | dict(metrics.values))
 
+    def writer(self, model: SelectiveLM, trainable: Trainable) -> ReplyWriter:
+        """What replies under the conditions that were learned."""
+        conditions = inference_conditions(model, self._lm.params, trainable)
+        tokenizer = self._lm.tokenizer
+        engine = GenerationEngine(
+            self._lm.config,
+            conditions.params,
+            eos_ids=[*tokenizer.stop_ids, *self._end_ids],
+            pad_id=tokenizer.pad_id,
+            vocab_size=tokenizer.vocab_size,
+            max_batch=self._batch_size,
+        )
+        return ReplyWriter(engine, conditions.bank, self._contexts, tokenizer.decode, self._cut, self._max_new_tokens)
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplyWriter:
+    """Replies to turns under chosen conditions.
+
+    Attributes:
+        engine: Generates.
+        bank: See `GenerationEngine.generate`.
+        contexts: Inference prompts by (dialogue, turn).
+        decode: From ids to text.
+        cut: The reply in a generated text.
+        max_new_tokens: Tokens of a reply at most.
+    """
+
+    engine: GenerationEngine
+    bank: jax.Array
+    contexts: dict[tuple[int, int], list[int]]
+    decode: Callable[[Sequence[int]], str]
+    cut: Callable[[str], str]
+    max_new_tokens: int
+
     def replies(
         self,
-        trainable: Trainable,
         keys: Sequence[tuple[int, int]],
         selected: Sequence[int],
         on_batch: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Greedy replies to the turns ``(dialogue, turn)`` under the given prompts, cut at role markers."""
-        ids = self._engine.generate(
-            trainable["bank"]["prompts"],
-            [self._contexts[key] for key in keys],
+        """Greedy replies to the turns ``(dialogue, turn)`` under the given conditions, cut."""
+        ids = self.engine.generate(
+            self.bank,
+            [self.contexts[key] for key in keys],
             selected,
-            max_new_tokens=self._max_new_tokens,
+            max_new_tokens=self.max_new_tokens,
             on_batch=on_batch,
         )
-        return [cut_reply(self._lm.tokenizer.decode(row)) for row in ids]
+        return [self.cut(self.decode(row)) for row in ids]
+
+
+def _mixtures(bank: jax.Array, scores: np.ndarray) -> jax.Array:
+    """A prompt a turn: the bank ``[K, P, M]`` mixed by ``softmax_k`` of scores ``[R, K]``, to ``[R, P, M]``."""
+    return jnp.einsum("rk,kpm->rpm", jax.nn.softmax(scores, axis=-1), bank)

@@ -11,11 +11,13 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from spt_jax.data.loader import sequential_batches
+from spt_jax.data.loader import consecutive_batches, sequential_batches
 from spt_jax.data.packing import Row
+from spt_jax.errors import UserError
 from spt_jax.models.decoder import FrozenTree
 from spt_jax.parallel.rules import place_batch, replicated, row_devices
-from spt_jax.prompting.selective_lm import SelectiveLM, Trainable, score_turns
+from spt_jax.prompting.adapters import Trainable
+from spt_jax.prompting.selective_lm import SelectiveLM, score_turns
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +92,10 @@ def score_rows(
     """Scores every turn of packed rows, forward only.
 
     Args:
-        model: The description; its K and P are those of `trainable`, which may be a bank ``[1, 0, M]`` (no prompt).
+        model: The description. In the official mode batches are neighbours in the order of `rows`, and every score
+            depends on its batch.
         params: The frozen tree.
-        trainable: The bank and the retriever.
+        trainable: What was learned.
         rows: Packed rows of either layout.
         mesh: The mesh of `params`.
         batch_size: Rows scored at once, rounded up to a multiple of the devices that share rows.
@@ -102,13 +105,22 @@ def score_rows(
 
     Returns:
         See `Likelihoods`.
+
+    Raises:
+        UserError: In the official mode, the batch cannot be shared equally by the devices.
     """
     devices = row_devices(mesh)
-    batch_size = -(-min(batch_size, len(rows)) // devices) * devices
+    batches = consecutive_batches if model.official else sequential_batches
+    if model.official and batch_size % devices:
+        raise UserError(
+            f"the batch is {batch_size} turns; in the official mode, where scores depend on it, allowed: a multiple of "
+            f"{devices}, the devices that share it (mesh.data × mesh.fsdp)"
+        )
+    batch_size = batch_size if model.official else -(-min(batch_size, len(rows)) // devices) * devices
     share = batch_size // jax.process_count()
     mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     parts: list[tuple[np.ndarray, ...]] = []
-    for batch, _ in sequential_batches(rows, batch_size=batch_size, pad_id=pad_id, max_buckets=max_buckets):
+    for batch, _ in batches(rows, batch_size=batch_size, pad_id=pad_id, max_buckets=max_buckets):
         placed = place_batch(mesh, {name: array[mine] for name, array in batch.items()})
         nll, scores, tokens = jax.device_get(_compiled(mesh)(model, params, trainable, placed))
         present = batch["turn_mask"] > 0

@@ -17,13 +17,15 @@ import numpy as np
 from spt_jax.atomic_file import write_atomically
 from spt_jax.config import Config
 from spt_jax.data.dialogue import Dialogue
-from spt_jax.data.template import turn_history
+from spt_jax.data.template import PlainTemplate, Template
 from spt_jax.errors import UserError
-from spt_jax.evaluation.columns import PERPLEXITY_DEFINITIONS, Column, ColumnEvaluator, spread_evenly, without_prompt
+from spt_jax.evaluation.columns import PERPLEXITY_DEFINITIONS, Column, ColumnEvaluator, ReplyWriter, spread_evenly
 from spt_jax.evaluation.report import ReportInputs, write_report
+from spt_jax.generation.replies import cut_reply_official
 from spt_jax.progress import ProgressBar
-from spt_jax.prompting.selective_lm import Trainable
-from spt_jax.training.experiment import Experiment, pack_dialogues
+from spt_jax.prompting.adapters import Trainable
+from spt_jax.prompting.selective_lm import without_prompt
+from spt_jax.training.experiment import Experiment, pack_dialogues, pad_id_of
 from spt_jax.training.workdir import write_json
 
 NO_PROMPT, BEFORE, AFTER = "no soft prompt", "before training", "after training"
@@ -53,6 +55,7 @@ def evaluate_run(
     initial: Trainable | None,
     dialogues: Sequence[Dialogue],
     *,
+    template: Template | None = None,
     replies: int | None = None,
 ) -> Evaluation:
     """Measures a trained tree on dialogues.
@@ -60,8 +63,10 @@ def evaluate_run(
     Args:
         experiment: The LM, mesh and configuration.
         trainable: The trained tree.
-        initial: The tree before training; when given, it and the LM without a prompt are measured too.
+        initial: The tree before training; when given, it and the LM without a prompt are measured too. For a method
+            that begins as the LM itself it is empty, and measured as that alone.
         dialogues: At least one.
+        template: How their rows are written; None for the paper's template.
         replies: How many turns get a reply, 0 for all; None takes ``evaluation.replies``.
 
     Raises:
@@ -69,32 +74,41 @@ def evaluate_run(
     """
     if not dialogues:
         raise UserError("there is no dialogue to evaluate on")
-    options = experiment.config.evaluation
-    rows = pack_dialogues(experiment.config, dialogues, experiment.lm.tokenizer).rows
+    config, model = experiment.config, experiment.model
+    options = config.evaluation
+    template = template or PlainTemplate()
+    rows = pack_dialogues(config, dialogues, experiment.lm.tokenizer, template).rows
     evaluator = ColumnEvaluator(
         experiment.lm,
         experiment.mesh,
         dialogues,
         rows,
         batch_size=options.batch,
-        max_buckets=experiment.config.data.max_buckets,
+        max_buckets=config.data.max_buckets,
         max_new_tokens=options.max_new_tokens,
+        cut=cut_reply_official if model.official else template.cut,
+        pad_id=pad_id_of(config, experiment.lm.tokenizer),
+        end_id=template.end_id(experiment.lm.tokenizer),
+        learns_persona=template.learns_persona,
         replies=options.replies if replies is None else replies,
+        selection=options.selection,
+        selection_noise=options.selection_noise,
+        score_temperature=config.objective.score_temperature,
+        bert_score_model=options.bertscore,
+        seed=config.seed,
     )
-    banks = {AFTER: (experiment.model, trainable)}
-    if initial is not None:
-        banks = {
-            NO_PROMPT: without_prompt(experiment.model, trainable),
-            BEFORE: (experiment.model, initial),
-            **banks,
-        }
+    banks = {AFTER: (model, trainable)}
+    if initial is not None and trainable:
+        before = {BEFORE: (model, initial)} if initial else {}
+        banks = {NO_PROMPT: (without_prompt(model), {}), **before, **banks}
     columns: dict[str, Column] = {}
     for name, (model, tree) in banks.items():
         with ProgressBar(f"evaluating, {name}", evaluator.turns + len(evaluator.answered)) as bar:
             columns[name] = evaluator.run(model, tree, bar.advance)
     after = columns[AFTER]
     chosen = spread_evenly(len(after.answered), options.samples) if options.samples else np.array([], np.int64)
-    samples = _samples(evaluator, trainable, columns, dialogues, chosen)
+    writer = evaluator.writer(model, trainable)
+    samples = _samples(evaluator, writer, model.num_prompts, columns, dialogues, chosen)
     return Evaluation(
         _results(experiment, columns, evaluator),
         _predictions(evaluator, columns, dialogues),
@@ -134,7 +148,7 @@ def _predictions(
                 "dialogue": d,
                 "turn": t,
                 "persona": list(dialogues[d].persona),
-                "history": turn_history(dialogues[d], t),
+                "history": evaluator.history(d, t),
                 "reference": evaluator.reference(d, t),
                 "prediction": after.replies[place],
                 "selected": int(after.likelihoods.selected[u]),
@@ -147,7 +161,8 @@ def _predictions(
 
 def _samples(
     evaluator: ColumnEvaluator,
-    trainable: Trainable,
+    writer: ReplyWriter,
+    num_prompts: int,
     columns: dict[str, Column],
     dialogues: Sequence[Dialogue],
     chosen: np.ndarray,
@@ -157,16 +172,15 @@ def _samples(
         return []
     turns = after.answered[chosen]
     keys = [(int(after.likelihoods.dialogue[u]), int(after.likelihoods.turn[u])) for u in turns]
-    num_prompts = trainable["bank"]["prompts"].shape[0]
     with ProgressBar("replying under every prompt", len(keys) * num_prompts) as bar:
         repeated = [key for key in keys for _ in range(num_prompts)]
-        texts = evaluator.replies(trainable, repeated, list(range(num_prompts)) * len(keys))
+        texts = writer.replies(repeated, list(range(num_prompts)) * len(keys))
         bar.advance(len(texts))
     samples = []
     for i, (place, u, (d, t)) in enumerate(zip(chosen, turns, keys, strict=True)):
         sample = {
             "persona": list(dialogues[d].persona),
-            "history": turn_history(dialogues[d], t),
+            "history": evaluator.history(d, t),
             "reference": evaluator.reference(d, t),
             "selected": int(after.likelihoods.selected[u]),
             "replies": texts[i * num_prompts : (i + 1) * num_prompts],

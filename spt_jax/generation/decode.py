@@ -19,6 +19,7 @@ from spt_jax.generation.sampling import SamplingRule
 from spt_jax.models.attention import KVCache
 from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.prompting.prefixes import prefix_cache
 
 _Carry: TypeAlias = tuple["DecodeState", jax.Array, jax.Array]
 
@@ -71,7 +72,8 @@ def prefill(
     Args:
         config: The decoder.
         params: The frozen tree.
-        prompts: ``[B, P, M]``, the soft prompt of each row; P = 0 is the LM alone.
+        prompts: ``[B, P, M]``, the soft prompt of each row; P = 0 is the LM alone. Or its prefix,
+            ``[B, L, 2, P, G, head_dim]``: keys and values of every layer.
         tokens: int32 ``[B, T]``, padded on the right.
         lengths: int32 ``[B]``, real tokens in each row; a row of length 0 is padding of the batch, finished at once.
         keys: ``[B]`` random keys.
@@ -80,16 +82,20 @@ def prefill(
         room: How many tokens may be generated.
     """
     rows, width = tokens.shape
-    prompt_length = prompts.shape[1]
     text = embed(config, params, tokens)
-    embeddings = jnp.concatenate([prompts.astype(text.dtype), text], axis=1)
-    slots = jnp.arange(prompt_length + width, dtype=jnp.int32)[None, :]
-    positions = jnp.broadcast_to(slots, (rows, prompt_length + width))
+    if prompts.ndim == 3:
+        prompt_length, first = prompts.shape[1], 0
+        embeddings = jnp.concatenate([prompts.astype(text.dtype), text], axis=1)
+        cache = KVCache.empty(config, rows, prompt_length + width + room)
+    else:
+        prompt_length = first = prompts.shape[3]
+        embeddings, cache = text, prefix_cache(config, prompts, prompt_length + width + room)
+    slots = jnp.arange(first, prompt_length + width, dtype=jnp.int32)[None, :]
+    positions = jnp.broadcast_to(slots, (rows, slots.shape[1]))
     valid = positions < prompt_length + lengths[:, None]
-    cache = KVCache.empty(config, rows, prompt_length + width + room)
     hidden, cache = decode(config, params, embeddings, positions, valid, cache)
     assert cache is not None
-    last = jnp.maximum(prompt_length + lengths - 1, 0)
+    last = jnp.maximum(prompt_length - first + lengths - 1, 0)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
     chosen = _chosen(rule, vocabulary_logits(config, params, hidden), keys, jnp.int32(0))
     return DecodeState(

@@ -73,7 +73,8 @@ class GenerationEngine:
         """Continues every context behind its prompt.
 
         Args:
-            bank: ``[K, P, M]``; P may be 0, the LM without soft prompts.
+            bank: Soft prompts ``[K, P, M]``; P may be 0, the LM without soft prompts. Or prefixes
+                ``[K, L, 2, P, G, head_dim]``.
             contexts: n rows of token ids, none empty.
             selected: n indices into the bank.
             max_new_tokens: Tokens, at most, for each row.
@@ -180,10 +181,15 @@ class GenerationEngine:
     def _check(
         self, bank: jax.Array, contexts: Sequence[Sequence[int]], selected: Sequence[int], max_new_tokens: int
     ) -> None:
-        if bank.ndim != 3 or bank.shape[-1] != self.config.hidden_size:
+        c = self.config
+        prefix = (c.num_layers, 2, c.num_key_value_heads, c.head_dim)
+        as_prefixes = bank.ndim == 6 and (*bank.shape[1:3], *bank.shape[4:]) == prefix
+        if not as_prefixes and (bank.ndim != 3 or bank.shape[-1] != c.hidden_size):
             raise UserError(
-                f"the bank has shape {tuple(bank.shape)}; this LM needs [K, P, M] with M = {self.config.hidden_size}"
+                f"the bank has shape {tuple(bank.shape)}; this LM needs [K, P, M] with M = {c.hidden_size}, or "
+                f"prefixes [K, {prefix[0]}, 2, P, {prefix[2]}, {prefix[3]}]"
             )
+        front = bank.shape[3 if as_prefixes else 1]
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")
         if len(contexts) != len(selected):
@@ -196,10 +202,10 @@ class GenerationEngine:
                 raise UserError(f"the context of row {row} is empty; give at least one token")
             if min(context) < 0 or max(context) >= self.config.vocab_size:
                 raise UserError(f"row {row} has a token outside the LM's vocabulary of {self.config.vocab_size}")
-            needed = bank.shape[1] + len(context) + max_new_tokens
+            needed = front + len(context) + max_new_tokens
             if needed > limit:
                 raise UserError(
-                    f"row {row} needs {needed} positions ({bank.shape[1]} of its soft prompt, {len(context)} of its "
+                    f"row {row} needs {needed} positions ({front} of its soft prompt, {len(context)} of its "
                     f"context, {max_new_tokens} new), but this LM has {limit}"
                 )
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# A marker counts only where a word could start, so that "FAQ:" or "HR:" inside a reply survives.
-_CUT = re.compile(r"(?<!\w)(?:R|Q|Summary):|\n")
+from spt_jax.data.template import PlainTemplate
+
 _CUT_OFFICIAL = re.compile(r"R:|Q:|Summary:|\n|:")
 
 
@@ -18,7 +18,7 @@ def cut_reply(text: str) -> str:
     Args:
       text: What the LM generated after the inference prompt's last ``R:``.
     """
-    return _CUT.split(text, maxsplit=1)[0].strip()
+    return PlainTemplate().cut(text)
 
 
 def cut_reply_official(text: str) -> str:

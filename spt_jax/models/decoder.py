@@ -8,6 +8,7 @@ The embedding table and the vocabulary projection are functions of their own, so
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 
 from spt_jax.models.attention import KVCache, attention, causal_mask, write_slots
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.dropout import Dropout
 from spt_jax.models.layers import MLP, Norm, Projection, partitioned
 from spt_jax.models.quantized import QTensor, quantize
 from spt_jax.models.rotary import RotaryTable, rotary_table, rotate
@@ -33,10 +35,12 @@ class Layer(NamedTuple):
     Attributes:
         kind: int32, its index in `DecoderConfig.layer_kinds`; None where there is one kind.
         scale: float32, multiplies its queries; None where no layer has one.
+        dropout: Its own dropout; None for none.
     """
 
     kind: jax.Array | None
     scale: jax.Array | None
+    dropout: Dropout | None
 
 
 class Places(NamedTuple):
@@ -101,6 +105,14 @@ class SelfAttention(nn.Module):
         return dense((c.hidden_size,), axes, 2, use_bias=c.output_bias, name="o_proj")(y), layer_cache
 
 
+def _both_halves(dropout: Dropout | None) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
+    """What a block's attention and its MLP pass through before they join the residual stream."""
+    if dropout is None:
+        return lambda h: h, lambda h: h
+    both = dropout.split(2)
+    return both[0], both[1]
+
+
 class DecoderBlock(nn.Module):
     """One block; the carry of the scan is the hidden state, the scanned input and output its cache."""
 
@@ -113,19 +125,20 @@ class DecoderBlock(nn.Module):
         """One step of the scan over layers: ``[B, T, M]`` and the layer's cache, in and out."""
         c = self.config
         before, after = c.norm_placement in ("input", "both"), c.norm_placement in ("output", "both")
+        drop_attended, drop_fed = _both_halves(layer.dropout)
 
         def normed(h: jax.Array, name: str, wanted: bool) -> jax.Array:
             return Norm(c, name=name)(h) if wanted else h
 
         entering = normed(x, "attention_norm", before)
         attended, layer_cache = SelfAttention(c, name="attention")(entering, layer_cache, layer, places)
-        attended = normed(attended, "attention_output_norm", after)
+        attended = drop_attended(normed(attended, "attention_output_norm", after))
         if c.parallel_residual is not None:
             entering = normed(x, "mlp_norm", True) if c.parallel_residual == "two norms" else entering
-            return x + attended + MLP(c, name="mlp")(entering), layer_cache
+            return x + attended + drop_fed(MLP(c, name="mlp")(entering)), layer_cache
         x = normed(x + attended, "attention_norm", c.norm_placement == "sum")
         fed = MLP(c, name="mlp")(normed(x, "mlp_norm", before))
-        x = x + normed(fed, "mlp_output_norm", after)
+        x = x + drop_fed(normed(fed, "mlp_output_norm", after))
         return normed(x, "mlp_norm", c.norm_placement == "sum"), layer_cache
 
 
@@ -171,7 +184,12 @@ class Decoder(nn.Module):
             self.lm_head = matrix("lm_head", ("embed", "vocab"), width, c.vocab_size)
 
     def __call__(
-        self, embeddings: jax.Array, positions: jax.Array, valid: jax.Array, cache: KVCache | None
+        self,
+        embeddings: jax.Array,
+        positions: jax.Array,
+        valid: jax.Array,
+        cache: KVCache | None,
+        dropout: Dropout | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """See `decode`."""
         c = self.config
@@ -182,21 +200,24 @@ class Decoder(nn.Module):
             x = x + jnp.take(self.embed_positions, positions + c.position_offset, axis=0, mode="clip")
         else:
             tables = tuple(rotary_table(c, kind.rope, positions) for kind in c.layer_kinds)
+        if dropout is not None:
+            dropout = dropout.split(c.num_layers + 1)
+            x = dropout[-1](x) if c.embedding_dropout else x
         extended = None if cache is None else cache.extended(positions, valid)
         seen = (positions, valid) if extended is None else (extended.positions, extended.valid)
         masks = tuple(causal_mask(positions, *seen, kind.window) for kind in c.layer_kinds)
         slot, pairs = (None, None) if cache is None else (cache.length, (cache.key, cache.value))
-        x, pairs = self.layers(x, pairs, self._layers(), Places(masks, tables, slot))
+        x, pairs = self.layers(x, pairs, self._layers(dropout), Places(masks, tables, slot))
         x = self.final_norm(x) if c.final_norm else x
         if extended is None:
             return x, None
         return x, extended.replace(key=pairs[0], value=pairs[1])  # pyright: ignore[reportAttributeAccessIssue]
 
-    def _layers(self) -> Layer:
+    def _layers(self, dropout: Dropout | None) -> Layer:
         c = self.config
         kinds = jnp.asarray(c.layer_pattern, jnp.int32) if c.layer_pattern else None
         scales = 1.0 / jnp.arange(1, c.num_layers + 1, dtype=jnp.float32) if c.attention_scale_by_layer else None
-        return Layer(kinds, scales)
+        return Layer(kinds, scales, None if dropout is None else dropout[: c.num_layers])
 
 
 def embed(config: DecoderConfig, params: FrozenTree, tokens: jax.Array) -> jax.Array:
@@ -227,6 +248,7 @@ def decode(
     positions: jax.Array,
     valid: jax.Array,
     cache: KVCache | None = None,
+    dropout: Dropout | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Hidden states after the last norm.
 
@@ -237,12 +259,17 @@ def decode(
         positions: int ``[B, T]``, counted from the row's first real token (the soft prompt's first).
         valid: bool ``[B, T]``, False on padding, on either side.
         cache: Keys and values of earlier tokens, with at least T free slots; None for a whole row at once.
+        dropout: The LM's own dropout in training, on what each block's attention and MLP add to the residual stream, as
+            OPT and GPT-2 are trained, and on what enters the first block where `DecoderConfig.embedding_dropout` says
+            so. Every layer, place, row and feature has its own draw. Dropout of attention probabilities (GPT-2's
+            ``attn_pdrop``; 0 in OPT) is left out. None, or a rate of 0, for none.
 
     Returns:
         Hidden states ``[B, T, M]`` and the cache with these tokens added (None when there was none). Values at invalid
         positions are finite and meaningless.
     """
-    return Decoder(config).apply({"params": params}, embeddings, positions, valid, cache)  # pyright: ignore[reportReturnType]
+    dropout = None if dropout is None or dropout.rate == 0 else dropout
+    return Decoder(config).apply({"params": params}, embeddings, positions, valid, cache, dropout)  # pyright: ignore[reportReturnType]
 
 
 def vocabulary_head(params: FrozenTree) -> FrozenTree:

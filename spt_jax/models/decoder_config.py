@@ -144,6 +144,8 @@ class DecoderConfig:
         embedding_size: Width of the embedding table where a projection leads from it to M and back (OPT-350m); None
             for M.
         embedding_scale: Multiplies the embeddings of tokens (Gemma's √M).
+        embedding_dropout: Whether the LM's own dropout, where it is on, acts on what enters the first block too (GPT-2,
+            GPT-NeoX; not OPT).
         position_embedding: ``"rotary"``, or ``"learned"``: a table added to what enters the first block.
         position_offset: Rows of that table before position 0 (OPT: 2).
         layer_kinds: The distinct kinds of layers.
@@ -188,6 +190,7 @@ class DecoderConfig:
     context_length: int | None = None
     embedding_size: int | None = None
     embedding_scale: float = 1.0
+    embedding_dropout: bool = False
     position_embedding: str = "rotary"
     position_offset: int = 0
     layer_kinds: tuple[LayerKind, ...] = (LayerKind(),)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from spt_jax.errors import UserError
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.low_rank import LowRankKernel
 from spt_jax.models.quantized import QTensor, contract, quantized_init
 
 _ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
@@ -49,7 +50,7 @@ class Projection(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps ``[..., in axes]`` to ``[..., features]``.
+        """Maps ``[..., in axes]`` to ``[..., features]``; a `LowRankKernel` may stand in the kernel's place.
 
         Raises:
             UserError: The kernel is stored in another way than `quantization` says.
@@ -61,7 +62,8 @@ class Projection(nn.Module):
             kernel = self.param("kernel", partitioned(init, self.axes), shape, self.dtype)
         else:
             kernel = self.param("kernel", quantized_init(init, self.axes, self.num_inputs, self.quantization), shape)
-        if isinstance(kernel, QTensor) != (self.quantization != "none"):
+        stored = kernel.base if isinstance(kernel, LowRankKernel) else kernel
+        if isinstance(stored, QTensor) != (self.quantization != "none"):
             raise UserError(f"the decoder's quantization is {self.quantization}, but its kernels are not stored so")
         y = contract(x, kernel, self.num_inputs)
         if self.use_bias:

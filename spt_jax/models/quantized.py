@@ -21,6 +21,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 
+from spt_jax.models.low_rank import LowRankKernel, product
+
 Shape = tuple[int, ...]
 
 GROUP_SIZE = 32
@@ -119,31 +121,30 @@ def _spread(scale: jax.Array, shape: Shape) -> jax.Array:
     return repeated.reshape([count * length for count, length in pairs])
 
 
-def contract(x: jax.Array, kernel: jax.Array | QTensor, num_inputs: int) -> jax.Array:
+def contract(x: jax.Array, kernel: jax.Array | QTensor | LowRankKernel, num_inputs: int) -> jax.Array:
     """Multiplies ``[..., in...]`` by a kernel ``[in..., out...]``, quantised or not: ``[..., out...]``.
+
+    A `LowRankKernel` adds its update to the product with its base.
 
     A quantised kernel gives what its dequantised one would, in the type of `x`. Its backward pass dequantises again:
     left to itself JAX would keep every layer's dequantised kernel from the forward pass, the memory that quantisation
     saves. Gradients flow to `x`; those of a quantised kernel, which is frozen, are zero.
     """
+    if isinstance(kernel, LowRankKernel):
+        return contract(x, kernel.base, num_inputs) + kernel.update(x, num_inputs)
     if isinstance(kernel, QTensor):
         return _quantized_product(x, kernel, num_inputs)
-    return _product(x, kernel, num_inputs)
-
-
-def _product(x: jax.Array, kernel: jax.Array, num_inputs: int) -> jax.Array:
-    ours = tuple(range(x.ndim - num_inputs, x.ndim))
-    return jax.lax.dot_general(x, kernel, ((ours, tuple(range(num_inputs))), ((), ())))
+    return product(x, kernel, num_inputs)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _quantized_product(x: jax.Array, kernel: QTensor, num_inputs: int) -> jax.Array:
-    return _product(x, kernel.dequantized(x.dtype), num_inputs)
+    return product(x, kernel.dequantized(x.dtype), num_inputs)
 
 
 def _forward(x: jax.Array, kernel: QTensor, num_inputs: int) -> tuple[jax.Array, QTensor]:
     # Spelled out, so that a rematerialisation policy sees a matrix product.
-    return _product(x, kernel.dequantized(x.dtype), num_inputs), kernel
+    return product(x, kernel.dequantized(x.dtype), num_inputs), kernel
 
 
 def _backward(num_inputs: int, kernel: QTensor, cotangent: jax.Array) -> tuple[jax.Array, None]:

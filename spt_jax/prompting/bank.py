@@ -6,13 +6,15 @@ differ. The bank stays float32 whatever the LM's type; it is cast where it joins
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
+from scipy.cluster.vq import ClusterError, kmeans2
 
 from spt_jax.errors import UserError
 
@@ -27,22 +29,27 @@ def check_bank_shape(prompts: np.ndarray | jax.Array, shape: tuple[int, int, int
         raise UserError(f"{origin} holds values that are not finite")
 
 
-def from_vocabulary(key: jax.Array, table: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+Embedder = Callable[[Any], jax.Array]
+"""From token ids ``[...]`` to what `embed` gives for them, ``[..., M]``."""
+
+
+def from_vocabulary(key: jax.Array, vocab_size: int, embedder: Embedder, shape: tuple[int, int, int]) -> jax.Array:
     """Each virtual token starts as the embedding of a random vocabulary token, no token drawn twice while they last.
 
     Args:
         key: A random key.
-        table: What `embed` gives for every token id, ``[V, M]``.
+        vocab_size: How many leading tokens are drawn from; those that the tokenizer can spell.
+        embedder: See `Embedder`.
         shape: ``(K, P, M)``.
 
     Returns:
         float32 ``[K, P, M]``.
     """
-    num_prompts, prompt_length, width = shape
+    num_prompts, prompt_length, _ = shape
     count = num_prompts * prompt_length
-    ids = jax.random.choice(key, table.shape[0], (count,), replace=count > table.shape[0])
-    prompts = jnp.take(table, ids, axis=0).astype(jnp.float32).reshape(num_prompts, prompt_length, table.shape[1])
-    check_bank_shape(prompts, (num_prompts, prompt_length, width), "the embedding table")
+    ids = jax.random.choice(key, vocab_size, (count,), replace=count > vocab_size)
+    prompts = embedder(ids.reshape(num_prompts, prompt_length)).astype(jnp.float32)
+    check_bank_shape(prompts, shape, "the embedding table")
     return prompts
 
 
@@ -51,12 +58,12 @@ def from_normal(key: jax.Array, shape: tuple[int, int, int], stddev: float = 1.0
     return stddev * jax.random.normal(key, shape, jnp.float32)
 
 
-def from_token_ids(token_ids: Sequence[Sequence[int]], table: jax.Array, shape: tuple[int, int, int]) -> jax.Array:
+def from_token_ids(token_ids: Sequence[Sequence[int]], embedder: Embedder, shape: tuple[int, int, int]) -> jax.Array:
     """Each prompt starts as the embeddings of a text, cut to P tokens or repeated until P are filled.
 
     Args:
         token_ids: K lists of token ids, one text a prompt; a single list serves every prompt.
-        table: What `embed` gives for every token id, ``[V, M]``.
+        embedder: See `Embedder`.
         shape: ``(K, P, M)``.
 
     Returns:
@@ -76,9 +83,53 @@ def from_token_ids(token_ids: Sequence[Sequence[int]], table: jax.Array, shape: 
         if not ids:
             raise UserError(f"bank.init_text: text {k} has no token")
         rows.append([ids[p % len(ids)] for p in range(prompt_length)])
-    prompts = jnp.take(table, jnp.asarray(rows), axis=0).astype(jnp.float32)
+    prompts = embedder(jnp.asarray(rows)).astype(jnp.float32)
     check_bank_shape(prompts, shape, "the embedding table")
     return prompts
+
+
+def from_clusters(
+    key: jax.Array, personas: Sequence[Sequence[int]], embedder: Embedder, shape: tuple[int, int, int]
+) -> jax.Array:
+    """Each prompt starts from a cluster of personas: K-means (k-means++ start) over their mean embeddings.
+
+    Virtual token p of a prompt is the mean embedding of a p-th part of its cluster's personas, those nearest to the
+    centre first; so prompts begin apart from one another, where the contexts they will serve are.
+
+    Args:
+        key: A random key.
+        personas: Token ids of n distinct personas.
+        embedder: See `Embedder`.
+        shape: ``(K, P, M)``.
+
+    Returns:
+        float32 ``[K, P, M]``.
+
+    Raises:
+        UserError: There are fewer personas than prompts.
+    """
+    num_prompts, prompt_length, _ = shape
+    means = np.stack([np.asarray(embedder(np.asarray(ids)), np.float32).mean(axis=0) for ids in personas if len(ids)])
+    if len(means) < num_prompts:
+        raise UserError(
+            f"bank.init is 'clusters', but the training dialogues have {len(means)} personas for {num_prompts} prompts"
+        )
+    seed = int(jax.random.bits(key, dtype=jnp.uint32))
+    try:
+        centres, labels = kmeans2(means.astype(np.float64), num_prompts, iter=50, minit="++", rng=seed, missing="raise")
+    except ClusterError as error:
+        raise UserError(
+            f"bank.init is 'clusters', but the {len(means)} personas fall into fewer than {num_prompts} clusters; use "
+            "fewer prompts, another seed or bank.init = vocabulary"
+        ) from error
+    prompts = np.empty(shape, np.float32)
+    for k in range(num_prompts):
+        members = means[labels == k]
+        members = members[np.argsort(np.linalg.norm(members - centres[k], axis=1), kind="stable")]
+        for p in range(prompt_length):
+            part = members[p::prompt_length]
+            prompts[k, p] = (part if len(part) else members[p % len(members)][None]).mean(axis=0)
+    return jnp.asarray(prompts)
 
 
 def from_file(path: str, shape: tuple[int, int, int]) -> jax.Array:

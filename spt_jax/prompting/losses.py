@@ -20,7 +20,8 @@ class TargetWeights(NamedTuple):
     """How much each target position counts; padding has weight 0.
 
     Attributes:
-        lm: float32 ``[D, S]``, for every prompt alike; ``1 / (K · tokens)`` makes the LM loss of METHOD 2.
+        lm: float32 ``[D, S, K]``, or ``[D, S, 1]`` for every prompt alike; ``1 / (K · tokens)`` makes the LM loss of
+            METHOD 2.
         fusion: float32 ``[D, S]``; ``1 / (U · tokens of the turn)`` makes the fusion loss of METHOD 5.
     """
 
@@ -33,7 +34,8 @@ class TargetLosses(NamedTuple):
 
     Attributes:
         nll: float32 ``[D, S, K]``, negative log likelihood of the target under each prompt, nats. No gradient.
-        fusion: float32 ``[D, S]``, cross-entropy of the score-weighted sum of logits, nats. No gradient.
+        fusion: float32 ``[D, S]``, cross-entropy of the score-weighted sum of logits, nats; 0 where no scores were
+            given. No gradient.
     """
 
     nll: jax.Array
@@ -45,9 +47,11 @@ def _cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     return jax.nn.logsumexp(logits, axis=-1) - picked
 
 
-def _chunk_losses(logits: jax.Array, scores: jax.Array, targets: jax.Array) -> TargetLosses:
+def _chunk_losses(logits: jax.Array, scores: jax.Array | None, targets: jax.Array) -> TargetLosses:
     """Logits ``[D, C, K, V]``, scores ``[D, C, K]``, targets ``[D, C]``."""
     nll = _cross_entropy(logits, jnp.broadcast_to(targets[..., None], logits.shape[:-1]))
+    if scores is None:
+        return TargetLosses(nll, jnp.zeros(targets.shape, jnp.float32))
     fused = jnp.einsum("dck,dckv->dcv", scores, logits, precision=jax.lax.Precision.HIGHEST)
     return TargetLosses(nll, _cross_entropy(fused, targets))
 
@@ -72,7 +76,7 @@ def target_losses(
     project: Callable[[Any, jax.Array], jax.Array],
     head: Any,
     hidden: jax.Array,
-    scores: jax.Array,
+    scores: jax.Array | None,
     targets: jax.Array,
     chunk: int,
 ) -> TargetLosses:
@@ -82,7 +86,7 @@ def target_losses(
         project: The vocabulary projection, ``(head, [..., M]) -> float32 [..., V]``.
         head: Its parameters.
         hidden: ``[D, S, K, M]``, hidden states at the target positions under each prompt.
-        scores: float32 ``[D, S, K]``, the scores of each position's turn.
+        scores: float32 ``[D, S, K]``, the scores of each position's turn; None leaves the fusion loss out.
         targets: int ``[D, S]``.
         chunk: Positions projected at once (`chunk_size`); divides S. No more than ``D · chunk · K · V`` logits exist.
 
@@ -90,12 +94,17 @@ def target_losses(
         See `TargetLosses`.
     """
 
-    def body(_: None, xs: tuple[jax.Array, ...]) -> tuple[None, TargetLosses]:
+    def body(_: None, xs: Any) -> tuple[None, TargetLosses]:
         h, s, t = xs
         return None, _chunk_losses(project(head, h), s, t)
 
-    _, losses = jax.lax.scan(body, None, tuple(_chunked(x, chunk) for x in (hidden, scores, targets)))
+    xs = jax.tree.map(functools.partial(_chunked, chunk=chunk), (hidden, scores, targets))
+    _, losses = jax.lax.scan(body, None, xs)
     return jax.tree.map(_unchunked, losses)
+
+
+def _weighted_sum(losses: TargetLosses, weights: TargetWeights) -> jax.Array:
+    return jnp.sum(losses.nll * weights.lm) + jnp.sum(losses.fusion * weights.fusion)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
@@ -103,30 +112,30 @@ def _weighted(
     project: Callable[[Any, jax.Array], jax.Array],
     head: Any,
     hidden: jax.Array,
-    scores: jax.Array,
+    scores: jax.Array | None,
     targets: jax.Array,
     weights: TargetWeights,
     chunk: int,
 ) -> tuple[jax.Array, TargetLosses]:
     losses = target_losses(project, head, hidden, scores, targets, chunk)
-    return jnp.sum(losses.nll * weights.lm[..., None]) + jnp.sum(losses.fusion * weights.fusion), losses
+    return _weighted_sum(losses, weights), losses
 
 
 def _weighted_forward(
     project: Callable[[Any, jax.Array], jax.Array],
     head: Any,
     hidden: jax.Array,
-    scores: jax.Array,
+    scores: jax.Array | None,
     targets: jax.Array,
     weights: TargetWeights,
     chunk: int,
-) -> tuple[tuple[jax.Array, TargetLosses], tuple[jax.Array, jax.Array]]:
+) -> tuple[tuple[jax.Array, TargetLosses], tuple[jax.Array, jax.Array | None]]:
     def body(total: jax.Array, xs: Any) -> tuple[jax.Array, tuple[Any, ...]]:
         h, s, t, w = xs
 
-        def loss(h: jax.Array, s: jax.Array) -> tuple[jax.Array, TargetLosses]:
+        def loss(h: jax.Array, s: jax.Array | None) -> tuple[jax.Array, TargetLosses]:
             losses = _chunk_losses(project(head, h), s, t)
-            return jnp.sum(losses.nll * w.lm[..., None]) + jnp.sum(losses.fusion * w.fusion), losses
+            return _weighted_sum(losses, w), losses
 
         (value, losses), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(h, s)
         return total + value, (losses, gradients)
@@ -137,42 +146,69 @@ def _weighted_forward(
 
 
 def _weighted_backward(
-    project: Any, chunk: int, gradients: tuple[jax.Array, jax.Array], cotangents: tuple[jax.Array, TargetLosses]
+    project: Any, chunk: int, gradients: tuple[jax.Array, Any], cotangents: tuple[jax.Array, TargetLosses]
 ) -> tuple[Any, ...]:
     del project, chunk
     hidden, scores = gradients
-    return None, (hidden * cotangents[0]).astype(hidden.dtype), scores * cotangents[0], None, None
+    scores = None if scores is None else scores * cotangents[0]
+    return None, (hidden * cotangents[0]).astype(hidden.dtype), scores, None, None
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward)
+
+
+def _recomputed(
+    project: Callable[[Any, jax.Array], jax.Array],
+    head: Any,
+    hidden: jax.Array,
+    scores: jax.Array | None,
+    targets: jax.Array,
+    weights: TargetWeights,
+    chunk: int,
+) -> tuple[jax.Array, TargetLosses]:
+    @jax.checkpoint
+    def body(total: jax.Array, xs: Any) -> tuple[jax.Array, TargetLosses]:
+        h, s, t, w = xs
+        losses = _chunk_losses(project(head, h), s, t)
+        return total + _weighted_sum(losses, w), losses
+
+    xs = jax.tree.map(functools.partial(_chunked, chunk=chunk), (hidden, scores, targets, weights))
+    total, losses = jax.lax.scan(body, jnp.zeros((), jnp.float32), xs)
+    return total, jax.tree.map(_unchunked, losses)
 
 
 def weighted_target_losses(
     project: Callable[[Any, jax.Array], jax.Array],
     head: Any,
     hidden: jax.Array,
-    scores: jax.Array,
+    scores: jax.Array | None,
     targets: jax.Array,
     weights: TargetWeights,
     chunk: int,
+    head_trained: bool = False,
 ) -> tuple[jax.Array, TargetLosses]:
     """``Σ w_lm · nll + Σ w_fus · CE(Σ_k score_k · logits_k)``: METHOD 2 and 5 in one pass over the vocabulary.
 
     The gradients with respect to `hidden` and `scores` are taken while each chunk's logits exist, so the projection is
-    neither stored nor computed again for the backward pass. The projection's own parameters have no gradient.
+    neither stored nor computed again for the backward pass; the projection's own parameters have no gradient then.
+    Where they are trained, each chunk's logits are computed again instead.
 
     Args:
         project: See `target_losses`.
         head: See `target_losses`.
         hidden: ``[D, S, K, M]``; differentiable.
-        scores: float32 ``[D, S, K]``; differentiable.
+        scores: float32 ``[D, S, K]``; differentiable. None leaves the fusion loss out.
         targets: int ``[D, S]``.
         weights: See `TargetWeights`.
         chunk: See `target_losses`.
+        head_trained: Whether `head` has a gradient.
 
     Returns:
         The weighted sum, a scalar, and the losses position by position (`TargetLosses`, no gradient).
     """
+    if head_trained:
+        total, losses = _recomputed(project, head, hidden, scores, targets, weights, chunk)
+        return total, jax.lax.stop_gradient(losses)
     weighted: Any = _weighted  # custom_vjp hides the signature from type checkers
     total, losses = weighted(project, head, hidden, scores, targets, weights, chunk)
     return total, jax.lax.stop_gradient(losses)
@@ -183,25 +219,83 @@ def selection_target(nll: jax.Array, temperature: float) -> jax.Array:
     return jax.lax.stop_gradient(jax.nn.softmax(-nll / temperature, axis=-1))
 
 
+def noisy_target(target: jax.Array, noise: float, key: jax.Array) -> jax.Array:
+    """A distribution ``[..., K]`` with normal noise on each probability, clipped at 0 and renormalised.
+
+    Where nothing is left above 0 the target stays as it was. (The authors' program keeps negative probabilities, whose
+    KL is not a number.)
+    """
+    noisy = jnp.maximum(target + noise * jax.random.normal(key, target.shape), 0.0)
+    total = noisy.sum(axis=-1, keepdims=True)
+    return jnp.where(total > 0, noisy / jnp.where(total > 0, total, 1.0), target)
+
+
 def selection_loss(
-    nll: jax.Array, scores: jax.Array, turn_weights: jax.Array, gold_temperature: float, score_temperature: float
+    target: jax.Array, scores: jax.Array, turn_weights: jax.Array, score_temperature: float
 ) -> jax.Array:
     """``Σ_u w_u KL(g_u || softmax_k(score_uk / τ_sim))`` (METHOD 3).
 
     Args:
-        nll: float32 ``[..., K]``, mean negative log likelihood of each turn under each prompt, nats a token.
+        target: float32 ``[..., K]``, g, without gradient; see `selection_target`.
         scores: float32 ``[..., K]``.
         turn_weights: ``[...]``; ``1 / U`` on turns and 0 on padding makes the mean.
-        gold_temperature: τ_gold.
         score_temperature: τ_sim.
 
     Returns:
         A scalar, nats.
     """
-    gold = selection_target(nll, gold_temperature)
-    log_gold = jax.lax.stop_gradient(jax.nn.log_softmax(-nll / gold_temperature, axis=-1))
-    divergence = jnp.sum(gold * (log_gold - jax.nn.log_softmax(scores / score_temperature, axis=-1)), axis=-1)
+    target = jax.lax.stop_gradient(target)
+    log_target = jnp.log(jnp.where(target > 0, target, 1.0))
+    divergence = jnp.sum(target * (log_target - jax.nn.log_softmax(scores / score_temperature, axis=-1)), axis=-1)
     return jnp.sum(turn_weights * divergence)
+
+
+def annealed_weights(
+    scores: jax.Array,
+    present: jax.Array,
+    progress: jax.Array,
+    scale: float,
+    bounds: tuple[float, float],
+    over_batch: bool = False,
+) -> jax.Array:
+    """``w_uk = clip(a (1 - progress) softmax_k(score_uk), min, max)``, weights of the LM loss, without gradient.
+
+    Args:
+        scores: float32 ``[D, N, K]``.
+        present: ``[D, N]``, 0 where there is no turn.
+        progress: Scalar, steps done over all steps.
+        scale: a.
+        bounds: min and max.
+        over_batch: Whether the softmax runs over all turns and prompts at once, as in the authors' program.
+
+    Returns:
+        float32 ``[D, N, K]``.
+    """
+    if over_batch:
+        shares = jax.nn.softmax(jnp.where(present[..., None] > 0, scores, -jnp.inf), axis=(0, 1, 2))
+    else:
+        shares = jax.nn.softmax(scores, axis=-1)
+    return jax.lax.stop_gradient(jnp.clip(scale * (1.0 - progress) * shares, *bounds))
+
+
+def balance_loss(scores: jax.Array, turn_weights: jax.Array, score_temperature: float) -> jax.Array:
+    """``K Σ_k f_k q̄_k``: 1 when prompts serve equally many turns, K when one serves all (arXiv 2101.03961, eq. 4).
+
+    Args:
+        scores: float32 ``[..., K]``.
+        turn_weights: ``[...]``, summing to 1.
+        score_temperature: τ_sim.
+
+    Returns:
+        A scalar; f, the share of turns whose highest score is each prompt's, has no gradient, q̄, the mean of
+        ``softmax_k(score / τ_sim)``, has.
+    """
+    num_prompts = scores.shape[-1]
+    chosen = jax.nn.one_hot(jnp.argmax(scores, axis=-1), num_prompts)
+    weights = turn_weights[..., None]
+    share = jnp.sum(weights * chosen, axis=tuple(range(scores.ndim - 1)))
+    mean = jnp.sum(weights * jax.nn.softmax(scores / score_temperature, axis=-1), axis=tuple(range(scores.ndim - 1)))
+    return num_prompts * jnp.sum(jax.lax.stop_gradient(share) * mean)
 
 
 def contrastive_loss(scores: jax.Array, similar: jax.Array, pairs: jax.Array) -> jax.Array:

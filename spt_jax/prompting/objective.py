@@ -14,25 +14,36 @@ import jax
 import jax.numpy as jnp
 
 from spt_jax.models.decoder import FrozenTree, vocabulary_head, vocabulary_logits
-from spt_jax.prompting.losses import TargetWeights, contrastive_loss, selection_loss, weighted_target_losses
+from spt_jax.models.dropout import Dropout
+from spt_jax.prompting.adapters import Trainable, WholeModel
+from spt_jax.prompting.losses import (
+    TargetWeights,
+    annealed_weights,
+    balance_loss,
+    contrastive_loss,
+    noisy_target,
+    selection_loss,
+    selection_target,
+    weighted_target_losses,
+)
 from spt_jax.prompting.retriever import select
 from spt_jax.prompting.selective_lm import (
     ArrayBatch,
     SelectiveLM,
-    Trainable,
     at_targets,
-    batch_context_means,
+    batch_contexts,
     logits_chunk,
     retriever_scores,
     target_hidden,
     target_turn_onehot,
     turn_means,
 )
+from spt_jax.prompting.subset import Subset, draw_subset
 
 
 @dataclasses.dataclass(frozen=True)
 class Objective:
-    """Weights and temperatures of ``L_LM + λ_sel L_sel + λ_con L_con + λ_fus L_fus``.
+    """Weights and temperatures of ``λ_LM L_LM + λ_sel L_sel + λ_con L_con + λ_fus L_fus``, and what varies them.
 
     Attributes:
         selection_weight: λ_sel.
@@ -41,6 +52,12 @@ class Objective:
         gold_temperature: τ_gold, of the LM's verdict.
         score_temperature: τ_sim, of the retriever's scores.
         pairs: ``"across"`` leaves pairs within one dialogue out of the contrastive loss, ``"all"`` keeps them.
+        lm_weight: λ_LM, 1 in the paper; 0 switches the loss off.
+        gold_noise: Standard deviation of noise on the LM's verdict; see `noisy_target`.
+        annealing: a of `annealed_weights`; 0 leaves the LM loss's weights at 1.
+        annealing_bounds: Their lowest and highest value.
+        balance_weight: Of `balance_loss`; 0 is off.
+        prompts_per_step: m < K prompts a row is seen under (`draw_subset`); 0 for all.
     """
 
     selection_weight: float = 0.4
@@ -49,6 +66,16 @@ class Objective:
     gold_temperature: float = 1.0
     score_temperature: float = 1.0
     pairs: str = "across"
+    lm_weight: float = 1.0
+    gold_noise: float = 0.0
+    annealing: float = 0.0
+    annealing_bounds: tuple[float, float] = (0.0, 1.0)
+    balance_weight: float = 0.0
+    prompts_per_step: int = 0
+
+
+LM_ALONE = Objective(selection_weight=0.0, contrastive_weight=0.0, fusion_weight=0.0)
+"""What the rivals learn from."""
 
 
 class Losses(NamedTuple):
@@ -56,11 +83,12 @@ class Losses(NamedTuple):
 
     Attributes:
         total: The weighted sum that is differentiated.
-        lm: L_LM, nats a token.
+        lm: L_LM, nats a token; annealed where that is asked for.
         selection: L_sel, nats.
         contrastive: L_con.
-        fusion: L_fus, nats a token.
-        nll: float32 ``[D, N, K]``, of every turn under every prompt.
+        fusion: L_fus, nats a token; 0 where its weight is 0, since it is not computed then.
+        balance: See `balance_loss`.
+        nll: float32 ``[D, N, K]``, of every turn under every prompt (of the row's m with a subset).
         scores: float32 ``[D, N, K]``.
         usage: float32 ``[K]``, share of turns whose highest score is prompt k's.
         selection_entropy: Mean entropy of ``softmax_k(score / τ_sim)``, nats.
@@ -72,6 +100,7 @@ class Losses(NamedTuple):
     selection: jax.Array
     contrastive: jax.Array
     fusion: jax.Array
+    balance: jax.Array
     nll: jax.Array
     scores: jax.Array
     usage: jax.Array
@@ -86,7 +115,7 @@ def target_weights(batch: ArrayBatch, num_prompts: int) -> TargetWeights:
     tokens = jnp.maximum(onehot.sum(axis=1), 1.0)
     turns = jnp.maximum(batch["turn_mask"].sum(), 1.0)
     return TargetWeights(
-        lm=mask / (jnp.maximum(mask.sum(), 1.0) * num_prompts),
+        lm=(mask / (jnp.maximum(mask.sum(), 1.0) * num_prompts))[..., None],
         fusion=jnp.einsum("dsn,dn->ds", onehot, 1.0 / tokens, precision=jax.lax.Precision.HIGHEST) / turns,
     )
 
@@ -120,6 +149,8 @@ def losses_and_gradients(
     trainable: Trainable,
     batch: ArrayBatch,
     micro_batches: int = 1,
+    key: jax.Array | None = None,
+    progress: jax.Array | float = 0.0,
 ) -> tuple[Losses, Trainable]:
     """The losses of a global batch and the gradients of their total.
 
@@ -127,81 +158,164 @@ def losses_and_gradients(
         model: The description.
         objective: Weights and temperatures.
         params: The frozen tree; never differentiated.
-        trainable: The bank and the retriever.
+        trainable: What is learned.
         batch: A packed batch of D rows, with ``similar`` unless the contrastive weight is 0.
         micro_batches: In how many parts the LM sees the batch, one after the other; divides D. Changes memory alone.
+        key: Of dropout, noise and subsets; may be None where the model and the objective have none of them.
+        progress: Steps done over all steps, for annealing.
 
     Returns:
         The losses, and gradients shaped like `trainable`.
     """
-    means = batch_context_means(model, params, batch)
-    scores, retriever_vjp = jax.vjp(lambda tree: retriever_scores(model, tree, means), trainable)
-    weights = target_weights(batch, model.num_prompts)
-    weighted = TargetWeights(weights.lm, objective.fusion_weight * weights.fusion)
+    lm_key, adapter_key, retriever_key, noise_key, subset_key = [None] * 5 if key is None else jax.random.split(key, 5)
+    scores, retriever_vjp = _scores(model, params, trainable, batch, retriever_key)
+    subset = draw_subset(scores, batch["turn_mask"], objective.prompts_per_step, subset_key)
+    fused, fused_vjp = jax.vjp(subset.fusion_scores, scores)
+    weights = _weights(model, objective, scores, batch, subset, progress)
+    adapter_tree = {name: tree for name, tree in trainable.items() if name != "retriever"}
 
-    def lm_and_fusion(
-        prompts: jax.Array, scores: jax.Array, part: ArrayBatch, weights: TargetWeights, weighted: TargetWeights
-    ) -> Any:
-        hidden = target_hidden(model, params, prompts, part)
-        onehot = target_turn_onehot(part)
+    def lm_and_fusion(adapter_tree: Trainable, fused: jax.Array, part: _Part) -> Any:
+        keys = [None if k is None else jax.random.fold_in(k, part.number) for k in (lm_key, adapter_key)]
+        dropout = Dropout(keys[0], model.dropout) if keys[0] is not None and model.dropout else None
+        conditions = model.adapter.conditions(model.decoder, params, adapter_tree, keys[1])
+        hidden = target_hidden(model, conditions, part.batch, part.subset, dropout)
+        onehot = target_turn_onehot(part.batch)
         rows, positions, num_prompts, _ = hidden.shape
+        scaled = TargetWeights(objective.lm_weight * part.weights.lm, objective.fusion_weight * part.weights.fusion)
         total, losses = weighted_target_losses(
             lambda head, h: vocabulary_logits(model.decoder, head, h),
-            vocabulary_head(params),
+            vocabulary_head(conditions.params),
             hidden,
-            at_targets(scores, onehot),
-            part["target_ids"],
-            weighted,
+            at_targets(fused, onehot) if objective.fusion_weight else None,
+            part.batch["target_ids"],
+            scaled,
             logits_chunk(model, rows, num_prompts, positions),
+            head_trained=isinstance(model.adapter, WholeModel),
         )
-        lm = jnp.sum(losses.nll * weights.lm[..., None])
-        return total, (lm, jnp.sum(losses.fusion * weights.fusion), turn_means(losses.nll, onehot))
+        lm = jnp.sum(losses.nll * part.weights.lm)
+        return total, (lm, jnp.sum(losses.fusion * part.weights.fusion), turn_means(losses.nll, onehot))
 
     per_row = {name: x for name, x in batch.items() if name != "similar"}
-    prompts = trainable["bank"]["prompts"]
     gradient = jax.value_and_grad(lm_and_fusion, argnums=(0, 1), has_aux=True)
     if micro_batches == 1:
-        (_, (lm, fusion, nll)), (bank_gradient, score_gradient) = gradient(prompts, scores, per_row, weights, weighted)
+        whole = _Part(jnp.zeros((), jnp.int32), per_row, weights, subset.prompts)
+        (_, (lm, fusion, nll)), (adapter_gradient, fused_gradient) = gradient(adapter_tree, fused, whole)
     else:
 
         def body(carry: Any, part: Any) -> Any:
-            (_, (lm, fusion, nll)), (bank_gradient, score_gradient) = gradient(prompts, *part)
-            carry = jax.tree.map(jnp.add, carry, (lm, fusion, bank_gradient))
-            return carry, (nll, score_gradient)
+            (_, (lm, fusion, nll)), (adapter_gradient, fused_gradient) = gradient(adapter_tree, *part)
+            carry = jax.tree.map(jnp.add, carry, (lm, fusion, adapter_gradient))
+            return carry, (nll, fused_gradient)
 
         zero = jnp.zeros((), jnp.float32)
-        parts = _micro_batches((scores, per_row, weights, weighted), micro_batches)
-        (lm, fusion, bank_gradient), stacked = jax.lax.scan(body, (zero, zero, jnp.zeros_like(prompts)), parts)
-        nll, score_gradient = jax.tree.map(_whole, stacked)
+        split = _micro_batches((fused, per_row, weights, subset.prompts), micro_batches)
+        parts = (split[0], _Part(jnp.arange(micro_batches), *split[1:]))
+        first = (zero, zero, jax.tree.map(jnp.zeros_like, adapter_tree))
+        (lm, fusion, adapter_gradient), stacked = jax.lax.scan(body, first, parts)
+        nll, fused_gradient = jax.tree.map(_whole, stacked)
 
+    over_turns, terms, score_gradient = _over_turns(objective, nll, scores, batch, subset, noise_key)
+    (through_fusion,) = fused_vjp(fused_gradient)
+    gradients = retriever_vjp(through_fusion + score_gradient)
+    gradients = {
+        name: tree if name == "retriever" else jax.tree.map(jnp.add, tree, adapter_gradient[name])
+        for name, tree in gradients.items()
+    }
+
+    selected = jax.nn.one_hot(select(subset.of(scores)), nll.shape[-1])
+    tokens = target_turn_onehot(batch).sum(axis=1)
+    return Losses(
+        total=objective.lm_weight * lm + objective.fusion_weight * fusion + over_turns,
+        lm=lm,
+        fusion=fusion,
+        nll=nll,
+        scores=scores,
+        selected_nll=jnp.sum(jnp.sum(nll * selected, axis=-1) * tokens) / jnp.maximum(tokens.sum(), 1.0),
+        **terms,
+    ), gradients
+
+
+class _Part(NamedTuple):
+    """A part of the batch that the LM sees at once."""
+
+    number: jax.Array
+    batch: ArrayBatch
+    weights: TargetWeights
+    subset: jax.Array | None
+
+
+def _scores(
+    model: SelectiveLM, params: FrozenTree, trainable: Trainable, batch: ArrayBatch, key: jax.Array | None
+) -> tuple[jax.Array, Any]:
+    """The scores ``[D, N, K]`` and what carries their gradient into a tree like `trainable`."""
+    if model.retriever_config is None:
+        ones = jnp.ones((*batch["turn_mask"].shape, 1), jnp.float32)
+        return ones, lambda _: jax.tree.map(jnp.zeros_like, trainable)
+    contexts = batch_contexts(model, params, batch)
+    dropout_key = key if model.retriever_config.dropout else None
+    scores, vjp = jax.vjp(lambda tree: retriever_scores(model, tree, contexts, dropout_key), trainable)
+    return scores, lambda cotangent: vjp(cotangent)[0]
+
+
+def _weights(
+    model: SelectiveLM,
+    objective: Objective,
+    scores: jax.Array,
+    batch: ArrayBatch,
+    subset: Subset,
+    progress: jax.Array | float,
+) -> TargetWeights:
+    """`target_weights`, annealed, and divided by the chance with which a subset holds each of its prompts."""
+    weights = target_weights(batch, model.num_prompts)
+    lm = weights.lm
+    if objective.annealing:
+        annealed = annealed_weights(
+            scores,
+            batch["turn_mask"],
+            jnp.asarray(progress, jnp.float32),
+            objective.annealing,
+            objective.annealing_bounds,
+            over_batch=model.official,
+        )
+        lm = lm * at_targets(subset.of(annealed), target_turn_onehot(batch))
+    if subset.inverse_chances is not None:
+        lm = lm * subset.inverse_chances[:, None]
+    return TargetWeights(lm, weights.fusion)
+
+
+def _over_turns(
+    objective: Objective,
+    nll: jax.Array,
+    scores: jax.Array,
+    batch: ArrayBatch,
+    subset: Subset,
+    noise_key: jax.Array | None,
+) -> tuple[jax.Array, dict[str, jax.Array], jax.Array]:
+    """The terms over turns: their weighted sum, each of them with what the selection did, and the scores' gradient."""
     turn_weights = batch["turn_mask"] / jnp.maximum(batch["turn_mask"].sum(), 1.0)
+    target = selection_target(nll, objective.gold_temperature)
+    if objective.gold_noise:
+        assert noise_key is not None, "noise needs a key"
+        target = noisy_target(target, objective.gold_noise, noise_key)
 
-    def selection_and_contrastive(scores: jax.Array) -> Any:
-        selection = selection_loss(nll, scores, turn_weights, objective.gold_temperature, objective.score_temperature)
+    def terms(scores: jax.Array) -> Any:
+        selection = selection_loss(target, subset.of(scores), turn_weights, objective.score_temperature)
         contrastive = jnp.zeros((), jnp.float32)
         if "similar" in batch:
             flat = scores.reshape(-1, scores.shape[-1])
             contrastive = contrastive_loss(flat, batch["similar"], contrastive_pairs(batch, objective.pairs))
+        balance = balance_loss(scores, turn_weights, objective.score_temperature)
         total = objective.selection_weight * selection + objective.contrastive_weight * contrastive
-        return total, (selection, contrastive)
+        if objective.balance_weight:
+            total = total + objective.balance_weight * balance
+        return total, {"selection": selection, "contrastive": contrastive, "balance": balance}
 
-    (over_turns, (selection, contrastive)), more = jax.value_and_grad(selection_and_contrastive, has_aux=True)(scores)
-    (gradients,) = retriever_vjp(score_gradient + more)
-    gradients["bank"]["prompts"] = gradients["bank"]["prompts"] + bank_gradient
-
+    (total, named), gradient = jax.value_and_grad(terms, has_aux=True)(scores)
     log_probabilities = jax.nn.log_softmax(scores / objective.score_temperature, axis=-1)
     entropy = -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)
     selected = jax.nn.one_hot(select(scores), scores.shape[-1])
-    tokens = target_turn_onehot(batch).sum(axis=1)
-    return Losses(
-        total=lm + objective.fusion_weight * fusion + over_turns,
-        lm=lm,
-        selection=selection,
-        contrastive=contrastive,
-        fusion=fusion,
-        nll=nll,
-        scores=scores,
-        usage=jnp.einsum("dnk,dn->k", selected, turn_weights),
-        selection_entropy=jnp.sum(entropy * turn_weights),
-        selected_nll=jnp.sum(jnp.sum(nll * selected, axis=-1) * tokens) / jnp.maximum(tokens.sum(), 1.0),
-    ), gradients
+    named |= {
+        "usage": jnp.einsum("dnk,dn->k", selected, turn_weights),
+        "selection_entropy": jnp.sum(entropy * turn_weights),
+    }
+    return total, named, gradient

@@ -12,12 +12,11 @@ from einops import rearrange, repeat
 
 from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_head, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.prompting.bank import from_normal, from_vocabulary
+from spt_jax.models.dropout import Dropout
+from spt_jax.prompting.adapters import Adapter, Conditions, LowRank, Nothing, Prefixes, SoftPrompts, Trainable
 from spt_jax.prompting.losses import chunk_size, target_losses
-from spt_jax.prompting.retriever import Retriever, context_means
-
-Trainable = dict[str, Any]
-"""``{"bank": {"prompts": [K, P, M]}, "retriever": {"lin": {"kernel": [M, M], "bias": [M]}}}``, all float32."""
+from spt_jax.prompting.prefixes import prefix_cache
+from spt_jax.prompting.retriever import Contexts, Retriever, RetrieverConfig
 
 ArrayBatch = Mapping[str, jax.Array]
 """A packed batch; see `spt_jax.data.loader` for the fields and shapes."""
@@ -25,57 +24,72 @@ ArrayBatch = Mapping[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveLM:
-    """The static description of a bank and a retriever before a frozen LM; hashable, so a static argument of jit.
+    """The static description of what is learned before a frozen LM; hashable, so a static argument of jit.
 
     Attributes:
         decoder: The frozen LM.
-        num_prompts: K.
-        prompt_length: P.
-        share: Whether the retriever's two sides share their linear layer.
-        activation: The score's activation (`spt_jax.prompting.retriever.SCORE_ACTIVATIONS`).
+        adapter: What is learned and how it conditions the LM.
+        retriever_config: What chooses among the K conditions; None where there is one alone.
         max_logit_rows: How many rows of V logits may exist at once; bounds memory, changes no result.
+        dropout: The LM's own dropout in training.
         row_sharding: How the first axis of activations is laid out; None leaves it to the compiler, which would follow
             the embedding table where that is sharded along M, and give every device all rows.
     """
 
     decoder: DecoderConfig
-    num_prompts: int
-    prompt_length: int
-    share: bool = True
-    activation: str = "softplus"
+    adapter: Adapter
+    retriever_config: RetrieverConfig | None = None
     max_logit_rows: int = 512
+    dropout: float = 0.0
     row_sharding: jax.sharding.NamedSharding | None = None
 
     @property
-    def bank_shape(self) -> tuple[int, int, int]:
-        """``(K, P, M)``."""
-        return self.num_prompts, self.prompt_length, self.decoder.hidden_size
+    def num_prompts(self) -> int:
+        """K, the conditions that the LM is seen under."""
+        return self.adapter.num_prompts if isinstance(self.adapter, SoftPrompts | Prefixes) else 1
+
+    @property
+    def official(self) -> bool:
+        """Whether the retriever reads what the authors' program reads, padding and batch mates included."""
+        return self.retriever_config is not None and self.retriever_config.context == "official"
 
     @property
     def retriever(self) -> Retriever:
-        """The retriever module."""
-        return Retriever(self.decoder.hidden_size, self.share, self.activation)
+        """The retriever module; only where there is a `retriever_config`."""
+        assert self.retriever_config is not None
+        return Retriever(self.decoder.hidden_size, self.retriever_config)
 
-    def init_retriever(self, key: jax.Array) -> dict[str, Any]:
-        """Fresh retriever parameters."""
-        means = jnp.zeros((1, self.decoder.hidden_size))
-        return self.retriever.init(key, means, jnp.zeros(self.bank_shape))["params"]  # pyright: ignore[reportReturnType]
+    def init_retriever(self, key: jax.Array) -> Trainable:
+        """``{"retriever": fresh parameters}``, or nothing where there is no retriever, or one without parameters."""
+        if self.retriever_config is None:
+            return {}
+        contexts = Contexts.of(jnp.zeros((1, 1, self.decoder.hidden_size)), jnp.ones((1, 1), jnp.int32))
+        prompts = jnp.zeros((self.num_prompts, 1, self.decoder.hidden_size))
+        variables: Any = self.retriever.init(key, contexts, prompts)
+        return {"retriever": variables["params"]} if variables else {}
 
-    def init(self, key: jax.Array, params: FrozenTree | None = None, stddev: float = 1.0) -> Trainable:
-        """A fresh trainable tree: the bank from random vocabulary embeddings of `params`, or normal when None.
+    def init(self, key: jax.Array, params: FrozenTree | None = None) -> Trainable:
+        """A fresh trainable tree, as the adapter and the retriever start by themselves.
 
         Args:
             key: A random key.
-            params: The frozen tree.
-            stddev: Standard deviation of the normal bank.
+            params: The frozen tree; None where only shapes matter.
         """
-        bank_key, retriever_key = jax.random.split(key)
-        if params is None:
-            prompts = from_normal(bank_key, self.bank_shape, stddev)
-        else:
-            table = embed(self.decoder, params, jnp.arange(self.decoder.vocab_size))
-            prompts = from_vocabulary(bank_key, table, self.bank_shape)
-        return {"bank": {"prompts": prompts}, "retriever": self.init_retriever(retriever_key)}
+        adapter_key, retriever_key = jax.random.split(key)
+        return self.adapter.init(self.decoder, params, adapter_key) | self.init_retriever(retriever_key)
+
+
+def without_prompt(model: SelectiveLM) -> SelectiveLM:
+    """The LM alone; its trainable tree is empty."""
+    return dataclasses.replace(model, adapter=Nothing(), retriever_config=None)
+
+
+def inference_conditions(model: SelectiveLM, params: FrozenTree, trainable: Trainable) -> Conditions:
+    """The LM under what was learned, in the form that is fastest to run: low-rank updates are merged where they can."""
+    adapter = model.adapter
+    if isinstance(adapter, LowRank) and model.decoder.quantization == "none":
+        return adapter.merged(model.decoder, params, trainable)
+    return adapter.conditions(model.decoder, params, trainable)
 
 
 class TurnScores(NamedTuple):
@@ -94,44 +108,67 @@ class TurnScores(NamedTuple):
 
 
 def join(prompts: jax.Array, text: jax.Array) -> jax.Array:
-    """Puts every prompt before every row: ``[K, P, M]`` and ``[D, T, M]`` to ``[D·K, P+T, M]``, K innermost.
+    """Puts prompts before every row: ``[K, P, M]`` and ``[D, T, M]`` to ``[D·K, P+T, M]``, K innermost.
 
-    K is innermost so that one dialogue's prompts stay on one device. The bank is cast to the text's type here.
+    K is innermost so that one dialogue's prompts stay on one device. The bank is cast to the text's type here. Prompts
+    ``[D, K, P, M]`` give each row its own.
     """
-    rows = repeat(text, "d t m -> (d k) t m", k=prompts.shape[0])
+    rows = repeat(text, "d t m -> (d k) t m", k=prompts.shape[-3])
     # Cast after repeating, so that the gradient is summed over dialogues in the bank's own type.
-    fronts = repeat(prompts, "k p m -> (d k) p m", d=text.shape[0]).astype(text.dtype)
-    return jnp.concatenate([fronts, rows], axis=1)
+    return jnp.concatenate([_per_row(prompts, text.shape[0], 3).astype(text.dtype), rows], axis=1)
+
+
+def _per_row(bank: jax.Array, rows: int, rank: int) -> jax.Array:
+    """``[K, ...]`` of `rank` axes for every row, or ``[D, K, ...]``, to ``[D·K, ...]``."""
+    if bank.ndim == rank:
+        bank = jnp.broadcast_to(bank, (rows, *bank.shape))
+    return rearrange(bank, "d k ... -> (d k) ...")
 
 
 def _on_its_devices(model: SelectiveLM, rows: jax.Array) -> jax.Array:
     return rows if model.row_sharding is None else jax.lax.with_sharding_constraint(rows, model.row_sharding)
 
 
-def embed_rows(model: SelectiveLM, params: FrozenTree, batch: ArrayBatch) -> jax.Array:
-    """The embeddings ``[D, T, M]`` of the batch's rows, each on the devices that own the row."""
-    return _on_its_devices(model, embed(model.decoder, params, batch["tokens"]))
+def embed_rows(model: SelectiveLM, params: FrozenTree, tokens: jax.Array) -> jax.Array:
+    """The embeddings ``[D, T, M]`` of tokens ``[D, T]``, each row on the devices that own it."""
+    return _on_its_devices(model, embed(model.decoder, params, tokens))
 
 
-def target_hidden(model: SelectiveLM, params: FrozenTree, prompts: jax.Array, batch: ArrayBatch) -> jax.Array:
-    """Hidden states at every target position, under every prompt.
+def target_hidden(
+    model: SelectiveLM,
+    conditions: Conditions,
+    batch: ArrayBatch,
+    subset: jax.Array | None = None,
+    dropout: Dropout | None = None,
+) -> jax.Array:
+    """Hidden states at every target position, under every condition.
 
     Args:
         model: The description.
-        params: The frozen tree.
-        prompts: The bank ``[K, P, M]``; K and P are read from it, so a bank ``[1, 0, M]`` is the LM without prompts.
+        conditions: K and P are read from them.
         batch: Uses ``tokens`` ``[D, T]``, ``lengths`` ``[D]`` and ``target_positions`` ``[D, S]``.
+        subset: int ``[D, m]``, which conditions each row is seen under; None for all K.
+        dropout: The LM's own.
 
     Returns:
-        ``[D, S, K, M]``.
+        ``[D, S, K, M]`` (m in the place of K with a subset).
     """
-    num_prompts, prompt_length, _ = prompts.shape
-    embeddings = _on_its_devices(model, join(prompts, embed_rows(model, params, batch)))
+    text = embed_rows(model, conditions.params, batch["tokens"])
+    bank = conditions.bank if subset is None else jnp.take(conditions.bank, subset, axis=0)
+    if conditions.prefixes is None:
+        num_prompts, front = bank.shape[-3:-1]
+        embeddings, cache, first = join(bank, text), None, 0
+    else:
+        num_prompts, front = bank.shape[-6], bank.shape[-3]
+        cache = prefix_cache(model.decoder, _per_row(bank, text.shape[0], 6), front + text.shape[1])
+        embeddings, first = repeat(text, "d t m -> (d k) t m", k=num_prompts), front
+    embeddings = _on_its_devices(model, embeddings)
     rows, length, _ = embeddings.shape
-    positions = jnp.broadcast_to(jnp.arange(length), (rows, length))
-    row_lengths = repeat(batch["lengths"], "d -> (d k)", k=num_prompts) + prompt_length
-    hidden, _ = decode(model.decoder, params, embeddings, positions, positions < row_lengths[:, None])
-    at = repeat(batch["target_positions"], "d s -> (d k) s 1", k=num_prompts) + prompt_length
+    positions = jnp.broadcast_to(jnp.arange(first, first + length), (rows, length))
+    row_lengths = repeat(batch["lengths"], "d -> (d k)", k=num_prompts) + front
+    valid = positions < row_lengths[:, None]
+    hidden, _ = decode(model.decoder, conditions.params, embeddings, positions, valid, cache, dropout)
+    at = repeat(batch["target_positions"], "d s -> (d k) s 1", k=num_prompts) + (front - first)
     return rearrange(jnp.take_along_axis(hidden, at, axis=1), "(d k) s m -> d s k m", k=num_prompts)
 
 
@@ -152,14 +189,47 @@ def at_targets(per_turn: jax.Array, onehot: jax.Array) -> jax.Array:
     return jnp.einsum("dnk,dsn->dsk", per_turn, onehot, precision=jax.lax.Precision.HIGHEST)
 
 
-def batch_context_means(model: SelectiveLM, params: FrozenTree, batch: ArrayBatch) -> jax.Array:
-    """Mean embeddings of every turn's context, float32 ``[D, N, M]``; see `context_means`."""
-    return context_means(embed_rows(model, params, batch), batch["context_lengths"])
+def batch_contexts(model: SelectiveLM, params: FrozenTree, batch: ArrayBatch) -> Contexts:
+    """What the retriever reads of a batch.
+
+    Args:
+        model: The description, with a retriever.
+        params: The frozen tree.
+        batch: Uses ``tokens`` and ``context_lengths``; in the official mode ``retriever_tokens`` ``[D, R]`` and
+            ``retriever_widths`` ``[D]``, over how many of them the authors' mean runs.
+    """
+    if model.official:
+        embeddings = embed_rows(model, params, batch["retriever_tokens"])
+        return Contexts.of(embeddings, batch["retriever_widths"][:, None])
+    contexts = Contexts.of(embed_rows(model, params, batch["tokens"]), batch["context_lengths"])
+    assert model.retriever_config is not None
+    return contexts if model.retriever_config.kind == "transformer" else contexts._replace(embeddings=None)
 
 
-def retriever_scores(model: SelectiveLM, trainable: Trainable, means: jax.Array) -> jax.Array:
-    """Scores of contexts ``[..., M]`` against the bank: float32 ``[..., K]``."""
-    return model.retriever.apply({"params": trainable["retriever"]}, means, trainable["bank"]["prompts"])  # pyright: ignore[reportReturnType]
+def retriever_scores(
+    model: SelectiveLM, trainable: Trainable, contexts: Contexts, dropout_key: jax.Array | None = None
+) -> jax.Array:
+    """Scores of every turn's context against the bank: float32 ``[D, N, K]``.
+
+    Args:
+        model: The description, with a retriever.
+        trainable: The trainable tree; gradients reach the bank too.
+        contexts: See `batch_contexts`.
+        dropout_key: In training, the key of the retriever's own dropout.
+    """
+    bank = trainable["bank"]
+    prompts = bank["prompts"] if "prompts" in bank else bank["keys"][:, None]
+    variables = {"params": trainable.get("retriever", {})}
+    if dropout_key is None:
+        return model.retriever.apply(variables, contexts, prompts)  # pyright: ignore[reportReturnType]
+    return model.retriever.apply(variables, contexts, prompts, False, rngs={"dropout": dropout_key})  # pyright: ignore[reportReturnType]
+
+
+def batch_scores(model: SelectiveLM, params: FrozenTree, trainable: Trainable, batch: ArrayBatch) -> jax.Array:
+    """`retriever_scores` of a batch; ones ``[D, N, 1]`` where there is nothing to choose."""
+    if model.retriever_config is None:
+        return jnp.ones((*batch["context_lengths"].shape, 1), jnp.float32)
+    return retriever_scores(model, trainable, batch_contexts(model, params, batch))
 
 
 def logits_chunk(model: SelectiveLM, rows: int, num_prompts: int, positions: int) -> int:
@@ -168,28 +238,28 @@ def logits_chunk(model: SelectiveLM, rows: int, num_prompts: int, positions: int
 
 
 def score_turns(model: SelectiveLM, params: FrozenTree, trainable: Trainable, batch: ArrayBatch) -> TurnScores:
-    """Every turn's likelihood under every prompt and the retriever's scores, forward only.
+    """Every turn's likelihood under every condition and the retriever's scores, forward only.
 
     Args:
         model: The description.
         params: The frozen tree.
-        trainable: The bank and the retriever.
+        trainable: What was learned.
         batch: A packed batch.
 
     Returns:
         See `TurnScores`.
     """
-    prompts = trainable["bank"]["prompts"]
-    hidden = target_hidden(model, params, prompts, batch)
+    conditions = model.adapter.conditions(model.decoder, params, trainable)
+    hidden = target_hidden(model, conditions, batch)
     onehot = target_turn_onehot(batch)
-    scores = retriever_scores(model, trainable, batch_context_means(model, params, batch))
     rows, positions, num_prompts, _ = hidden.shape
     losses = target_losses(
         lambda head, h: vocabulary_logits(model.decoder, head, h),
-        vocabulary_head(params),
+        vocabulary_head(conditions.params),
         hidden,
-        at_targets(scores, onehot),
+        None,
         batch["target_ids"],
         logits_chunk(model, rows, num_prompts, positions),
     )
+    scores = batch_scores(model, params, trainable, batch)
     return TurnScores(turn_means(losses.nll, onehot), scores, onehot.sum(axis=1))

@@ -46,6 +46,15 @@ def tree_digest(tree: Tree) -> str:
     return digest.hexdigest()
 
 
+def _stored(tree: Tree) -> Tree:
+    """The tree as it lies on the disk: Orbax refuses one without leaves, which a method that learns nothing has."""
+    return tree if jax.tree.leaves(tree) else {"nothing": np.zeros((), np.int8)}
+
+
+def _restored(wanted: Tree, stored: Tree) -> Tree:
+    return stored if jax.tree.leaves(wanted) else wanted
+
+
 def _perplexity(metrics: Any) -> float:
     value = float(metrics[METRIC])
     return value if math.isfinite(value) else math.inf
@@ -162,8 +171,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    trainable=ocp.args.StandardSave(trainable),
-                    optimizer=ocp.args.StandardSave(optimizer),
+                    trainable=ocp.args.StandardSave(_stored(trainable)),
+                    optimizer=ocp.args.StandardSave(_stored(optimizer)),
                     meta=ocp.args.JsonSave(meta),
                 ),
                 metrics=None if perplexity is None else {METRIC: float(perplexity)},
@@ -272,7 +281,7 @@ class Checkpoints:
             folder = self.directory / str(step)
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
                 trees = {
-                    name: reader.restore(folder / name, args=ocp.args.StandardRestore(tree))
+                    name: _restored(tree, reader.restore(folder / name, args=ocp.args.StandardRestore(_stored(tree))))
                     for name, tree in targets.items()
                 }
             whole = all(tree_digest(jax.device_get(trees[name])) == meta["digests"][name] for name in targets)
@@ -318,6 +327,8 @@ def tree_shapes(tree: Tree) -> dict[str, list[int]]:
     return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
 
 
-def restore_targets(tree: Tree, sharding: jax.sharding.Sharding) -> Tree:
-    """The tree's shapes and types with one sharding for all, as `Checkpoints.restore` wants them."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), tree)
+def restore_targets(tree: Tree, sharding: Any) -> Tree:
+    """The tree's shapes and types, as `Checkpoints.restore` wants them, with one sharding for all or a tree of them."""
+    if isinstance(sharding, jax.sharding.Sharding):
+        sharding = jax.tree.map(lambda _: sharding, tree)
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)

@@ -8,26 +8,28 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from spt_jax.config import Config
-from spt_jax.data.dialogue import Dialogue, DialogueSet, split_by_persona
+from spt_jax.data.chat_template import ChatTemplate
+from spt_jax.data.dialogue import Dialogue, DialogueSet, draw_fraction, split_by_persona
+from spt_jax.data.few_shot import FewShot, draw_demonstrations
 from spt_jax.data.loader import DialogueLoader
-from spt_jax.data.packing import PackedRows, pack
+from spt_jax.data.official import official_rows, official_turns
+from spt_jax.data.packing import PackedRows, Row, pack
+from spt_jax.data.persona_task import PersonaTemplate
 from spt_jax.data.similarity import pair_texts
 from spt_jax.data.sources import read_dialogues
+from spt_jax.data.template import PlainTemplate, Template
 from spt_jax.errors import UserError
-from spt_jax.models.decoder import FrozenTree, embed
 from spt_jax.models.loading import LanguageModel, load_lm
 from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.models.weights import Progress
 from spt_jax.parallel.mesh import make_mesh
-from spt_jax.parallel.rules import parameter_sharding, row_devices, row_sharding
+from spt_jax.parallel.rules import parameter_sharding, row_devices
 from spt_jax.progress import ProgressBar
-from spt_jax.prompting.bank import from_file, from_normal, from_token_ids, from_vocabulary
-from spt_jax.prompting.objective import Objective
-from spt_jax.prompting.selective_lm import SelectiveLM, Trainable
+from spt_jax.prompting.selective_lm import SelectiveLM
+from spt_jax.training.description import describe, front_length
 
 SPLIT_SEED = 0
 """The development split belongs to the data: it stays the same whatever the run's seed."""
@@ -41,7 +43,7 @@ class Experiment:
         config: The validated configuration.
         mesh: The device mesh.
         lm: The frozen LM with its tokenizer and identity.
-        model: The static description of bank and retriever before that LM.
+        model: The static description of what is learned before that LM.
     """
 
     config: Config
@@ -70,13 +72,13 @@ def open_experiment(config: Config) -> Experiment:
             progress=progress,
         )
     # Rows are padded to multiples of 16; a context as long as a row must leave room for its reply.
-    longest = config.bank.prompt_length + -(-config.data.max_length // 16) * 16 + config.evaluation.max_new_tokens
+    longest = front_length(config) + -(-config.data.max_length // 16) * 16 + config.evaluation.max_new_tokens
     if longest > lm.config.longest_row:
         raise UserError(
             f"bank.prompt_length + data.max_length + evaluation.max_new_tokens takes {longest} tokens, but the context "
             f"of {lm.identity.name} is {lm.config.longest_row}; lower data.max_length"
         )
-    return Experiment(config, mesh, lm, describe(config, lm, mesh))
+    return Experiment(config, mesh, lm, describe(config, lm.config, mesh))
 
 
 @contextlib.contextmanager
@@ -95,51 +97,6 @@ def _loading_bar() -> Iterator[Progress]:
             shown = now
 
         yield progress
-
-
-def describe(config: Config, lm: LanguageModel, mesh: Mesh) -> SelectiveLM:
-    """The static description of bank and retriever for an LM, with rows over the mesh's row axes."""
-    return SelectiveLM(
-        decoder=lm.config,
-        num_prompts=config.bank.num_prompts,
-        prompt_length=config.bank.prompt_length,
-        share=config.retriever.share,
-        activation=config.retriever.activation,
-        max_logit_rows=config.model.max_logit_rows,
-        row_sharding=row_sharding(mesh),
-    )
-
-
-def objective_of(config: Config) -> Objective:
-    """Weights and temperatures from the section ``objective``."""
-    o = config.objective
-    return Objective(
-        o.selection_weight, o.contrastive_weight, o.fusion_weight, o.gold_temperature, o.score_temperature, o.pairs
-    )
-
-
-def initial_trainable(config: Config, model: SelectiveLM, params: FrozenTree, tokenizer: Tokenizer) -> Trainable:
-    """The trainable tree before the first step; a function of the configuration, its seed and the LM alone.
-
-    Raises:
-        UserError: ``bank.init_text`` or ``bank.init_file`` does not fit the bank.
-    """
-    bank_key, retriever_key = jax.random.split(jax.random.key(config.seed))
-    shape = model.bank_shape
-
-    def table() -> jax.Array:
-        return embed(model.decoder, params, jnp.arange(model.decoder.vocab_size))
-
-    match config.bank.init:
-        case "vocabulary":
-            prompts = from_vocabulary(bank_key, table(), shape)
-        case "normal":
-            prompts = from_normal(bank_key, shape, config.bank.init_stddev)
-        case "text":
-            prompts = from_token_ids(tokenizer.encode(list(config.bank.init_text)), table(), shape)
-        case _:
-            prompts = from_file(config.bank.init_file, shape)
-    return jax.device_get({"bank": {"prompts": prompts}, "retriever": model.init_retriever(retriever_key)})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -192,13 +149,102 @@ def read_splits(config: Config) -> Splits:
         skipped += development_set.skipped
     else:
         train, development = split_by_persona(train, d.development_dialogues, SPLIT_SEED)
-    return Splits(train[: d.limit] if d.limit else train, development, test, skipped)
+    train = draw_fraction(train[: d.limit] if d.limit else train, d.fraction, config.seed)
+    return Splits(train, development, test, skipped)
 
 
-def pack_dialogues(config: Config, dialogues: Sequence[Dialogue], tokenizer: Tokenizer, layout: str = "") -> PackedRows:
-    """Rows of tokens with the limits of the section ``data``; `layout` overrides its layout."""
+def template_of(config: Config, tokenizer: Tokenizer, demonstrations: Sequence[Dialogue] = ()) -> Template:
+    """How the rows of a run are written.
+
+    Args:
+        config: The configuration.
+        tokenizer: The LM's, which may carry a chat template.
+        demonstrations: The training dialogues, from which few-shot prompting draws; needed for that alone.
+
+    Raises:
+        UserError: The LM has no chat template, or there are too few dialogues to draw from.
+    """
+    if config.data.task == "persona":
+        return PersonaTemplate()
+    if config.data.template == "chat":
+        return ChatTemplate.of(tokenizer)
+    if config.method.kind == "few_shot":
+        shots = config.method.shots
+        return FewShot(PlainTemplate(), draw_demonstrations(demonstrations, shots, config.seed), shots)
+    return PlainTemplate()
+
+
+def pad_id_of(config: Config, tokenizer: Tokenizer) -> int:
+    """What fills rows: any id, since it is masked; in the official mode, where it is averaged, the authors' choice."""
+    if config.retriever.context != "official":
+        return tokenizer.pad_id
+    if tokenizer.own_pad_id is not None:
+        return tokenizer.own_pad_id
+    if config.data.official_pad == "bos" and tokenizer.bos_id is not None:
+        return tokenizer.bos_id
+    return tokenizer.eos_id
+
+
+def pack_dialogues(
+    config: Config,
+    dialogues: Sequence[Dialogue],
+    tokenizer: Tokenizer,
+    template: Template | None = None,
+    layout: str = "",
+    learning: bool = False,
+) -> PackedRows:
+    """Rows of tokens with the limits of the section ``data``.
+
+    `layout` overrides its layout; no `template` means the paper's.
+
+    ``data.last_turn_only`` concerns the rows that are learned from alone; every turn is evaluated.
+
+    Raises:
+        UserError: A dialogue does not fit, or the official mode is asked for packed dialogues.
+    """
     d = config.data
-    return pack(dialogues, tokenizer, layout=layout or d.layout, max_length=d.max_length, max_turns=d.max_turns)
+    layout = layout or d.layout
+    if config.retriever.context == "official":
+        if layout != "turn":
+            raise UserError(
+                f"--layout={layout} does not go with retriever.context = official: there a score depends on the rows "
+                "beside it, one row a turn, in file order; allowed: --layout=turn"
+            )
+        rows = official_rows(
+            dialogues,
+            tokenizer,
+            max_length=d.max_length,
+            max_turns=d.max_turns,
+            last_turn_only=d.last_turn_only and learning,
+            freeze_persona=d.freeze_persona,
+            freeze_context=d.freeze_context,
+            pad_id=pad_id_of(config, tokenizer),
+        )
+        return PackedRows(rows, 0, 0)
+    return pack(
+        dialogues,
+        tokenizer,
+        layout=layout,
+        max_length=d.max_length,
+        max_turns=d.max_turns,
+        template=template,
+        last_turn_only=d.last_turn_only and learning,
+    )
+
+
+def contrastive_texts(config: Config, rows: Sequence[Row], dialogues: Sequence[Dialogue]) -> list[list[str]] | None:
+    """The texts whose BLEU makes the contrastive pairs; None where that loss is off."""
+    o = config.objective
+    if config.method.kind != "spt" or not o.contrastive_weight:
+        return None
+    if config.retriever.context == "official" and o.pair_text == "persona":
+        persona = {
+            (d, turn.turn): " ".join(turn.persona)
+            for d, dialogue in enumerate(dialogues)
+            for turn in official_turns(dialogue)
+        }
+        return [[persona[row.dialogue, int(turn)] for turn in row.turns] for row in rows]
+    return pair_texts(rows, dialogues, o.pair_text)
 
 
 def make_loader(
@@ -209,7 +255,7 @@ def make_loader(
     Raises:
         UserError: The batch, or a micro-batch, is not a multiple of the devices that share its rows.
     """
-    d, o = config.data, config.objective
+    d = config.data
     share = row_devices(mesh) * config.optimizer.micro_batches
     if d.batch % share:
         raise UserError(
@@ -222,9 +268,10 @@ def make_loader(
         pad_id=pad_id,
         seed=config.seed,
         max_buckets=d.max_buckets,
-        pair_texts=pair_texts(rows.rows, dialogues, o.pair_text) if o.contrastive_weight else None,
-        bleu_threshold=o.bleu_threshold,
+        pair_texts=contrastive_texts(config, rows.rows, dialogues),
+        bleu_threshold=config.objective.bleu_threshold,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
         prefetch=d.prefetch,
+        retriever_width=d.max_length if config.retriever.context == "official" else 0,
     )

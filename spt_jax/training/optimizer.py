@@ -47,8 +47,12 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
     )
     if config.retriever_factor != 1.0:
         scales: dict[Any, optax.GradientTransformation] = {
-            "bank": optax.identity(),
+            "adapter": optax.identity(),
             "retriever": optax.scale(config.retriever_factor),
         }
-        steps.append(optax.partition(scales, {"bank": "bank", "retriever": "retriever"}))
+
+        def labels(trainable: Any) -> Any:
+            return {name: "retriever" if name == "retriever" else "adapter" for name in trainable}
+
+        steps.append(optax.partition(scales, labels))
     return optax.chain(*steps)

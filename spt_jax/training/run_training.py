@@ -20,11 +20,13 @@ from spt_jax.models.quantized import tree_bytes
 from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.training import experiment as setup
 from spt_jax.training.checkpoint import Checkpoints, restore_targets
+from spt_jax.training.description import TEXTUAL, objective_of
 from spt_jax.training.experiment import Experiment
+from spt_jax.training.initial import initial_trainable
 from spt_jax.training.loop import Evaluator, LoopOptions, Outcome, train
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.signals import StopSignal
-from spt_jax.training.step import TrainState, init_state, make_train_step
+from spt_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 from spt_jax.training.tracking import open_trackers
 from spt_jax.training.workdir import CHECKPOINT_FOLDER, absolute_paths, check_workdir, claim_workdir, write_initial
 
@@ -42,6 +44,7 @@ class _Preparation:
     loader: DialogueLoader
     optimizer: optax.GradientTransformation
     state: TrainState
+    shardings: TrainState
     total_steps: int
 
 
@@ -70,7 +73,8 @@ def run_training(
     e = prepared.experiment
     with _undone_unless_begun(workdir):
         claim_workdir(workdir, config, e.lm.identity, e.lm.tokenizer.fingerprint)
-        write_initial(workdir, prepared.state.trainable)
+        if keeps_initial(config):
+            write_initial(workdir, prepared.state.trainable)
         say(_summary(prepared))
         keep = {"keep_latest": config.train.keep_latest, "keep_best": config.train.keep_best}
         with StopSignal() as stop, Checkpoints(workdir / CHECKPOINT_FOLDER, **keep) as checkpoints:
@@ -80,7 +84,14 @@ def run_training(
                 outcome = train(
                     state,
                     make_train_step(
-                        e.model, setup.objective_of(config), prepared.optimizer, e.mesh, config.optimizer.micro_batches
+                        e.model,
+                        objective_of(config),
+                        prepared.optimizer,
+                        e.mesh,
+                        config.optimizer.micro_batches,
+                        seed=config.seed,
+                        total_steps=max(1, prepared.total_steps),
+                        shardings=prepared.shardings,
                     ),
                     e.lm.params,
                     prepared.loader.iterate,
@@ -122,27 +133,42 @@ def _prepare(config: Config, say: Callable[[str], None]) -> _Preparation:
     for sentence in splits.skipped:
         say(f"skipped {sentence}")
     e = setup.open_experiment(config)
-    rows = setup.pack_dialogues(config, splits.train, e.lm.tokenizer)
-    development = setup.pack_dialogues(config, splits.development, e.lm.tokenizer)
+    template = setup.template_of(config, e.lm.tokenizer, splits.train)
+    pack = partial(setup.pack_dialogues, config, tokenizer=e.lm.tokenizer, template=template)
+    rows, development = pack(splits.train, learning=True), pack(splits.development)
     # Nothing learns from the test dialogues, but one that does not fit should be told today, not after the training.
-    setup.pack_dialogues(config, splits.test, e.lm.tokenizer)
-    loader = setup.make_loader(config, rows, splits.train, e.mesh, e.lm.tokenizer.pad_id)
+    pack(splits.test)
+    loader = setup.make_loader(config, rows, splits.train, e.mesh, setup.pad_id_of(config, e.lm.tokenizer))
     total_steps = config.train.steps or config.train.epochs * loader.steps_per_epoch
+    if config.method.kind in TEXTUAL:
+        total_steps = 0
     optimizer = make_optimizer(config.optimizer, total_steps)
-    first = setup.initial_trainable(config, e.model, e.lm.params, e.lm.tokenizer)
-    state = init_state(first, optimizer, e.mesh)
-    return _Preparation(e, splits, development, loader, optimizer, state, total_steps)
+    first = initial_trainable(config, e.model, e.lm.params, e.lm.tokenizer, splits.train)
+    own = jax.tree.map(lambda x: x.sharding, first) if config.method.kind == "full" else None
+    state = init_state(first, optimizer, e.mesh, own)
+    shardings = state_shardings(first, optimizer, e.mesh, own)
+    if config.method.kind == "full":
+        # The state holds the weights now; the frozen ones would only take memory beside them.
+        e = dataclasses.replace(e, lm=dataclasses.replace(e.lm, params={}))
+    return _Preparation(e, splits, development, loader, optimizer, state, shardings, total_steps)
+
+
+def keeps_initial(config: Config) -> bool:
+    """Whether the tree before training is something else than the LM alone, worth keeping for comparison."""
+    return config.method.kind not in ("lora", "full", *TEXTUAL)
 
 
 def _summary(prepared: _Preparation) -> str:
     e, loader, splits = prepared.experiment, prepared.loader, prepared.splits
+    behind = f" behind each of {e.model.num_prompts} prompts" if e.model.num_prompts > 1 else ""
     skipped = f" ({len(splits.skipped)} malformed lines skipped)" if splits.skipped else ""
     return (
         f"{e.lm.identity.name} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
-        f"{tree_bytes(e.lm.params) / 1e6:,.0f} MB of frozen weights\n"
+        f"{tree_bytes(e.lm.params) / 1e6:,.0f} MB of frozen weights, "
+        f"{e.config.method.kind}: {tree_bytes(prepared.state.trainable) / 1e6:,.1f} MB to learn\n"
         f"{len(splits.train)} dialogues to learn from, {len(splits.development)} for development{skipped}\n"
         f"{prepared.total_steps} steps; about {loader.turns_per_step:.0f} turns and {loader.tokens_per_step:,.0f} "
-        f"tokens a step behind each of {e.model.num_prompts} soft prompts, {loader.padding_share:.1%} padding"
+        f"tokens a step{behind}, {loader.padding_share:.1%} padding"
     )
 
 
@@ -154,9 +180,18 @@ def _resumed(checkpoints: Checkpoints, prepared: _Preparation, say: Callable[[st
         "trainable": state.trainable,
         "optimizer": {"state": state.optimizer, "counters": counters},
     }
-    restored = checkpoints.restore("latest", restore_targets(saved, replicated(prepared.experiment.mesh)))
-    if restored is None:
+    same = replicated(prepared.experiment.mesh)
+    shardings = {
+        "trainable": prepared.shardings.trainable,
+        "optimizer": {"state": prepared.shardings.optimizer, "counters": dict.fromkeys(counters, same)},
+    }
+    targets = restore_targets(saved, shardings)
+    if not checkpoints.steps():
         return state, -1
+    # A first state of a whole LM would else lie beside the restored one until the end of the run.
+    jax.tree.map(lambda x: x.delete(), state)
+    restored = checkpoints.restore("latest", targets)
+    assert restored is not None, "a checkpoint that is there is restored, or refused in a sentence"
     step, trees, _ = restored
     say(f"resuming from step {step} of {prepared.total_steps}")
     return TrainState(trees["trainable"], trees["optimizer"]["state"], **trees["optimizer"]["counters"]), step

@@ -13,8 +13,9 @@ from jax.sharding import Mesh
 
 from spt_jax.models.decoder import FrozenTree
 from spt_jax.parallel.rules import replicated
+from spt_jax.prompting.adapters import Trainable
 from spt_jax.prompting.objective import Losses, Objective, losses_and_gradients
-from spt_jax.prompting.selective_lm import ArrayBatch, SelectiveLM, Trainable
+from spt_jax.prompting.selective_lm import ArrayBatch, SelectiveLM
 
 Metrics = dict[str, jax.Array]
 
@@ -24,7 +25,7 @@ class TrainState:
     """Everything a step changes; the frozen LM is not in it.
 
     Attributes:
-        trainable: The bank and the retriever.
+        trainable: What is learned, such as the bank and the retriever.
         optimizer: The optimizer's state.
         step: int32 scalar, steps done; also the position in the data.
         skipped: int32 scalar, updates skipped because they were not finite.
@@ -38,13 +39,40 @@ class TrainState:
     bad_in_a_row: jax.Array
 
 
-def init_state(trainable: Trainable, optimizer: optax.GradientTransformation, mesh: Mesh) -> TrainState:
-    """The state before the first step, replicated over the mesh."""
-    trainable = jax.device_put(trainable, replicated(mesh))
+def init_state(
+    trainable: Trainable, optimizer: optax.GradientTransformation, mesh: Mesh, shardings: Any = None
+) -> TrainState:
+    """The state before the first step.
+
+    Args:
+        trainable: The first tree.
+        optimizer: The gradient transformation.
+        mesh: The mesh.
+        shardings: A tree of shardings like `trainable`; None replicates it. The optimizer's moments lie as it does.
+    """
+    layout = state_shardings(trainable, optimizer, mesh, shardings)
+    trainable = jax.device_put(trainable, layout.trainable)
     zero = jnp.zeros((), jnp.int32)
-    state = TrainState(trainable, optimizer.init(trainable), zero, zero, zero)
+    state = TrainState(trainable, jax.jit(optimizer.init, out_shardings=layout.optimizer)(trainable), zero, zero, zero)
     # device_put may alias equal buffers, and a donated buffer must not appear twice.
-    return jax.tree.map(lambda x: jax.device_put(jnp.copy(x), replicated(mesh)), state)
+    return jax.tree.map(lambda x, sharding: jax.device_put(jnp.copy(x), sharding), state, layout)
+
+
+def state_shardings(
+    trainable: Trainable, optimizer: optax.GradientTransformation, mesh: Mesh, shardings: Any = None
+) -> TrainState:
+    """A `TrainState` of shardings: the trainable tree's own, the same for its moments, all else replicated."""
+    same = replicated(mesh)
+    if shardings is None:
+        shardings = jax.tree.map(lambda _: same, trainable)
+    moments = optax.tree_map_params(
+        optimizer,
+        lambda _, sharding: sharding,
+        jax.eval_shape(optimizer.init, trainable),
+        shardings,
+        transform_non_params=lambda _: same,
+    )
+    return TrainState(shardings, moments, same, same, same)  # pyright: ignore[reportArgumentType]
 
 
 def _metrics(losses: Losses, gradients: Trainable, batch: ArrayBatch) -> Metrics:
@@ -55,15 +83,15 @@ def _metrics(losses: Losses, gradients: Trainable, batch: ArrayBatch) -> Metrics
         "loss/selection": losses.selection,
         "loss/contrastive": losses.contrastive,
         "loss/fusion": losses.fusion,
+        "loss/balance": losses.balance,
         "perplexity/selected": jnp.exp(losses.selected_nll),
-        "gradient_norm/bank": optax.tree.norm(gradients["bank"]),
-        "gradient_norm/retriever": optax.tree.norm(gradients["retriever"]),
         "selection_entropy": losses.selection_entropy,
         "turns": batch["turn_mask"].sum(),
         "tokens": batch["lengths"].sum(),
         "padding_share": 1.0 - batch["lengths"].sum() / tokens,
     }
-    return metrics | {f"usage/{k}": share for k, share in enumerate(losses.usage)}
+    norms = {f"gradient_norm/{name}": optax.tree.norm(tree) for name, tree in gradients.items()}
+    return metrics | norms | {f"usage/{k}": share for k, share in enumerate(losses.usage)}
 
 
 def make_train_step(
@@ -72,6 +100,10 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     mesh: Mesh,
     micro_batches: int = 1,
+    *,
+    seed: int = 0,
+    total_steps: int = 1,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, FrozenTree, ArrayBatch], tuple[TrainState, Metrics]]:
     """The compiled step ``(state, frozen tree, batch) -> (state, metrics)``.
 
@@ -84,10 +116,17 @@ def make_train_step(
         optimizer: The gradient transformation.
         mesh: The mesh on which the state is replicated.
         micro_batches: See `losses_and_gradients`.
+        seed: Of dropout, noise and subsets; with the step's number it decides every draw.
+        total_steps: Steps of the whole run, for annealing.
+        shardings: Of the state, see `state_shardings`; None replicates it.
     """
 
     def step(state: TrainState, params: FrozenTree, batch: ArrayBatch) -> tuple[TrainState, Metrics]:
-        losses, gradients = losses_and_gradients(model, objective, params, state.trainable, batch, micro_batches)
+        key = jax.random.fold_in(jax.random.key(seed), state.step)
+        progress = state.step / total_steps
+        losses, gradients = losses_and_gradients(
+            model, objective, params, state.trainable, batch, micro_batches, key, progress
+        )
         updates, moved = optimizer.update(gradients, state.optimizer, state.trainable)
         finite = jnp.isfinite(losses.total) & jnp.isfinite(optax.tree.norm(gradients))
 
@@ -106,4 +145,4 @@ def make_train_step(
         return new_state, metrics | {"skipped": new_state.skipped, "bad_in_a_row": new_state.bad_in_a_row}
 
     same = replicated(mesh)
-    return jax.jit(step, donate_argnums=0, out_shardings=(same, same))
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings or same, same))

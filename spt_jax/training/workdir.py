@@ -16,7 +16,7 @@ from spt_jax.atomic_file import write_atomically
 from spt_jax.config import Config, flatten, from_dict
 from spt_jax.errors import UserError
 from spt_jax.models.loading import LMIdentity
-from spt_jax.prompting.selective_lm import Trainable
+from spt_jax.prompting.adapters import Trainable
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"

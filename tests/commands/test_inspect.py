@@ -23,6 +23,8 @@ from spt_jax.models.files.gguf_file import GGUFFile
 from spt_jax.models.files.safetensors_file import SafetensorsFolder
 from spt_jax.models.loading import load_lm
 from spt_jax.models.shapes import shape_fields
+from spt_jax.prompting.adapters import SoftPrompts
+from spt_jax.prompting.retriever import RetrieverConfig
 from spt_jax.prompting.selective_lm import SelectiveLM
 
 SMALL = random_llama().fields
@@ -170,7 +172,8 @@ def test_the_trainable_parameters_are_those_of_the_configuration(facts: Callable
     assert (changed["bank"], changed["retriever"]) == (3 * 8 * 768, 2 * (768 * 768 + 768))
     import jax
 
-    tree = SelectiveLM(load_lm("shape:opt-125m?layers=1").config, 4, 8).init(jax.random.key(0))
+    decoder = load_lm("shape:opt-125m?layers=1").config
+    tree = SelectiveLM(decoder, SoftPrompts(4, 8), RetrieverConfig()).init(jax.random.key(0))
     assert sum(leaf.size for leaf in jax.tree.leaves(tree)) == 615_168
 
 

@@ -31,8 +31,9 @@ def test_help_of_a_door_shows_its_own_flags_and_examples_alone(capsys, door):
     assert main([door, "--help"]) == 0
     said = capsys.readouterr()
     assert said.err == ""
-    assert f"spt-jax {door} --" in said.out
-    assert ("--source" if door == "inspect" else "--workdir") in said.out.partition("Flags:")[2]
+    assert f"spt-jax {door} " in said.out.partition("Examples:")[2]
+    own = {"inspect": "--source", "compare": "--baseline"}.get(door, "--workdir")
+    assert own in said.out.partition("Flags:")[2]
     assert not re.search("absl|flagfile|undefok|spt_jax\\.", said.out)
     assert main(["help", door]) == 0
     assert capsys.readouterr().out == said.out
@@ -63,10 +64,7 @@ def test_the_module_is_the_command_and_starts_within_a_second():
     done = subprocess.run([sys.executable, "-m", "spt_jax", "trian"], capture_output=True, text=True)
     assert os.times().children_user + os.times().children_system - began[1] < 1.0
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr == (
-        "spt-jax: there is no door 'trian'; allowed: train, evaluate, score, chat, generate, inspect. "
-        "Did you mean 'train'?\n"
-    )
+    assert done.stderr == (f"spt-jax: there is no door 'trian'; allowed: {', '.join(DOORS)}. Did you mean 'train'?\n")
 
 
 @pytest.mark.parametrize(
@@ -75,6 +73,14 @@ def test_the_module_is_the_command_and_starts_within_a_second():
         (["--workdir=x", "train"], "the door comes first, then its flags; allowed: train"),
         (["score", "--workdri=x"], "no flag --workdri for score. Did you mean '--workdir'"),
         (["train", "--config=absent.py", "--workdri=x"], "no flag --workdri for train. Did you mean '--workdir'"),
+        (["convert"], "the first word, what is converted, is missing; allowed: official, peft"),
+        (["convert", "--workdir=x"], "the first word says what is converted; allowed: official, peft"),
+        (["convert", "ofical", "x"], "there is no conversion 'ofical'; allowed: official, peft. Did you mean 'offici"),
+        (["convert", "official"], "spt-jax convert official: DIR is missing; give the folder"),
+        (["convert", "official", "a"], "--model is missing; give the LM"),
+        (["convert", "official", "a", "--out=x"], "there is no flag --out for convert official"),
+        (["convert", "official", "a", "b"], "takes one DIR, and 'b' is another"),
+        (["convert", "peft"], "spt-jax convert peft: --workdir is missing"),
         (["evaluate", "runs/a"], "'runs/a' is not a flag of evaluate; flags are written --name=value"),
         (["evaluate"], "--workdir is missing; give the working directory"),
         (["evaluate", "--workdir"], "--workdir needs a value, as in --workdir=value"),

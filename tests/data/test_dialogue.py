@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spt_jax.data import Dialogue, Turn, persona_key, split_by_persona
+from spt_jax.data.dialogue import draw_fraction
 from spt_jax.errors import UserError
 
 
@@ -58,6 +59,27 @@ def test_split_of_nothing_and_of_negative_counts():
     assert split_by_persona(dialogues, 0, 0) == (dialogues, [])
     with pytest.raises(UserError, match="at least 0"):
         split_by_persona(dialogues, -1, 0)
+
+
+@given(st.integers(1, 40), st.floats(0.001, 1), st.floats(0.001, 1), st.integers(0, 5))
+def test_a_fraction_is_in_order_of_the_asked_size_and_part_of_every_larger_one(count, one, other, seed):
+    dialogues = dialogues_with(list(range(count)))
+    fractions = sorted((one, other))
+    less, more = (draw_fraction(dialogues, fraction, seed) for fraction in fractions)
+    assert [len(less), len(more)] == [max(1, round(fraction * count)) for fraction in fractions]
+    assert set(less) <= set(more) and more == sorted(more, key=dialogues.index)
+    assert draw_fraction(dialogues, 1, seed) == dialogues and draw_fraction(dialogues, one, seed) in (less, more)
+
+
+def test_a_fraction_depends_on_the_seed_and_must_be_one():
+    dialogues = dialogues_with(list(range(8)))
+    assert len({draw_fraction(dialogues, 0.125, seed)[0].source for seed in range(60)}) == 8
+    assert draw_fraction([], 0.5, 0) == []
+    for fraction in (0, -0.1, 1.5, float("nan")):
+        with pytest.raises(UserError, match="more than 0, up to 1"):
+            draw_fraction(dialogues, fraction, 0)
+    with pytest.raises(UserError, match="0 or more"):
+        draw_fraction(dialogues, 0.5, -1)
 
 
 def test_split_of_the_real_training_file_holds_out_exactly_what_is_asked(train_set):

@@ -130,6 +130,26 @@ def test_max_turns_keeps_the_last_utterances_and_one_row_a_turn():
             assert row.tokens[: row.context_lengths[0]].tolist() == context
 
 
+@given(DIALOGUES, ENCODERS, st.integers(20, 200), st.integers(0, 2))
+def test_the_last_turn_alone_is_the_last_turn_of_the_turn_rows(dialogues, encoder, limit, max_turns):
+    try:
+        every = pack(dialogues, encoder, layout="turn", max_length=limit, max_turns=max_turns).rows
+    except DialogueTooLongError:
+        return
+    last = {row.dialogue: row for row in every}
+    for layout in ("dialogue", "turn"):
+        packed = pack(
+            dialogues, encoder, layout=layout, max_length=limit, max_turns=max_turns, last_turn_only=True
+        ).rows
+        assert [row.dialogue for row in packed] == list(range(len(dialogues)))
+        for row in packed:
+            expected = last[row.dialogue]
+            assert row.turns.tolist() == [len(dialogues[row.dialogue].turns) - 1] == expected.turns.tolist()
+            assert row.tokens.tolist() == expected.tokens.tolist()
+            assert row.context_lengths.tolist() == expected.context_lengths.tolist()
+        assert learned(packed) == {key: ids for key, ids in learned(every).items() if key[1] == last[key[0]].turns[0]}
+
+
 def test_what_cannot_fit_is_named_with_place_turn_tokens_and_limit():
     dialogue = Dialogue(("p",), (Turn("q", "r"), Turn("q", "a b c d e f g h")), source="f.txt:9")
     with pytest.raises(DialogueTooLongError, match=r"^f\.txt:9: .* turn 2 need 16 tokens, the limit is 12"):

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from spt_jax.commands.restored import open_run
-from spt_jax.evaluation.columns import without_prompt
 from spt_jax.evaluation.likelihood import score_rows
+from spt_jax.prompting.selective_lm import without_prompt
 from spt_jax.training.experiment import pack_dialogues, read_splits
 
 
@@ -21,7 +21,7 @@ def main(workdir: str, dialogues: int) -> None:
     run = open_run(workdir)
     model, trained = run.experiment.model, run.trainable
     prompts = jnp.asarray(trained["bank"]["prompts"])
-    rows = pack_dialogues(run.config, read_splits(run.config).test[:dialogues], run.lm.tokenizer).rows
+    rows = pack_dialogues(run.config, read_splits(run.config).test[:dialogues], run.lm.tokenizer, run.template).rows
     order = np.random.default_rng(0).permutation(prompts.shape[1])
 
     def with_bank(bank):
@@ -29,7 +29,7 @@ def main(workdir: str, dialogues: int) -> None:
 
     variants = {
         "after": (model, trained),
-        "none": without_prompt(model, trained),
+        "none": (without_prompt(model), {}),
         "before": (model, run.initial),
         "zeroed": with_bank(jnp.zeros_like(prompts)),
         "shuffled": with_bank(prompts[:, order]),

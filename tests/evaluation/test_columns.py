@@ -1,13 +1,15 @@
 from __future__ import annotations
 
+import jax
 import numpy as np
 import pytest
 import tiny
 from tiny_experiment import experiment
 
-from spt_jax.evaluation.columns import ColumnEvaluator, spread_evenly, turn_contexts, without_prompt
+from spt_jax.evaluation.columns import ColumnEvaluator, spread_evenly, turn_contexts
 from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.replies import cut_reply
+from spt_jax.prompting.selective_lm import without_prompt
 from spt_jax.training.experiment import pack_dialogues
 
 
@@ -17,19 +19,20 @@ def setting():
 
 
 def evaluator_of(setting, layout: str = "dialogue", replies: int = 0) -> ColumnEvaluator:
-    rows = pack_dialogues(setting.config, tiny.DIALOGUES, setting.lm.tokenizer, layout).rows
+    rows = pack_dialogues(setting.config, tiny.DIALOGUES, setting.lm.tokenizer, layout=layout).rows
     return ColumnEvaluator(
         *(setting.lm, setting.mesh, tiny.DIALOGUES, rows),
         batch_size=4,
         max_buckets=1,
         max_new_tokens=3,
+        cut=cut_reply,
         replies=replies,
     )
 
 
 def test_contexts_are_the_same_whatever_the_layout(setting):
     packed, turns = (
-        turn_contexts(pack_dialogues(setting.config, tiny.DIALOGUES, setting.lm.tokenizer, layout).rows)
+        turn_contexts(pack_dialogues(setting.config, tiny.DIALOGUES, setting.lm.tokenizer, layout=layout).rows)
         for layout in ("dialogue", "turn")
     )
     assert packed == turns
@@ -68,10 +71,10 @@ def test_a_column_replies_behind_the_selected_prompt_of_each_turn(setting):
     assert column.figures["perplexity_per_word"] == pytest.approx(np.exp(total / words), rel=1e-5)
 
 
-def test_without_prompt_is_one_prompt_of_no_tokens_and_has_no_usage(setting):
-    bare, tree = without_prompt(setting.model, tiny.trainable())
-    assert (bare.num_prompts, bare.prompt_length, tree["bank"]["prompts"].shape) == (1, 0, (1, 0, 32))
-    column = evaluator_of(setting, replies=2).run(bare, tree, lambda _: None)
+def test_the_lm_without_a_prompt_learns_and_selects_nothing(setting):
+    bare = without_prompt(setting.model)
+    assert (bare.num_prompts, bare.init(jax.random.key(0))) == (1, {})
+    column = evaluator_of(setting, replies=2).run(bare, {}, lambda _: None)
     assert column.likelihoods.nll.shape == (10, 1)
     assert np.isfinite(column.likelihoods.scores).all()
     assert column.figures["usage"] is None

@@ -10,6 +10,7 @@ from tiny_experiment import experiment
 
 from spt_jax.errors import UserError
 from spt_jax.evaluation.run_evaluation import AFTER, BEFORE, NO_PROMPT, Evaluation, evaluate_run, write_results
+from spt_jax.prompting.adapters import SoftPrompts
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +72,7 @@ def test_selection_shows_every_dialogue_once(evaluation):
 
 def test_one_prompt_of_a_bank_is_enough(tmp_path):
     single = experiment(prompts=1)
-    tree = tiny.trainable(dataclasses.replace(tiny.MODEL, num_prompts=1))
+    tree = tiny.trainable(dataclasses.replace(tiny.MODEL, adapter=SoftPrompts(1, 4, stddev=0.5)))
     found = evaluate_run(single, tree, tree, tiny.DIALOGUES, replies=1)
     assert found.results["columns"][AFTER]["usage"] == [1.0]
     assert all(len(sample["replies"]) == 1 for sample in found.samples)

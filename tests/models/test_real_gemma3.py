@@ -20,7 +20,9 @@ from spt_jax.generation.engine import GenerationEngine
 from spt_jax.models.decoder import decode, embed, vocabulary_logits
 from spt_jax.models.loading import LanguageModel, load_lm
 from spt_jax.parallel.mesh import make_mesh
+from spt_jax.prompting.adapters import SoftPrompts
 from spt_jax.prompting.objective import Objective
+from spt_jax.prompting.retriever import RetrieverConfig
 from spt_jax.prompting.selective_lm import SelectiveLM
 from spt_jax.training.step import init_state, make_train_step
 
@@ -195,7 +197,7 @@ def test_a_few_train_steps_lower_the_loss(lm: LanguageModel, dialogues: list[Any
     shape = BucketShape(-(-longest // 16) * 16, -(-targets // 16) * 16, max(len(row.turns) for row in rows))
     batch = {name: jnp.asarray(a) for name, a in collate(rows, np.arange(2), shape, lm.tokenizer.pad_id).items()}
     batch["similar"] = jnp.zeros((2 * shape.turns,) * 2, bool)
-    model = SelectiveLM(lm.config, num_prompts=2, prompt_length=4, max_logit_rows=64)
+    model = SelectiveLM(lm.config, SoftPrompts(2, 4), RetrieverConfig(), max_logit_rows=64)
     mesh = make_mesh(devices=jax.devices()[:1])
     optimizer = optax.adam(0.1)
     state = init_state(model.init(jax.random.key(0), lm.params), optimizer, mesh)

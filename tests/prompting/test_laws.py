@@ -11,8 +11,18 @@ import pytest
 import tiny
 
 from spt_jax.models.decoder import decode, embed, vocabulary_logits
+from spt_jax.prompting.adapters import SoftPrompts
+from spt_jax.prompting.losses import selection_loss, selection_target
 from spt_jax.prompting.objective import Losses, Objective, losses_and_gradients
-from spt_jax.prompting.selective_lm import SelectiveLM, join, score_turns
+from spt_jax.prompting.retriever import RetrieverConfig
+from spt_jax.prompting.selective_lm import (
+    SelectiveLM,
+    batch_contexts,
+    join,
+    retriever_scores,
+    score_turns,
+    without_prompt,
+)
 
 OBJECTIVE = Objective(selection_weight=0.7, contrastive_weight=0.4, fusion_weight=0.9, gold_temperature=0.8)
 TERMS = ("total", "lm", "selection", "contrastive", "fusion", "usage", "selection_entropy", "selected_nll")
@@ -120,12 +130,9 @@ def test_with_only_the_selection_loss_the_bank_learns_through_its_side_of_the_co
     losses, _ = _run(batch, only)
 
     def through_scores(tree):
-        from spt_jax.prompting.losses import selection_loss
-        from spt_jax.prompting.selective_lm import batch_context_means, retriever_scores
-
-        scores = retriever_scores(tiny.MODEL, tree, batch_context_means(tiny.MODEL, tiny.params(), batch))
+        scores = retriever_scores(tiny.MODEL, tree, batch_contexts(tiny.MODEL, tiny.params(), batch))
         weights = batch["turn_mask"] / batch["turn_mask"].sum()
-        return selection_loss(losses.nll, scores, weights, 1.0, 1.0)
+        return selection_loss(selection_target(losses.nll, 1.0), scores, weights, 1.0)
 
     expected = jax.grad(through_scores)(tiny.trainable())
     difference = jax.tree.map(lambda a, b: a - b, with_selection, lm_alone)
@@ -134,7 +141,7 @@ def test_with_only_the_selection_loss_the_bank_learns_through_its_side_of_the_co
 
 
 def test_one_prompt_without_the_other_losses_is_plain_prompt_tuning():
-    model = SelectiveLM(tiny.CONFIG, num_prompts=1, prompt_length=4)
+    model = SelectiveLM(tiny.CONFIG, SoftPrompts(1, 4, stddev=0.5), RetrieverConfig())
     objective = Objective(selection_weight=0.0, contrastive_weight=0.0, fusion_weight=0.0)
     turns = tiny.packed("turn")
     losses, gradients = _run(tiny.packed("dialogue").batch(), objective, model)
@@ -170,11 +177,9 @@ def test_scoring_alone_gives_what_training_sees():
     assert float(scored.tokens.sum()) == float(batch["target_mask"].sum())
 
 
-def test_a_bank_without_tokens_is_the_lm_alone():
+def test_without_a_prompt_the_lm_is_scored_as_it_is():
     batch = tiny.packed("dialogue").batch()
-    bare = SelectiveLM(tiny.CONFIG, num_prompts=1, prompt_length=0)
-    tree = {"bank": {"prompts": jnp.zeros((1, 0, 32))}, "retriever": tiny.trainable()["retriever"]}
-    scored = score_turns(bare, tiny.params(), tree, batch)
+    scored = score_turns(without_prompt(tiny.MODEL), tiny.params(), {}, batch)
     frozen = tiny.params()
     row = tiny.packed("dialogue").rows[3]
     positions = jnp.arange(len(row))[None]

@@ -56,6 +56,7 @@ def _gpt2(c: HFConfig) -> dict[str, Any]:
         "num_key_value_heads": heads,
         "head_dim": hidden_size // heads,
         "max_position_embeddings": c.integer("n_positions"),
+        "embedding_dropout": True,
         "position_embedding": "learned",
         "layer_kinds": (LayerKind(rope=None),),
         "norm": "layer",
@@ -79,6 +80,7 @@ def _neox(c: HFConfig) -> dict[str, Any]:
     theta, share = c.number("rotary_emb_base", 10_000.0), c.number("rotary_pct", 0.25)
     return {
         **llama_like(c.with_defaults(partial_rotary_factor=share), theta, partial=True),
+        "embedding_dropout": True,
         "norm": "layer",
         "norm_eps": c.number("layer_norm_eps", 1e-5),
         "parallel_residual": "two norms" if c.flag("use_parallel_residual", True) else None,

@@ -10,13 +10,14 @@ import dataclasses
 import struct
 import zipfile
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
 from spt_jax.errors import UserError
-from spt_jax.models.files.torch_pickle import TorchTensor, read_state_dict
+from spt_jax.models.files.torch_pickle import TorchTensor, read_state_dict, read_training_checkpoint
 from spt_jax.models.files.weight_shards import FLOATING, mapped, shards_of, weight_file_size
 
 TORCH_FILE = "pytorch_model.bin"
@@ -81,19 +82,56 @@ class TorchFolder:
         Raises:
             UserError: Its type is not a floating-point one.
         """
-        entry = self._entries[name]
-        tensor, storage = entry.tensor, entry.tensor.storage
-        if storage.dtype not in FLOATING:
-            raise UserError(
-                f"{entry.path}: the tensor {name!r} has type {storage.dtype}, which is not supported; "
-                f"supported: {', '.join(FLOATING)}"
-            )
-        kind = np.dtype(FLOATING[storage.dtype])
-        if 0 in tensor.shape:
-            return np.empty(tensor.shape, kind)
-        elements = mapped(entry.path, kind, entry.start, (storage.numel,))
-        strides = tuple(step * kind.itemsize for step in tensor.strides)
-        return np.lib.stride_tricks.as_strided(elements[tensor.offset :], tensor.shape, strides, writeable=False)
+        return _view(name, self._entries[name])
+
+
+class TorchTrainingCheckpoint:
+    """A file that a training program wrote with ``torch.save``: plain values and, under one key, a state dict.
+
+    Nothing in it is ever executed. What is only described, such as tensors outside the state dict, is never read.
+
+    Args:
+        path: The file.
+        part: The key of the state dict.
+
+    Attributes:
+        where: The file, for messages.
+        values: Everything but the state dict; see `spt_jax.models.files.torch_pickle.read_training_checkpoint`.
+        shapes: Shape of every tensor of the state dict by name.
+
+    Raises:
+        UserError: As `TorchFolder`, or there is no such state dict.
+    """
+
+    def __init__(self, path: Path, part: str) -> None:
+        self.where = str(path)
+        self.values: dict[str, Any] = {}
+
+        def described(pickle: bytes, where: str) -> Mapping[str, TorchTensor]:
+            tensors, self.values = read_training_checkpoint(pickle, where, part)
+            return tensors
+
+        self._entries = _read_archive(path, described)
+        self.shapes = {name: entry.tensor.shape for name, entry in self._entries.items()}
+
+    def read(self, name: str) -> np.ndarray:
+        """The tensor `name` of the state dict, as `TorchFolder.read` gives it."""
+        return _view(name, self._entries[name])
+
+
+def _view(name: str, entry: _Entry) -> np.ndarray:
+    tensor, storage = entry.tensor, entry.tensor.storage
+    if storage.dtype not in FLOATING:
+        raise UserError(
+            f"{entry.path}: the tensor {name!r} has type {storage.dtype}, which is not supported; "
+            f"supported: {', '.join(FLOATING)}"
+        )
+    kind = np.dtype(FLOATING[storage.dtype])
+    if 0 in tensor.shape:
+        return np.empty(tensor.shape, kind)
+    elements = mapped(entry.path, kind, entry.start, (storage.numel,))
+    strides = tuple(step * kind.itemsize for step in tensor.strides)
+    return np.lib.stride_tricks.as_strided(elements[tensor.offset :], tensor.shape, strides, writeable=False)
 
 
 def _files(folder: Path) -> tuple[Path, ...]:
@@ -107,7 +145,9 @@ def _files(folder: Path) -> tuple[Path, ...]:
     return files
 
 
-def _read_archive(path: Path) -> dict[str, _Entry]:
+def _read_archive(
+    path: Path, described: Callable[[bytes, str], Mapping[str, TorchTensor]] = read_state_dict
+) -> dict[str, _Entry]:
     records = _records(path)
     with path.open("rb") as stream:
         byteorder = records.get("byteorder")
@@ -115,7 +155,7 @@ def _read_archive(path: Path) -> dict[str, _Entry]:
             raise UserError(f"{path} was saved on a machine with byte order {order[:20]!r}; supported: b'little'")
         if records["data.pkl"].size > _LARGEST_PICKLE:
             raise UserError(f"{path}: its pickle has {records['data.pkl'].size} bytes; at most {_LARGEST_PICKLE}")
-        state = read_state_dict(_content(stream, path, records["data.pkl"]), str(path))
+        state = described(_content(stream, path, records["data.pkl"]), str(path))
     entries = {}
     for name, tensor in state.items():
         record = records.get(f"data/{tensor.storage.key}")

@@ -3,7 +3,8 @@
 `pickle` would import and call whatever the file asks for. This is a reader of the few dozen instructions that
 ``torch.save`` writes for a state dict; names stay names, and the three functions it calls
 (`OrderedDict`, `_rebuild_tensor_v2`, `_rebuild_parameter`) are acted out here, so nothing in a file can be executed.
-The instructions are those of the standard library's `pickletools`.
+A training checkpoint, which holds plain values beside its state dict, may name a few more: `torch.Size`, `set` and the
+types of tensors. The instructions are those of the standard library's `pickletools`.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import pickletools
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from typing import Any
 
 from spt_jax.errors import UserError
@@ -67,6 +68,13 @@ _ORDERED_DICT = "collections.OrderedDict"
 _TENSOR = "torch._utils._rebuild_tensor_v2"
 _PARAMETER = "torch._utils._rebuild_parameter"
 _ALLOWED = {_ORDERED_DICT, _TENSOR, _PARAMETER, *(f"torch.{name}" for name in STORAGE_TYPES)}
+_SIZE = "torch.Size"
+_SETS = ("__builtin__.set", "builtins.set")  # as protocol 2 writes a set, and as later ones name it
+_DTYPES = frozenset(
+    f"torch.{name}"
+    for name in ("float64", "float32", "float16", "bfloat16", "int64", "int32", "int16", "int8", "uint8", "bool")
+)
+_ALLOWED_BESIDE_TENSORS = _ALLOWED | {_SIZE, *_SETS} | _DTYPES
 _MOST_ELEMENTS = 2**48  # far above any weight, far below where byte offsets overflow
 
 
@@ -76,12 +84,7 @@ def read_state_dict(pickle: bytes, where: str) -> dict[str, TorchTensor]:
     Raises:
         UserError: It is damaged, asks for anything but tensors (named), or is not a flat dict of tensors.
     """
-    try:
-        state = _Machine(where).run(pickle)
-    except UserError:
-        raise
-    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
-        raise UserError(f"{where} is damaged: its pickle does not parse ({error})") from error
+    state = _run(_Machine(where, _ALLOWED, "a dict of tensors"), pickle)
     if not isinstance(state, dict):
         raise UserError(f"{where} holds {_described(state)}; expected a dict of tensors by name (a state dict)")
     for name, value in state.items():
@@ -95,6 +98,48 @@ def read_state_dict(pickle: bytes, where: str) -> dict[str, TorchTensor]:
     return state
 
 
+def read_training_checkpoint(pickle: bytes, where: str, part: str) -> tuple[dict[str, TorchTensor], dict[str, Any]]:
+    """What the ``data.pkl`` of a training checkpoint describes: a dict with a state dict under one of its keys.
+
+    Args:
+        pickle: The pickle.
+        where: The file, for messages.
+        part: The key of the state dict.
+
+    Returns:
+        The tensors of that part by name, and everything else: dicts, lists, tuples, sets, numbers, texts and
+        `TorchTensor`; a type such as ``torch.float16`` is its name as text, a ``torch.Size`` a tuple.
+
+    Raises:
+        UserError: It is damaged, asks for anything but tensors and plain values (named), is no dict, lacks `part`, or
+            has something else there than a flat dict of tensors.
+    """
+    machine = _Machine(where, _ALLOWED_BESIDE_TENSORS, "a checkpoint of tensors and plain values")
+    values = _run(machine, pickle)
+    if not isinstance(values, dict):
+        raise UserError(f"{where} holds {_described(values)}; expected a dict with a state dict under {part!r}")
+    if part not in values:
+        raise UserError(f"{where} holds no {part!r}; it holds {', '.join(map(repr, list(values)[:10])) or 'nothing'}")
+    state = values.pop(part)
+    if not isinstance(state, dict):
+        raise UserError(f"{where} holds {_described(state)} under {part!r}; expected a dict of tensors by name")
+    for name, value in state.items():
+        if not isinstance(name, str) or not isinstance(value, TorchTensor):
+            raise UserError(
+                f"{where} holds {_described(value)} under {name!r} in {part!r}; expected tensors by name alone"
+            )
+    return state, values
+
+
+def _run(machine: _Machine, pickle: bytes) -> Any:
+    try:
+        return machine.run(pickle)
+    except UserError:
+        raise
+    except (ValueError, TypeError, IndexError, KeyError, OverflowError) as error:
+        raise UserError(f"{machine.where} is damaged: its pickle does not parse ({error})") from error
+
+
 def _described(value: object) -> str:
     if isinstance(value, TorchTensor):
         return "a single tensor"
@@ -106,8 +151,10 @@ def _described(value: object) -> str:
 class _Machine:
     """Pickle's stack machine over plain values; one method for each instruction that does more than push."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, allowed: Set[str], what: str) -> None:
         self.where = where
+        self.allowed = allowed
+        self.what = what
         self.stack: list[Any] = []
         self.marked: list[list[Any]] = []
         self.memo: dict[int, Any] = {}
@@ -125,7 +172,7 @@ class _Machine:
                 _ACTIONS[name](self, argument)
             else:
                 raise UserError(
-                    f"{self.where}: its pickle uses the instruction {name}, which a dict of tensors does not need; "
+                    f"{self.where}: its pickle uses the instruction {name}, which {self.what} does not need; "
                     "the file is refused and nothing in it was run"
                 )
         raise ValueError("no STOP")
@@ -199,12 +246,12 @@ class _Machine:
 
     def name(self, module: str, name: str) -> None:
         full = f"{module}.{name}"
-        if full not in _ALLOWED or "." in name:
+        if full not in self.allowed or "." in name:
             raise UserError(
-                f"{self.where}: its pickle asks for {full!r}, which a dict of tensors does not need and which is "
+                f"{self.where}: its pickle asks for {full!r}, which {self.what} does not need and which is "
                 "never run; only plain tensors can be read: save the model's state dict"
             )
-        self.stack.append(_Global(full))
+        self.stack.append(full.removeprefix("torch.") if full in _DTYPES else _Global(full))
 
     def storage(self, _: Any) -> None:
         match self.stack.pop():
@@ -227,6 +274,10 @@ class _Machine:
                 name == _TENSOR and not any(more)
             ):
                 self.stack.append(_checked(TorchTensor(storage, offset, shape, strides)))
+            case _Global(name), (tuple(sizes),) if name == _SIZE:
+                self.stack.append(sizes)
+            case _Global(name), (list(items),) if name in _SETS and all(isinstance(item, str | int) for item in items):
+                self.stack.append(set(items))
             case _Global(name), _:
                 raise TypeError(f"a call of {name} with arguments that torch.save does not write")
             case _:

@@ -38,12 +38,12 @@ def tokenizer_of_folder(folder: Path, model_type: str = "") -> Tokenizer:
     config = _json(folder / "config.json")
     model_type = model_type or str(config.get("model_type") or "")
     settings = {**_json(folder / "special_tokens_map.json"), **_json(folder / "tokenizer_config.json")}
+    chat_template = _chat_template(folder, settings)
     own = NamedTokens()
-    template: Any = settings.get("chat_template")
     bare = (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file()
     split = next((rule.split for rule in SPECIAL_TOKEN_RULES if model_type in rule.model_types), None)
     if (folder / "tokenizer.json").is_file():
-        backend, template, _ = _through_transformers(folder)
+        backend, _ = _through_transformers(folder)
     elif (folder / "tokenizer.model").is_file():
         backend, own = read_sentencepiece(folder / "tokenizer.model")
     elif bare and split is not None:
@@ -54,7 +54,7 @@ def tokenizer_of_folder(folder: Path, model_type: str = "") -> Tokenizer:
             "put its config.json beside them"
         )
     else:
-        backend, template, own = _through_transformers(folder)
+        backend, own = _through_transformers(folder)
     ids = backend.get_vocab(with_added_tokens=True)
     rule = rule_of(model_type, ids)
     named = _named(settings, own, _json(folder / "generation_config.json"), config, ids, folder)
@@ -68,8 +68,9 @@ def tokenizer_of_folder(folder: Path, model_type: str = "") -> Tokenizer:
         special.bos_id,
         special.eos_id,
         special.pad_id,
-        template if isinstance(template, str) else None,
+        chat_template,
         special.stop_ids,
+        special.own_pad_id,
     )
 
 
@@ -78,7 +79,27 @@ def _json(path: Path) -> dict[str, Any]:
     return json_object(path) if path.is_file() else {}
 
 
-def _through_transformers(folder: Path) -> tuple[Backend, Any, NamedTokens]:
+def _chat_template(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """The folder's Jinja template for chats: a file of its own wins over a field; of several the one named default.
+
+    Raises:
+        UserError: The file is not UTF-8 text.
+    """
+    path = folder / "chat_template.jinja"
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path} is not UTF-8 text, so its chat template cannot be read") from error
+    template: Any = _json(folder / "chat_template.json").get("chat_template") or settings.get("chat_template")
+    if isinstance(template, list):
+        template = {entry.get("name"): entry.get("template") for entry in template if isinstance(entry, dict)}
+    if isinstance(template, dict):
+        template = template.get("default")
+    return template if isinstance(template, str) and template else None
+
+
+def _through_transformers(folder: Path) -> tuple[Backend, NamedTokens]:
     # transformers takes seconds to import; reading a GGUF file does without it.
     from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -101,7 +122,7 @@ def _through_transformers(folder: Path) -> tuple[Backend, Any, NamedTokens]:
         # From settings alone transformers makes a tokenizer of special tokens that can spell nothing.
         raise UserError(f"{folder} holds no tokenizer: its settings are there, but no tokenizer.json or vocabulary")
     own = NamedTokens(loaded.bos_token_id, loaded.eos_token_id, loaded.pad_token_id)
-    return backend, loaded.chat_template, own
+    return backend, own
 
 
 def _bare_byte_level(folder: Path, split: str, added: Mapping[str, Mapping[str, Any]]) -> Backend:
@@ -140,7 +161,7 @@ def _named(
         values = value if isinstance(value, list) else [value]
         return [v for v in values if isinstance(v, int) and not isinstance(v, bool) and 0 <= v <= highest]
 
-    def token(role: str, own_id: int | None) -> int | None:
+    def token(role: str, own_id: int | None, elsewhere: bool = True) -> int | None:
         spelled = settings.get(f"{role}_token")
         spelled = spelled.get("content") if isinstance(spelled, dict) else spelled
         if isinstance(spelled, str):
@@ -150,7 +171,7 @@ def _named(
                 raise UserError(f"{folder}: its {role} token is {spelled!r}, which its vocabulary does not have")
         if own_id is not None:
             return own_id
-        return next((number for fields in configs for number in listed(fields, role)), None)
+        return next((number for fields in configs for number in listed(fields, role) if elsewhere), None)
 
     without_bos = "bos_token" in settings and settings["bos_token"] is None
     add_bos = settings.get("add_bos_token")
@@ -161,4 +182,5 @@ def _named(
         stop_ids=tuple(next((ends for fields in configs if (ends := listed(fields, "eos"))), [])),
         without_bos=without_bos,
         add_bos=add_bos if isinstance(add_bos, bool) else None,
+        own_pad_id=token("pad", own.pad_id, elsewhere=False),
     )

@@ -51,13 +51,15 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     ids = {token: number for number, token in enumerate(tokens)}
     rule = rule_of(str(metadata.get("general.architecture", "")), ids)
     special = special_tokens(_named(metadata, len(tokens), where), rule, ids, where)
+    template = metadata.get("tokenizer.chat_template")
     return Tokenizer(
         backend,
         special.bos_id,
         special.eos_id,
         special.pad_id,
-        metadata.get("tokenizer.chat_template"),
+        template if isinstance(template, str) and template else None,
         special.stop_ids,
+        special.own_pad_id,
     )
 
 
@@ -81,6 +83,7 @@ def _named(metadata: Mapping[str, Any], num_tokens: int, where: str) -> NamedTok
         bos_id=token("bos"),
         eos_id=token("eos"),
         pad_id=token("padding"),
+        own_pad_id=token("padding"),
         stop_ids=tuple(end for end in ends if end is not None),
         add_bos=metadata.get("tokenizer.ggml.add_bos_token"),
     )

@@ -202,6 +202,7 @@ class NamedTokens:
         stop_ids: Every token that the files say ends a generated text.
         without_bos: The files say that there is no beginning of sequence (``"bos_token": null``).
         add_bos: Whether the files ask for a text to begin with the bos; None where they do not say.
+        own_pad_id: Padding, where the tokenizer's own files name it; those of the model do not count.
     """
 
     bos_id: int | None = None
@@ -210,6 +211,7 @@ class NamedTokens:
     stop_ids: tuple[int, ...] = ()
     without_bos: bool = False
     add_bos: bool | None = None
+    own_pad_id: int | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +222,7 @@ class SpecialTokens:
     eos_id: int
     pad_id: int
     stop_ids: tuple[int, ...]
+    own_pad_id: int | None
 
 
 def special_tokens(
@@ -252,8 +255,9 @@ def special_tokens(
         eos_id = ids[rule.eos]
     if eos_id is None:
         raise UserError(f"{where}: neither the tokenizer nor config.json names an end-of-sequence token, which we need")
-    pad_id = named.pad_id
-    if pad_id is None:
-        pad_id = eos_id if rule is None or rule.pad is None else ids.get(rule.pad, eos_id)
+    by_rule = None if rule is None or rule.pad is None else ids.get(rule.pad)
+    own_pad_id = by_rule if named.own_pad_id is None else named.own_pad_id
+    pad_id = next(pad for pad in (named.pad_id, by_rule, eos_id) if pad is not None)
     turn_ends = [] if rule is None else [ids[token] for token in (rule.eos, *rule.turn_ends) if token in ids]
-    return SpecialTokens(bos_id, eos_id, pad_id, tuple(dict.fromkeys([eos_id, *named.stop_ids, *turn_ends])))
+    stop_ids = tuple(dict.fromkeys([eos_id, *named.stop_ids, *turn_ends]))
+    return SpecialTokens(bos_id, eos_id, pad_id, stop_ids, own_pad_id)

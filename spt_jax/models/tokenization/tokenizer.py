@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
 import json
+import secrets
 from collections.abc import Sequence
 
 import tokenizers
@@ -28,6 +30,9 @@ class Tokenizer:
         chat_template: The Jinja template of a chat model, where known.
         stop_ids: Every token that ends a generated text, `eos_id` first: a model may name several, and a chat model
             ends a turn and a text with different ones.
+        own_pad_id: Padding as the tokenizer's own files or its family name it; None where they name none. `pad_id` may
+            be the model's choice, or the end of sequence.
+        lm_vocab_size: V of the LM, once `fitted` to one; None before.
     """
 
     backend: tokenizers.Tokenizer
@@ -36,6 +41,8 @@ class Tokenizer:
     pad_id: int
     chat_template: str | None = None
     stop_ids: tuple[int, ...] = ()
+    own_pad_id: int | None = None
+    lm_vocab_size: int | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop_ids", tuple(dict.fromkeys((self.eos_id, *self.stop_ids))))
@@ -56,6 +63,13 @@ class Tokenizer:
         return 1 + max(n for n in self.backend.get_vocab(with_added_tokens=True).values() if n not in special)
 
     @functools.cached_property
+    def special_tokens(self) -> dict[str, int]:
+        """Every special token's spelling and id; those that the LM has no embedding for are left out."""
+        added = self.backend.get_added_tokens_decoder()
+        limit = self.vocab_size if self.lm_vocab_size is None else self.lm_vocab_size
+        return {token.content: number for number, token in added.items() if token.special and number < limit}
+
+    @functools.cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the vocabulary (every token and id) and of bos, eos and pad, in hexadecimal.
 
@@ -69,6 +83,49 @@ class Tokenizer:
         """Token ids of every text, no special token added; the texts are spread over the cores."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def encode_with_specials(self, texts: Sequence[Sequence[str | int]]) -> list[list[int]]:
+        """Token ids of texts that hold special tokens, as the backend itself would read them.
+
+        What is text stays text, a special token's spelling included (as in `encode`); a word may run across strings.
+
+        Args:
+            texts: Each in parts: strings, and ids of `special_tokens`.
+
+        Raises:
+            UserError: An id that is no special token.
+        """
+        backend, spelled, numbers = self._with_secret_names
+        unknown = next((n for parts in texts for n in parts if isinstance(n, int) and n not in spelled), None)
+        if unknown is not None:
+            raise UserError(f"token {unknown} is no special token of this tokenizer")
+        joined = ["".join(spelled[part] if isinstance(part, int) else part for part in parts) for parts in texts]
+        encodings = backend.encode_batch_fast(joined, add_special_tokens=False)
+        return [[numbers.get(n, n) for n in encoding.ids] for encoding in encodings]
+
+    @functools.cached_property
+    def _with_secret_names(self) -> tuple[tokenizers.Tokenizer, dict[int, str], dict[int, int]]:
+        """A backend that knows special tokens by names that no text can hold, the names by id, and its ids to ours.
+
+        The names are drawn anew in every process, as the boundary of a MIME message is; no id depends on them.
+        """
+        backend = copy.deepcopy(self.backend)
+        backend.encode_special_tokens = True
+        added = self.backend.get_added_tokens_decoder()
+        name = secrets.token_hex(16)
+        spelled = {number: f"<{name}:{number}>" for number in self.special_tokens.values()}
+        backend.add_tokens(
+            [
+                tokenizers.AddedToken(spelled[n], normalized=False, lstrip=added[n].lstrip, rstrip=added[n].rstrip)
+                for n in spelled
+            ]
+        )
+        ours: dict[int, int] = {}
+        for number, spelling in spelled.items():
+            theirs = backend.token_to_id(spelling)
+            assert theirs is not None
+            ours[theirs] = number
+        return backend, spelled, ours
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text of token ids, special tokens left out, spaces as they were."""
@@ -103,4 +160,5 @@ class Tokenizer:
             self,
             pad_id=self.pad_id if 0 <= self.pad_id < vocab_size else self.eos_id,
             stop_ids=tuple(token for token in self.stop_ids if token < vocab_size),
+            lm_vocab_size=vocab_size,
         )

@@ -15,7 +15,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch_archives import Pickled, archive, reading, refused_pickle
 
-from spt_jax.models.files.torch_file import TorchFolder
+from spt_jax.errors import UserError
+from spt_jax.models.files.torch_file import TorchFolder, TorchTrainingCheckpoint
 
 
 def marked(folder: Path) -> tuple[str, Path]:
@@ -163,3 +164,65 @@ def test_no_pickle_ends_in_anything_but_a_sentence(tmp_path_factory: pytest.Temp
     archive(folder / "pytorch_model.bin", b"\x80\x02" + pickled + b".", {"0": bytes(24)})
     found = reading(folder)
     assert found is None or found == {}
+
+
+MORE_PIECES = [
+    *PIECES,
+    b"X\x06\x00\x00\x00module",
+    b"ctorch\nSize\n",
+    b"ctorch\nfloat16\n",
+    b"c__builtin__\nset\n",
+    b"}X\x06\x00\x00\x00module}s",
+]
+
+
+@settings(max_examples=400, deadline=None)
+@given(pickled=st.binary(max_size=60) | st.lists(st.sampled_from(MORE_PIECES)).map(b"".join))
+def test_no_training_checkpoint_ends_in_anything_but_a_sentence(
+    tmp_path_factory: pytest.TempPathFactory, pickled: bytes
+) -> None:
+    file = archive(tmp_path_factory.getbasetemp() / "checkpoint.pt", b"\x80\x02" + pickled + b".", {"0": bytes(24)})
+    try:
+        assert TorchTrainingCheckpoint(file, "module").shapes == {}
+    except UserError as error:
+        assert "\n" not in str(error)
+
+
+def test_plain_values_beside_a_state_dict_are_read_and_their_types_are_text(tmp_path: Path) -> None:
+    write = Pickled()
+    tensor = write.tensor("0", "FloatStorage", 6, 0, (2, 3), (3, 1))
+    entries = {
+        "module": write.state({"a": tensor})[2:-1],
+        "size": write.name("torch", "Size") + b"(" + write.numbers((2, 3)) + b"tR",
+        "type": write.name("torch", "float16"),
+        "names": write.name("__builtin__", "set") + b"(](" + write.text("b") + b"etR",
+        "nothing": b"N",
+        "nested": b"}" + write.text("x") + write.numbers((1,)) + b"s",
+    }
+    file = archive(tmp_path / "checkpoint.pt", write.state(entries), {"0": bytes(24)})
+    checkpoint = TorchTrainingCheckpoint(file, "module")
+    assert checkpoint.shapes == {"a": (2, 3)} and not checkpoint.read("a").any()
+    expected = {"size": (2, 3), "type": "float16", "names": {"b"}, "nothing": None, "nested": {"x": (1,)}}
+    assert checkpoint.values == expected
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        b"ctorch\nSize\n(X\x01\x00\x00\x000tR",
+        b"ctorch\nSize\n)R",
+        b"c__builtin__\nset\n(](]etR",
+        b"ctorch\nfloat16\n)R",
+        b"c__builtin__\nset\n(K\x01tR",
+    ],
+)
+def test_calls_that_deepspeed_never_writes_are_refused(value: bytes, tmp_path: Path) -> None:
+    file = archive(tmp_path / "checkpoint.pt", b"\x80\x02}X\x01\x00\x00\x00a" + value + b"s.", {})
+    with pytest.raises(UserError, match="is damaged: its pickle does not parse"):
+        TorchTrainingCheckpoint(file, "module")
+
+
+@pytest.mark.parametrize("name", ["torch.Size", "torch.float16", "__builtin__.set"])
+def test_a_file_of_weights_alone_may_not_name_what_a_checkpoint_may(name: str, tmp_path: Path) -> None:
+    module, _, attribute = name.rpartition(".")
+    refused_pickle(tmp_path, b"\x80\x02" + Pickled().name(module, attribute) + b".", f"asks for '{name}'")

@@ -238,3 +238,29 @@ def test_ids_of_a_padded_embedding_table_decode_to_nothing(sized: Tokenizer) -> 
 def test_the_end_of_sequence_is_the_first_stop(sized: Tokenizer) -> None:
     assert Tokenizer(sized.backend, None, 256, 256).stop_ids == (256,)
     assert Tokenizer(sized.backend, None, 256, 256, stop_ids=(257, 256)).stop_ids == (256, 257)
+
+
+def test_special_tokens_are_ids_where_they_are_asked_for_and_text_where_they_are_said(sized: Tokenizer) -> None:
+    end, image = (sized.special_tokens[token] for token in ("</s>", "<image>"))
+    [hi], [said] = sized.encode(["hi "]), sized.encode(["</s>"])
+    ids = sized.encode_with_specials([[image, "hi ", "</s>", end], [], [end, end], ["hi </s>"]])
+    assert ids == [[image, *hi, *said, end], [], [end, end], sized.encode(["hi </s>"])[0]]
+    # The backend itself is as it was.
+    assert sized.encode(["hi </s>"]) == [[*hi, *said]]
+    assert sized.vocab_size == 260 and sized.backend.get_vocab_size(with_added_tokens=True) == 260
+
+
+def test_special_tokens_are_read_as_the_backend_reads_them(sized: Tokenizer) -> None:
+    backend = Backend.from_str(sized.backend.to_str())  # finds special tokens in a text
+    text = "a<image><image> b</s>c<pad>"
+    ids = sized.special_tokens
+    parts = ["a", ids["<image>"], ids["<image>"], " ", "b", ids["</s>"], "c", ids["<pad>"]]
+    assert sized.encode_with_specials([parts]) == [backend.encode(text, add_special_tokens=False).ids]
+
+
+def test_special_tokens_that_the_lm_lacks_are_none(sized: Tokenizer) -> None:
+    assert list(sized.fitted(257, "a model").special_tokens) == ["</s>"]
+    with pytest.raises(UserError, match="token 258 is no special token"):
+        sized.fitted(257, "a model").encode_with_specials([["hi", 258]])
+    with pytest.raises(UserError, match="token 3 is no special token"):
+        sized.encode_with_specials([[3]])

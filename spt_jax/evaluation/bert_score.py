@@ -1,0 +1,184 @@
+"""BERTScore (arXiv 1904.09675) of replies against references, by the library bert-score with any encoder.
+
+The library is an extra, for it brings torch: nothing of it is imported before a score is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib
+import importlib.metadata
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from spt_jax.errors import UserError
+from spt_jax.models.files.sources import resolve_source
+
+PAPERS_MODEL = "microsoft/deberta-xlarge-mnli"
+_BATCH = 64
+
+
+@dataclass(frozen=True)
+class BertScores:
+    """BERTScore of N pairs.
+
+    Attributes:
+        precision: float64 ``[N]``, a fraction: how well the reply's tokens are found in the reference.
+        recall: float64 ``[N]``, how well the reference's tokens are found in the reply.
+        f1: float64 ``[N]``, their harmonic mean.
+        empty: How many pairs scored 0 because their reply or their reference has no word.
+        definitions: ``bert_p``, ``bert_r`` and ``bert_f1`` -> one sentence with encoder and layer.
+        versions: Library -> version.
+    """
+
+    precision: np.ndarray
+    recall: np.ndarray
+    f1: np.ndarray
+    empty: int
+    definitions: dict[str, str]
+    versions: dict[str, str]
+
+    def per_pair(self) -> list[tuple[float, float, float]]:
+        """(precision, recall, F1) of every pair, as fractions."""
+        columns = (self.precision.tolist(), self.recall.tolist(), self.f1.tolist())
+        return list(zip(*columns, strict=True))
+
+
+@dataclass(frozen=True)
+class Encoder:
+    """An encoder that bert-score can load.
+
+    Attributes:
+        model_type: The folder or the hub id.
+        layer: Number of layers used; the hidden states behind the last of them are compared.
+        name: The source as the user wrote it, with an installed package's version.
+    """
+
+    model_type: str
+    layer: int
+    name: str
+
+
+def bert_scores(
+    predictions: Sequence[str], references: Sequence[str], model: str = PAPERS_MODEL, *, num_layers: int | None = None
+) -> BertScores:
+    """Scores each prediction against the reference of the same place; without idf weights, not rescaled.
+
+    Args:
+        predictions: N replies; one without a word scores 0 and is counted.
+        references: The N responses of the same turns.
+        model: The encoder: a folder in Hugging Face's format, ``package:NAME`` for the folder inside an installed
+            distribution, or a hub id (the paper's is `PAPERS_MODEL`).
+        num_layers: Layers used; by default bert-score's own choice for the models it knows, else all of them.
+
+    Raises:
+        UserError: The library is missing, or the encoder cannot be loaded.
+    """
+    if len(predictions) != len(references):
+        raise UserError(
+            f"BERTScore needs one reference a prediction: there are {len(predictions)} predictions and "
+            f"{len(references)} references"
+        )
+    library = _library()
+    encoder = find_encoder(model, num_layers)
+    scored = [i for i, pair in enumerate(zip(predictions, references, strict=True)) if all(map(str.strip, pair))]
+    scores = np.zeros((3, len(predictions)))
+    if scored:
+        scorer = _scorer(library, encoder.model_type, encoder.layer)
+        found = scorer.score([predictions[i] for i in scored], [references[i] for i in scored], batch_size=_BATCH)
+        # Characters that an encoder drops (control marks, say) leave a text without tokens: 0 / 0.
+        scores[:, scored] = np.nan_to_num(np.asarray([part.double().numpy() for part in found]))
+    versions = {name: importlib.metadata.version(name) for name in ("bert-score", "torch", "transformers")}
+    how = (
+        f"by bert-score {versions['bert-score']} with {encoder.name}, layer {encoder.layer}, no idf, not rescaled, "
+        "mean over pairs, percent; a pair without a word on either side scores 0"
+    )
+    definitions = {
+        "bert_p": f"BERTScore precision {how}.",
+        "bert_r": f"BERTScore recall {how}.",
+        "bert_f1": f"BERTScore F1 {how}.",
+    }
+    empty = len(predictions) - len(scored)
+    return BertScores(scores[0], scores[1], scores[2], empty, definitions, versions)
+
+
+def check_bert_score(model: str) -> None:
+    """Says before the work whether `bert_scores` could run with the encoder `model`; a hub id is not looked up.
+
+    Raises:
+        UserError: The library is missing, or there is no such folder or package.
+    """
+    _library()
+    find_encoder(model)
+
+
+def find_encoder(model: str, num_layers: int | None = None) -> Encoder:
+    """The encoder that `bert_scores` would use.
+
+    Raises:
+        UserError: There is no such encoder, it has fewer layers than asked for, or their number is not known.
+    """
+    local = model.startswith(("package:", ".", "/", "~", "shape:")) or model.endswith(".gguf") or Path(model).exists()
+    if not local:
+        known = importlib.import_module("bert_score.utils").model2layers
+        layers = num_layers or known.get(model) or _layers_of_hub_model(model)
+        return Encoder(model, layers, model)
+    source = resolve_source(model)
+    if source.kind != "folder":
+        raise UserError(
+            f"BERTScore's encoder {model!r} is a {source.kind}; allowed: a folder in Hugging Face's format, "
+            f"package:NAME or a hub id such as {PAPERS_MODEL}"
+        )
+    try:
+        config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+        most = int(config.get("num_hidden_layers") or config.get("n_layers") or config["num_layers"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"{source.path / 'config.json'} does not say how many layers BERTScore's encoder has"
+        ) from error
+    if num_layers is not None and not 1 <= num_layers <= most:
+        raise UserError(
+            f"num_layers is {num_layers}; allowed: 1 to {most}, the layers of BERTScore's encoder {model!r}"
+        )
+    return Encoder(str(source.path), num_layers or most, f"{model} {source.revision}".strip())
+
+
+def _layers_of_hub_model(model: str) -> int:
+    from transformers import AutoConfig
+
+    try:
+        return int(AutoConfig.from_pretrained(model).num_hidden_layers)
+    except Exception as error:
+        raise _cannot_load(model, error) from error
+
+
+def _library() -> Any:
+    try:
+        return importlib.import_module("bert_score")
+    except ImportError as error:
+        raise UserError(
+            "BERTScore needs the library bert-score, which cannot be imported here "
+            f"({error}); 'pip install \"spt_jax[eval]\"' installs it"
+        ) from error
+
+
+@functools.lru_cache(maxsize=1)
+def _scorer(library: Any, model_type: str, layer: int) -> Any:
+    try:
+        # Loading prints a bar for every encoder.
+        with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
+            return library.BERTScorer(model_type=model_type, num_layers=layer)
+    except Exception as error:
+        raise _cannot_load(model_type, error) from error
+
+
+def _cannot_load(model: str, error: Exception) -> UserError:
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return UserError(f"BERTScore's encoder {model!r} cannot be loaded: {reason}")

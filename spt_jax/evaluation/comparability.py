@@ -1,0 +1,127 @@
+"""What of several runs can be compared: the same turns, the same BERTScore, the same tokens; the rest is said."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from spt_jax.errors import UserError, nearest
+from spt_jax.evaluation.bert_score import bert_scores
+from spt_jax.evaluation.evaluated_runs import EvaluatedRun, RunGroup, differing_settings, turn_name
+
+_FEW_DIALOGUES = 20
+
+
+def check_comparable(runs: Sequence[EvaluatedRun]) -> None:
+    """Refuses runs whose figures cannot stand side by side.
+
+    Raises:
+        UserError: A run is given twice, or two were not evaluated on the same turns: the first difference is named, a
+            turn that one run answers and another does not, or a reference.
+    """
+    seen: set[Path] = set()
+    for run in runs:
+        path = Path(run.name).resolve()
+        if path in seen:
+            raise UserError(f"the run {run.name} is given twice; give each run once")
+        seen.add(path)
+    for run in runs[1:]:
+        difference = _first_difference(runs[0], run)
+        if difference:
+            raise UserError(f"{runs[0].name} and {run.name} were not evaluated on the same turns: {difference}")
+
+
+def _first_difference(first: EvaluatedRun, second: EvaluatedRun) -> str:
+    here = {(int(d), int(t)): text for d, t, text in zip(first.dialogue, first.turn, first.references, strict=True)}
+    there = {(int(d), int(t)): text for d, t, text in zip(second.dialogue, second.turn, second.references, strict=True)}
+    for place in sorted(here | there):
+        if place not in here or place not in there:
+            having, lacking = (first, second) if place in here else (second, first)
+            return f"{turn_name(*place)} has a reply in {having.name}, none in {lacking.name}"
+        if here[place] != there[place]:
+            return (
+                f"the reference of {turn_name(*place)} is {here[place]!r} in {first.name} and {there[place]!r} in "
+                f"{second.name}"
+            )
+    return ""
+
+
+def find_baseline(groups: Sequence[RunGroup], wanted: str) -> int:
+    """The place of the group that holds the run, or has the label, `wanted`; the first one where it is empty.
+
+    Raises:
+        UserError: There is none.
+    """
+    if not wanted:
+        return 0
+    for i, group in enumerate(groups):
+        if wanted == group.label or Path(wanted).resolve() in [Path(run.name).resolve() for run in group.runs]:
+            return i
+    allowed = [run.name for group in groups for run in group.runs]
+    raise UserError(f"the baseline {wanted} is not among the runs: {', '.join(allowed)}.{nearest(wanted, allowed)}")
+
+
+def bert_of_runs(
+    runs: Sequence[EvaluatedRun], model: str, notes: list[str]
+) -> tuple[list[np.ndarray | None], dict[str, str], dict[str, str]]:
+    """BERTScore of every run as fractions ``[U, 3]``, None where there is none; definitions; versions of libraries.
+
+    Args:
+        runs: On the same turns.
+        model: Scores them anew with this encoder; else their evaluations' own scores are taken, if made alike.
+        notes: Takes a sentence where scores are left out.
+    """
+    if model:
+        found = [bert_scores(run.predictions, run.references, model) for run in runs]
+        scores: list[np.ndarray | None] = [np.asarray(scored.per_pair()) for scored in found]
+        return scores, found[0].definitions, found[0].versions
+    having = [run for run in runs if run.bert_score is not None]
+    sentences = {run.results.get("definitions", {}).get("bert_f1", "") for run in having}
+    if len(sentences) > 1:
+        notes.append(
+            f"BERTScore is left out, for the runs were scored in different ways: {' / '.join(sorted(sentences))} "
+            "With --bertscore=MODEL all are scored alike."
+        )
+        return [None] * len(runs), {}, {}
+    definitions = having[0].results.get("definitions", {}) if having else {}
+    return [run.bert_score for run in runs], {k: v for k, v in definitions.items() if k.startswith("bert_")}, {}
+
+
+def same_tokens(groups: Sequence[RunGroup], baseline: int, notes: list[str]) -> list[bool]:
+    """Whether each group's perplexity is over the baseline's target tokens; `notes` takes a sentence on the others."""
+    tokens = groups[baseline].runs[0].target_tokens
+    same, others = [], []
+    for group in groups:
+        found = [run.target_tokens for run in group.runs]
+        same.append(tokens is not None and all(t is not None and np.array_equal(t, tokens) for t in found))
+        if tokens is not None and any(t is not None and not np.array_equal(t, tokens) for t in found):
+            others.append(group.label)
+    if others:
+        notes.append(
+            f"The perplexity of {', '.join(others)} is per token of another tokenizer, or of other texts, than the "
+            "baseline's: the two cannot be compared and are not tested."
+        )
+    return same
+
+
+def remarks(groups: Sequence[RunGroup], dialogues: int) -> list[str]:
+    """What a reader must know about how the runs were evaluated, sentences."""
+    notes = []
+    run = groups[0].runs[0]
+    turns = run.results.get("turns", len(run.references))
+    if turns > len(run.references):
+        notes.append(f"Figures are of the {len(run.references)} turns that have a reply, of {turns}.")
+    if dialogues < _FEW_DIALOGUES:
+        notes.append(f"With {dialogues} dialogues, intervals and p-values are rough.")
+    untold = [group.label for group in groups if any(r.nll is None or r.target_tokens is None for r in group.runs)]
+    if untold:
+        notes.append(
+            f"The perplexity of {', '.join(untold)} is that of results.json, without interval and test, for "
+            "predictions.jsonl does not say how many tokens each response has."
+        )
+    for name, values in differing_settings(groups, "evaluation.").items():
+        shown = ", ".join(f"{value!r} ({group.label})" for value, group in zip(values, groups, strict=True))
+        notes.append(f"The runs were evaluated with different {name}: {shown}.")
+    return notes

@@ -1,0 +1,320 @@
+"""Runs side by side: figures with 95 % intervals, the mean change over a baseline, paired significance."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from spt_jax.evaluation.comparability import bert_of_runs, check_comparable, find_baseline, remarks, same_tokens
+from spt_jax.evaluation.evaluated_runs import EvaluatedRun, RunGroup, group_by_seed
+from spt_jax.evaluation.resampling import (
+    FIGURES,
+    CorpusStatistics,
+    bootstrap,
+    corpus_statistics,
+    holm,
+    jackknife_interval,
+    leave_one_out,
+    observed,
+    p_values,
+    percentile_interval,
+    randomised_differences,
+)
+from spt_jax.evaluation.table import Row
+from spt_jax.evaluation.text_metrics import metric_definitions, metric_versions, pair_figures
+
+PAPER_COLUMNS = (
+    Row("f1", "F1"),
+    Row("bleu", "BLEU"),
+    Row("rouge_1", "ROUGE-1"),
+    Row("rouge_2", "ROUGE-2"),
+    Row("rouge_l", "ROUGE-L"),
+    Row("bert_f1", "BERT F1"),
+    Row("bert_p", "BERT P"),
+    Row("bert_r", "BERT R"),
+    Row("dist_1", "DIST-1"),
+    Row("dist_2", "DIST-2"),
+)
+"""The ten columns of the paper's table; `mean_change` is the mean over them."""
+
+PERPLEXITY = Row("perplexity", "Perplexity", better="low")
+_JACKKNIFED = ("dist_1", "dist_2")
+
+Interval = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class SeedFigures:
+    """The figures of one run of a row, with 95 % intervals."""
+
+    name: str
+    seed: int
+    figures: dict[str, float]
+    intervals: dict[str, Interval]
+
+
+@dataclass(frozen=True)
+class ComparedRow:
+    """One row: a run, or several that differ in their seed alone.
+
+    Attributes:
+        label: What the reader sees.
+        seeds: Its runs.
+        figures: Name -> figure, the mean over seeds; names that are not known are absent, here and below.
+        intervals: Name -> 95 % interval of `figures` over dialogues, the runs given.
+        spread: Name -> standard deviation over seeds (n - 1); empty for one run.
+        change: Name -> change over the baseline's figure in percent; empty for the baseline.
+        mean_change: Mean of `change` over the columns of the paper that every row has; None for the baseline.
+        mean_change_interval: Its 95 % interval.
+        p: Name -> p-value of the difference from the baseline.
+        p_holm: The same after Holm's correction over this row's columns.
+    """
+
+    label: str
+    seeds: tuple[SeedFigures, ...]
+    figures: dict[str, float]
+    intervals: dict[str, Interval]
+    spread: dict[str, float]
+    change: dict[str, float] = field(default_factory=dict)
+    mean_change: float | None = None
+    mean_change_interval: Interval | None = None
+    p: dict[str, float] = field(default_factory=dict)
+    p_holm: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """What `compare_runs` found.
+
+    Attributes:
+        rows: In the order of the runs.
+        columns: The figures that at least one row has.
+        baseline: The baseline's label; empty with one row.
+        replies: How many replies of how many dialogues the figures are of.
+        dialogues: As above.
+        data: Where the dialogues came from.
+        samples: Resamples and draws.
+        seed: Of both.
+        notes: What a reader must know, sentences.
+        definitions: Name of a figure -> one sentence.
+        versions: Library -> version.
+    """
+
+    rows: tuple[ComparedRow, ...]
+    columns: tuple[Row, ...]
+    baseline: str
+    replies: int
+    dialogues: int
+    data: str
+    samples: int
+    seed: int
+    notes: tuple[str, ...]
+    definitions: dict[str, str]
+    versions: dict[str, str]
+
+
+def relative_changes(figures: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
+    """Change over the baseline in percent, 100 (x / b - 1), of every figure that both have and whose b is not 0."""
+    return {name: 100.0 * (x / baseline[name] - 1.0) for name, x in figures.items() if baseline.get(name)}
+
+
+def mean_change(figures: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[float | None, tuple[str, ...]]:
+    """The paper's mean improvement: the mean relative change over its ten columns, in percent.
+
+    Args:
+        figures: Name -> figure.
+        baseline: The same of the baseline.
+
+    Returns:
+        The mean, None where no column is left, and the labels of the columns that it leaves out because one side lacks
+        them or the baseline's is 0.
+    """
+    changes = relative_changes(figures, baseline)
+    used = [changes[column.key] for column in PAPER_COLUMNS if column.key in changes]
+    left_out = tuple(column.label for column in PAPER_COLUMNS if column.key not in changes)
+    return (float(np.mean(used)) if used else None), left_out
+
+
+def compare_runs(
+    runs: Sequence[EvaluatedRun],
+    *,
+    baseline: str = "",
+    samples: int = 10_000,
+    seed: int = 0,
+    group: bool = True,
+    bert_score_model: str = "",
+    on_step: Callable[[int], None] = lambda runs: None,
+) -> Comparison:
+    """Measures runs on the same turns and compares them with a baseline.
+
+    Args:
+        runs: At least one.
+        baseline: A run's name or a row's label; the first run's row when empty.
+        samples: Resamples of the bootstrap and draws of the randomisation test.
+        seed: Of both.
+        group: Whether runs that differ in their seed alone share a row.
+        bert_score_model: Computes BERTScore anew with this encoder; else the evaluations' own are taken.
+        on_step: Called with a number of runs when they are measured and again when their row is finished.
+
+    Raises:
+        UserError: The runs were not evaluated on the same turns, a run is given twice, or there is no such baseline.
+    """
+    check_comparable(runs)
+    groups = group_by_seed(runs, group=group)
+    base = find_baseline(groups, baseline)
+    notes: list[str] = []
+    bert, definitions, versions = bert_of_runs(runs, bert_score_model, notes)
+    vocabulary: dict[str, int] = {}
+    statistics: dict[str, CorpusStatistics] = {}
+    for run, scores in zip(runs, bert, strict=True):
+        pairs = pair_figures(run.predictions, run.references)
+        statistics[run.name] = corpus_statistics(
+            pairs, run.dialogue, vocabulary, bert_score=scores, nll=run.nll, target_tokens=run.target_tokens
+        )
+        on_step(1)
+    measured = _Measured([statistics[run.name] for run in runs], [run.name for run in runs], samples, seed)
+    rows = [_row(found, measured) for found in groups]
+    if len(rows) > 1:
+        comparable = same_tokens(groups, base, notes)
+        shared = [c.key for c in PAPER_COLUMNS if all(c.key in row.figures for row in rows)]
+        for i, row in enumerate(rows):
+            if i != base:
+                untested = () if comparable[i] else ("perplexity",)
+                rows[i] = _against(row, rows[base], groups[i], groups[base], measured, shared, untested)
+            on_step(len(row.seeds))
+    columns = tuple(c for c in (*PAPER_COLUMNS, PERPLEXITY) if any(c.key in row.figures for row in rows))
+    dialogues = measured.statistics[0].dialogues
+    notes += [*remarks(groups, dialogues), *_limits(rows, base, samples)]
+    definitions = runs[0].results.get("definitions", {}) | metric_definitions() | definitions
+    return Comparison(
+        rows=tuple(rows),
+        columns=columns,
+        baseline=rows[base].label if len(rows) > 1 else "",
+        replies=len(runs[0].references),
+        dialogues=dialogues,
+        data=str(runs[0].results.get("data", "")),
+        samples=samples,
+        seed=seed,
+        notes=tuple(notes),
+        definitions={c.key: definitions[c.key] for c in columns if c.key in definitions},
+        versions=metric_versions() | versions,
+    )
+
+
+class _Measured:
+    """Figures ``[R, 11]``, bootstrap ``[R, B, 11]`` and jackknife ``[R, D, 11]`` of R runs."""
+
+    def __init__(self, statistics: list[CorpusStatistics], names: list[str], samples: int, seed: int) -> None:
+        self.statistics, self.samples, self.seed = statistics, samples, seed
+        self._place = {name: place for place, name in enumerate(names)}
+        self._figures = np.stack([observed(run) for run in statistics])
+        self._bootstrap = bootstrap(statistics, samples, seed)
+        self._without = leave_one_out(statistics)
+
+    def places(self, runs: Sequence[EvaluatedRun]) -> list[int]:
+        return [self._place[run.name] for run in runs]
+
+    def figures(self, runs: Sequence[EvaluatedRun]) -> np.ndarray:
+        """[11], mean over runs."""
+        return self._figures[self.places(runs)].mean(axis=0)
+
+    def without(self, runs: Sequence[EvaluatedRun]) -> np.ndarray:
+        """[D, 11], mean over runs."""
+        return self._without[self.places(runs)].mean(axis=0)
+
+    def interval(self, runs: Sequence[EvaluatedRun]) -> np.ndarray:
+        """[2, 11]: percentiles of the bootstrap; DIST by the jackknife."""
+        interval = percentile_interval(self._bootstrap[self.places(runs)].mean(axis=0))
+        jackknifed = jackknife_interval(self.figures(runs), self.without(runs))
+        places = [FIGURES.index(name) for name in _JACKKNIFED]
+        interval[:, places] = jackknifed[:, places]
+        return interval
+
+
+def _row(group: RunGroup, measured: _Measured) -> ComparedRow:
+    seeds = []
+    for run in group.runs:
+        figures = _named(measured.figures([run]))
+        if "perplexity" not in figures and isinstance(known := run.figures.get("perplexity"), int | float):
+            figures["perplexity"] = float(known)
+        seeds.append(SeedFigures(run.name, run.seed, figures, _intervals(measured.interval([run]))))
+    names = [name for name in FIGURES if all(name in seed.figures for seed in seeds)]
+    table = np.asarray([[seed.figures[name] for name in names] for seed in seeds])
+    spread = dict(zip(names, table.std(axis=0, ddof=1).tolist(), strict=True)) if len(seeds) > 1 else {}
+    return ComparedRow(
+        label=group.label,
+        seeds=tuple(seeds),
+        figures=dict(zip(names, table.mean(axis=0).tolist(), strict=True)),
+        intervals=_intervals(measured.interval(group.runs)),
+        spread=spread,
+    )
+
+
+def _against(
+    row: ComparedRow,
+    base: ComparedRow,
+    group: RunGroup,
+    base_group: RunGroup,
+    measured: _Measured,
+    shared: Sequence[str],
+    untested: Sequence[str],
+) -> ComparedRow:
+    """The row with its changes over the baseline and their significance."""
+    changes = relative_changes(row.figures, base.figures)
+    # Rows are to be compared with one another, so their means are over the same columns.
+    mean, _ = mean_change({k: row.figures[k] for k in shared}, base.figures)
+    places = [FIGURES.index(name) for name in shared if name in changes]
+    interval = None
+    if places:
+        with np.errstate(divide="ignore", invalid="ignore"):
+            ratios = measured.without(group.runs)[:, places] / measured.without(base_group.runs)[:, places]
+        means = 100.0 * (ratios.mean(axis=1) - 1.0)
+        interval = _intervals(jackknife_interval(np.asarray([mean]), means[:, None]), ["mean"]).get("mean")
+    draws = randomised_differences(
+        [measured.statistics[i] for i in measured.places(group.runs)],
+        [measured.statistics[i] for i in measured.places(base_group.runs)],
+        measured.samples,
+        measured.seed,
+    )
+    p = p_values(measured.figures(group.runs) - measured.figures(base_group.runs), draws)
+    p[[FIGURES.index(name) for name in untested]] = np.nan
+    return ComparedRow(
+        label=row.label,
+        seeds=row.seeds,
+        figures=row.figures,
+        intervals=row.intervals,
+        spread=row.spread,
+        change=changes,
+        mean_change=mean,
+        mean_change_interval=interval,
+        p=_named(p),
+        p_holm=_named(holm(p)),
+    )
+
+
+def _named(values: np.ndarray) -> dict[str, float]:
+    return {name: float(value) for name, value in zip(FIGURES, values, strict=True) if not np.isnan(value)}
+
+
+def _intervals(bounds: np.ndarray, names: Sequence[str] = FIGURES) -> dict[str, Interval]:
+    found = zip(names, bounds.T.tolist(), strict=True)
+    return {name: (low, high) for name, (low, high) in found if np.isfinite([low, high]).all()}
+
+
+def _limits(rows: Sequence[ComparedRow], base: int, samples: int) -> list[str]:
+    """What the mean change leaves out and how small a p-value can be, sentences."""
+    if len(rows) == 1:
+        return []
+    notes = []
+    missing = [c.label for c in PAPER_COLUMNS if not all(c.key in row.figures for row in rows)]
+    zero = [c.label for c in PAPER_COLUMNS if rows[base].figures.get(c.key) == 0]
+    if missing:
+        notes.append(f"Left out of the mean change, because not every run has them: {', '.join(missing)}.")
+    if zero:
+        notes.append(f"Left out of the mean change, because the baseline's figure is 0: {', '.join(zero)}.")
+    least = max(len(row.p) for row in rows) / (samples + 1)
+    if least > 0.01:
+        notes.append(f"With {samples} draws no p-value can be below {least:.3f} after the correction.")
+    return notes

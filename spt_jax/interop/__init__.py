@@ -1,0 +1,1 @@
+"""Trained runs in and out: the authors' checkpoints, PEFT adapters."""

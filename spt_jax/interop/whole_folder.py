@@ -1,0 +1,62 @@
+"""Folders that appear whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+
+from spt_jax.errors import UserError
+
+
+def check_new_folder(path: Path, flag: str = "--out") -> None:
+    """Says before the work whether `path` could become a new folder after it.
+
+    Raises:
+        UserError: It is a file, or holds something, or the folder around it may not be written.
+    """
+    if path.is_dir():
+        if any(path.iterdir()):
+            raise UserError(f"{flag}={path} is not empty; name a new folder")
+    elif path.exists() or path.is_symlink():
+        raise UserError(f"{flag}={path} is a file; name a new folder")
+    around = path.absolute().parent
+    while not around.exists():
+        around = around.parent
+    if not around.is_dir() or not os.access(around, os.W_OK):
+        raise UserError(f"{flag}={path} cannot be made: no permission to write in {around}")
+
+
+def write_folder(path: Path, files: Mapping[str, bytes]) -> None:
+    """Writes files into a temporary neighbour, flushes them to disk and renames it to `path`, new or empty.
+
+    Args:
+        path: The folder; those around it are made where they are missing.
+        files: Content by name; a name may have folders, ``"prompt_0/adapter_config.json"``.
+
+    Raises:
+        UserError: `path` holds something, or the disk is full or refuses; nothing is left behind then.
+    """
+    check_new_folder(path)
+    temporary = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+        for name, content in files.items():
+            file = temporary / name
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("wb") as stream:
+                stream.write(content)
+                stream.flush()
+                os.fsync(stream.fileno())
+        # A temporary folder is private; the result takes the mode any new folder would have.
+        mask = os.umask(0)
+        os.umask(mask)
+        temporary.chmod(0o777 & ~mask)
+        temporary.replace(path)
+    except OSError as error:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise UserError(f"the folder {path} cannot be written: {error.strerror or error}") from error

@@ -1,0 +1,93 @@
+"""From the sections ``method``, ``bank``, ``retriever`` and ``objective`` to what is learned and how."""
+
+from __future__ import annotations
+
+from jax.sharding import Mesh
+
+from spt_jax.config import Config
+from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.parallel.rules import row_sharding
+from spt_jax.prompting.adapters import (
+    Adapter,
+    EncodedPrompt,
+    LowRank,
+    Nothing,
+    Prefixes,
+    SoftPrompts,
+    WholeModel,
+)
+from spt_jax.prompting.objective import LM_ALONE, Objective
+from spt_jax.prompting.retriever import RetrieverConfig
+from spt_jax.prompting.selective_lm import SelectiveLM
+
+TEXTUAL = ("zero_shot", "few_shot")
+"""Methods that learn nothing: the LM is prompted with text alone."""
+
+
+def describe(config: Config, decoder: DecoderConfig, mesh: Mesh | None = None) -> SelectiveLM:
+    """The static description of what is learned before an LM, with rows over the mesh's row axes."""
+    return SelectiveLM(
+        decoder=decoder,
+        adapter=adapter_of(config),
+        retriever_config=retriever_of(config) if config.method.kind == "spt" else None,
+        max_logit_rows=config.model.max_logit_rows,
+        dropout=config.model.dropout,
+        row_sharding=None if mesh is None else row_sharding(mesh),
+    )
+
+
+def adapter_of(config: Config) -> Adapter:
+    """What ``method.kind`` learns."""
+    b, method = config.bank, config.method
+    match method.kind:
+        case "spt" if b.kind == "prefixes":
+            return Prefixes(b.num_prompts, b.prompt_length, b.init_stddev, keys=True)
+        case "spt":
+            return SoftPrompts(b.num_prompts, b.prompt_length, b.init_stddev)
+        case "prompt_tuning":
+            return SoftPrompts(1, b.prompt_length, b.init_stddev)
+        case "prefix_tuning":
+            return Prefixes(1, b.prompt_length, b.init_stddev, encoder_width=method.hidden_size)
+        case "p_tuning":
+            return EncodedPrompt(b.prompt_length, method.hidden_size)
+        case "lora":
+            lora = config.lora
+            return LowRank(lora.rank, lora.alpha, lora.dropout, tuple(lora.targets))
+        case "full":
+            return WholeModel()
+        case _:
+            return Nothing()
+
+
+def front_length(config: Config) -> int:
+    """P, the places that stand before a row's text."""
+    return 0 if config.method.kind in ("lora", "full", *TEXTUAL) else config.bank.prompt_length
+
+
+def retriever_of(config: Config) -> RetrieverConfig:
+    """The section ``retriever``."""
+    r = config.retriever
+    return RetrieverConfig(
+        r.kind, r.sides, r.share, r.activation, r.context, r.layers, r.heads, r.feed_forward, r.dropout
+    )
+
+
+def objective_of(config: Config) -> Objective:
+    """Weights and temperatures from the section ``objective``; the rivals learn from L_LM alone."""
+    if config.method.kind != "spt":
+        return LM_ALONE
+    o = config.objective
+    return Objective(
+        lm_weight=o.lm_weight,
+        selection_weight=o.selection_weight,
+        contrastive_weight=o.contrastive_weight,
+        fusion_weight=o.fusion_weight,
+        gold_temperature=o.gold_temperature,
+        score_temperature=o.score_temperature,
+        pairs=o.pairs,
+        gold_noise=o.gold_noise,
+        annealing=o.annealing,
+        annealing_bounds=(o.annealing_min, o.annealing_max),
+        balance_weight=o.balance_weight,
+        prompts_per_step=o.prompts_per_step,
+    )

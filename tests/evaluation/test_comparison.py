@@ -1,0 +1,329 @@
+"""Laws of comparisons: the paper's own numbers, groups of seeds, identical runs, refusals, the tables' form."""
+
+from __future__ import annotations
+
+import csv
+import html.parser
+import io
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from evaluated_folders import references, replies, write_run
+from rich.console import Console
+
+from spt_jax.errors import UserError
+from spt_jax.evaluation.comparison import PAPER_COLUMNS, Comparison, compare_runs, mean_change, relative_changes
+from spt_jax.evaluation.comparison_tables import csv_text, explanations, html_text, json_value, latex_text, rich_tables
+from spt_jax.evaluation.evaluated_runs import read_run
+from spt_jax.evaluation.text_metrics import text_metrics
+
+PAPER = {
+    "OPT-125M-PT": (10.79, 1.61, 14.36, 2.67, 13.25, 53.15, 53.90, 52.91, 3.94, 13.67),
+    "OPT-125M-SPT": (11.06, 2.22, 16.45, 3.60, 15.42, 54.86, 56.23, 53.91, 4.87, 17.38),
+    "OPT-1.3B-PT": (8.16, 1.82, 11.48, 2.22, 10.29, 55.31, 57.12, 53.93, 4.87, 17.19),
+    "OPT-1.3B-SPT": (9.94, 2.66, 13.74, 3.24, 12.38, 56.34, 58.08, 54.99, 4.93, 17.76),
+    "OPT-2.7B-PT": (8.67, 1.77, 11.84, 2.30, 10.61, 56.25, 58.48, 54.49, 5.18, 18.61),
+    "OPT-2.7B-SPT": (12.23, 3.11, 16.97, 4.37, 15.61, 57.96, 59.92, 56.45, 5.84, 20.76),
+    "Llama2-7B-PT": (17.12, 1.99, 15.74, 4.07, 13.72, 52.30, 48.57, 57.11, 2.80, 12.91),
+    "Llama2-7B-SPT": (17.49, 2.80, 17.02, 4.48, 15.24, 54.66, 53.02, 57.14, 5.69, 22.86),
+}
+TURNS = references(12)
+SAMPLES = 200
+
+
+def paper_figures(name: str) -> dict[str, float]:
+    return {column.key: value for column, value in zip(PAPER_COLUMNS, PAPER[name], strict=True)}
+
+
+def compared(*folders: Path, **options) -> Comparison:
+    return compare_runs([read_run(str(folder)) for folder in folders], samples=SAMPLES, **options)
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> list[Path]:
+    """A baseline of two seeds, a better method of two, and one of a single run without likelihoods."""
+    nll = np.random.default_rng(0).uniform(1, 3, len(TURNS))
+    folders = []
+    for method, quality, seeds in (("tuned", 0.2, (0, 1)), ("selected_100%", 0.8, (0, 1)), ("bare", 0.2, (0,))):
+        for seed in seeds:
+            settings = {"method": {"kind": method}}
+            likelihoods = None if method == "bare" else (nll - quality / 2 + seed / 100).tolist()
+            folder = tmp_path / f"{method}-seed{seed}"
+            texts = replies(TURNS, quality, seed + 10 * len(method))
+            folders.append(write_run(folder, TURNS, texts, seed=seed, settings=settings, nll=likelihoods))
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("model", "mean", "dist_2"),
+    [("OPT-125M", 16.6, 27), ("OPT-1.3B", None, 3), ("OPT-2.7B", None, 12), ("Llama2-7B", None, 77)],
+)
+def test_the_papers_table_gives_the_papers_improvements(model: str, mean: float | None, dist_2: int) -> None:
+    figures, baseline = paper_figures(f"{model}-SPT"), paper_figures(f"{model}-PT")
+    found, left_out = mean_change(figures, baseline)
+    assert found is not None
+    by_hand = [100 * (spt - pt) / pt for spt, pt in zip(PAPER[f"{model}-SPT"], PAPER[f"{model}-PT"], strict=True)]
+    assert found == pytest.approx(sum(by_hand) / 10)
+    assert left_out == ()
+    assert mean is None or round(found, 1) == mean  # the paper states it for the smallest model
+    assert round(relative_changes(figures, baseline)["dist_2"]) == dist_2
+
+
+def test_columns_that_one_side_lacks_or_where_the_baseline_is_0_are_named_and_left_out() -> None:
+    baseline = paper_figures("OPT-125M-PT") | {"bleu": 0.0}
+    del baseline["bert_p"]
+    mean, left_out = mean_change(paper_figures("OPT-125M-SPT"), baseline)
+    changes = relative_changes(paper_figures("OPT-125M-SPT"), baseline)
+    assert left_out == ("BLEU", "BERT P")
+    assert mean == pytest.approx(sum(changes.values()) / 8)
+    assert mean_change({}, baseline) == (None, tuple(column.label for column in PAPER_COLUMNS))
+
+
+def test_rows_are_means_over_seeds_with_each_seeds_own_figures(runs: list[Path]) -> None:
+    found = compared(*runs)
+    assert [row.label for row in found.rows] == ["tuned", "selected_100%", "bare-seed0"]
+    assert [[seed.seed for seed in row.seeds] for row in found.rows] == [[0, 1], [0, 1], [0]]
+    for row in found.rows:
+        for seed in row.seeds:
+            run = read_run(seed.name)
+            own = text_metrics(run.predictions, run.references).values
+            for key in set(own) & set(seed.figures):
+                assert seed.figures[key] == pytest.approx(own[key]), key
+                assert seed.intervals[key][0] <= own[key] <= seed.intervals[key][1], key
+        for key, value in row.figures.items():
+            over_seeds = [seed.figures[key] for seed in row.seeds]
+            assert value == pytest.approx(np.mean(over_seeds))
+            assert not row.spread or row.spread[key] == pytest.approx(np.std(over_seeds, ddof=1))
+    assert not found.rows[2].spread
+
+
+def test_each_figure_of_a_run_alone_and_in_a_group_is_the_same(runs: list[Path]) -> None:
+    grouped, alone = compared(*runs[:4]), compared(*runs[:4], group=False)
+    assert [row.label for row in alone.rows] == [folder.name for folder in runs[:4]]
+    assert [seed for row in grouped.rows for seed in row.seeds] == [seed for row in alone.rows for seed in row.seeds]
+
+
+def test_perplexity_is_of_the_selected_prompt_over_target_tokens_else_that_of_the_results(runs: list[Path]) -> None:
+    found = compared(*runs)
+    run = read_run(str(runs[0]))
+    assert run.nll is not None
+    assert run.target_tokens is not None
+    expected = np.exp((run.nll * run.target_tokens).sum() / run.target_tokens.sum())
+    assert found.rows[0].seeds[0].figures["perplexity"] == pytest.approx(expected)
+    assert found.rows[2].figures["perplexity"] == 20.0
+    assert "perplexity" not in found.rows[2].intervals | found.rows[2].p
+    assert any(note.startswith("The perplexity of bare-seed0 is that of results.json") for note in found.notes)
+
+
+def test_identical_runs_have_no_change_and_p_1(tmp_path: Path) -> None:
+    texts, bert = replies(TURNS, 0.3, 1), [(0.5, 0.25, 0.375)] * len(TURNS)
+    names = {"bert_f1": "by an encoder"}
+    for name in "ab":
+        write_run(tmp_path / name, TURNS, texts, nll=[2.0] * len(TURNS), bert_score=bert, definitions=names)
+    found = compared(tmp_path / "a", tmp_path / "b")
+    other = found.rows[1]
+    assert (found.baseline, other.mean_change, other.mean_change_interval) == ("a", 0.0, (0.0, 0.0))
+    assert set(other.change.values()) == {0.0}
+    assert set(other.p.values()) == set(other.p_holm.values()) == {1.0}
+    assert len(other.p) == 11
+    assert other.figures["bert_f1"] == 37.5
+    assert found.definitions["bert_f1"] == "by an encoder"
+
+
+def test_a_much_better_run_is_significant_and_its_mean_change_is_that_of_its_figures(runs: list[Path]) -> None:
+    found = compared(*runs)
+    base, better, _ = found.rows
+    assert better.p_holm["f1"] == pytest.approx(8 / (SAMPLES + 1))
+    assert all(better.p[key] <= better.p_holm[key] for key in better.p)
+    assert better.mean_change == pytest.approx(mean_change(better.figures, base.figures)[0])
+    assert better.mean_change_interval is not None
+    assert better.mean_change_interval[0] < (better.mean_change or 0) < better.mean_change_interval[1]
+    assert better.mean_change_interval[0] > 0
+    assert any("BERT F1, BERT P, BERT R" in note for note in found.notes)
+
+
+def test_the_baseline_is_the_row_of_the_run_or_label_that_is_named(runs: list[Path]) -> None:
+    for name in (str(runs[3]), f"{runs[3]}/", "selected_100%"):
+        assert compared(*runs, baseline=name).baseline == "selected_100%"
+    with pytest.raises(UserError, match=r"baseline .*seed7 is not among the runs: .* Did you mean"):
+        compared(*runs, baseline=f"{runs[0]}7".replace("seed07", "seed7"))
+
+
+def test_equal_settings_with_equal_seeds_are_rows_of_their_own_and_tracking_is_no_setting(tmp_path: Path) -> None:
+    texts = replies(TURNS, 0.3, 1)
+    for name, seed, project in (("a", 0, "x"), ("b", 0, "x"), ("c", 1, "y")):
+        write_run(tmp_path / name, TURNS, texts, seed=seed, settings={"tracking": {"project": project}})
+    found = compared(*(tmp_path / name for name in "abc"))
+    assert [[Path(seed.name).name for seed in row.seeds] for row in found.rows] == [["a", "c"], ["b"]]
+
+
+def test_perplexities_over_other_tokens_and_other_limits_are_told(tmp_path: Path) -> None:
+    texts = replies(TURNS, 0.3, 1)
+    for name, limit in (("a", 32), ("b", 64)):
+        settings = {"evaluation": {"max_new_tokens": limit}}
+        write_run(tmp_path / name, TURNS, texts, settings=settings, nll=[2.0] * len(TURNS), total_turns=99)
+    lines = [json.loads(line) for line in (tmp_path / "b" / "predictions.jsonl").read_text().splitlines()]
+    lines[3]["target_tokens"] += 1
+    (tmp_path / "b" / "predictions.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = compared(tmp_path / "a", tmp_path / "b")
+    assert "perplexity" not in found.rows[1].p
+    notes = " ".join(found.notes)
+    assert "The perplexity of b is per token of another tokenizer" in notes
+    assert "different evaluation.max_new_tokens: 32 (a), 64 (b)" in notes
+    assert f"{len(TURNS)} turns that have a reply, of 99" in notes
+    assert "With 12 dialogues" in notes
+    assert "no p-value can be below" in notes
+
+
+def test_bert_scores_made_in_different_ways_are_left_out(tmp_path: Path) -> None:
+    texts, bert = replies(TURNS, 0.3, 1), [(0.5, 0.5, 0.5)] * len(TURNS)
+    for name in "ab":
+        write_run(tmp_path / name, TURNS, texts, bert_score=bert, definitions={"bert_f1": f"way {name}."})
+    found = compared(tmp_path / "a", tmp_path / "b")
+    assert "bert_f1" not in found.rows[0].figures
+    assert any("different ways: way a. / way b." in note for note in found.notes)
+
+
+def other_turn(lines: list[dict]) -> None:
+    lines[4]["turn"] += 50
+
+
+def other_reference(lines: list[dict]) -> None:
+    lines[2]["reference"] = "something else"
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        (other_turn, r"not evaluated on the same turns: turn \d of dialogue \d has a reply in .*a, none in .*b$"),
+        (other_reference, r"the reference of turn \d of dialogue \d is '.*' in .*a and 'something else' in .*b"),
+        (lambda lines: lines.pop(), r"results.json speaks of \d+; run again: spt-jax evaluate --workdir="),
+        (
+            lambda lines: lines.append(lines[0]),
+            r"predictions.jsonl:\d+ answers turn 0 of dialogue 0 once more.* line 1",
+        ),
+        (lambda lines: lines[1].pop("prediction"), r"predictions.jsonl:2 has no 'prediction' that is a text"),
+        (lambda lines: lines.clear(), r"predictions.jsonl holds no reply"),
+        (lambda lines: lines.insert(0, [1]), r"predictions.jsonl:1 has no 'dialogue' that is a whole number"),
+    ],
+)
+def test_runs_that_cannot_be_compared_are_one_sentence(tmp_path: Path, change, sentence: str) -> None:
+    for name in "ab":
+        write_run(tmp_path / name, TURNS, replies(TURNS, 0.3, 1))
+    path = tmp_path / "b" / "predictions.jsonl"
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    change(lines)
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    with pytest.raises(UserError, match=sentence) as caught:
+        compared(tmp_path / "a", tmp_path / "b")
+    assert "\n" not in str(caught.value)
+
+
+def test_broken_lines_are_named_and_order_of_lines_does_not_matter(tmp_path: Path) -> None:
+    for name in "ab":
+        write_run(tmp_path / name, TURNS, replies(TURNS, 0.3, 1))
+    path = tmp_path / "b" / "predictions.jsonl"
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join(reversed(lines)) + "\n")
+    assert compared(tmp_path / "a", tmp_path / "b").rows[1].mean_change == 0
+    path.write_text("\n".join([lines[0], lines[1][:-5]]))
+    with pytest.raises(UserError, match=r"predictions.jsonl:2 is not JSON"):
+        read_run(str(tmp_path / "b"))
+
+
+def test_the_same_folder_twice_is_refused(tmp_path: Path) -> None:
+    write_run(tmp_path / "a", TURNS, replies(TURNS, 0.3, 1))
+    with pytest.raises(UserError, match="is given twice"):
+        compare_runs([read_run(str(tmp_path / "a")), read_run(str(tmp_path / "." / "a"))])
+
+
+def test_csv_holds_every_figure(runs: list[Path]) -> None:
+    found = compared(*runs)
+    rows = list(csv.DictReader(io.StringIO(csv_text(found))))
+    assert [row["run"] for row in rows] == [row.label for row in found.rows]
+    better = found.rows[1]
+    assert float(rows[1]["f1"]) == better.figures["f1"]
+    assert (float(rows[1]["dist_2_low"]), float(rows[1]["dist_2_high"])) == better.intervals["dist_2"]
+    assert float(rows[1]["f1_p_holm"]) == better.p_holm["f1"]
+    assert float(rows[1]["mean_change_percent"]) == better.mean_change
+    assert rows[0]["mean_change_percent"] == rows[2]["perplexity_low"] == ""
+    assert rows[1]["seeds"] == "0 1"
+
+
+def test_latex_is_balanced_and_escaped(runs: list[Path]) -> None:
+    text = latex_text(compared(*runs))
+    assert "selected\\_100\\%" in text
+    body = text.split("\n", 1)[1]
+    assert not re.search(r"(?<!\\)[%#]|(?<!\\)_", body)
+    plain = re.sub(r"\\[{}]", "", body)
+    depth = np.cumsum([{"{": 1, "}": -1}.get(character, 0) for character in plain])
+    assert depth.min() >= 0
+    assert depth[-1] == 0
+    assert body.count("$") % 2 == 0
+    assert re.findall(r"\\begin\{(.*?)\}", text) == list(reversed(re.findall(r"\\end\{(.*?)\}", text)))
+    lines = [line for line in body.splitlines() if line.endswith("\\\\")]
+    assert len(lines) == 1 + 2 * 3
+    columns = len(re.findall(r"\\begin\{tabular\}\{(l(r+))\}", text)[0][0])
+    assert {len(re.split(r"(?<!\\)&", line)) for line in lines} == {columns}
+    assert text.isascii()
+
+
+class Tags(html.parser.HTMLParser):
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.references: list[str] = []
+        self.text = ""
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        if tag not in ("meta", "br"):
+            self.open.append(tag)
+        self.references += [name for name, _ in attrs if name in ("src", "href", "srcset", "action")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_html_is_whole_refers_to_nothing_and_escapes(tmp_path: Path) -> None:
+    for name in ("<b>a", "b"):
+        write_run(tmp_path / name, TURNS, replies(TURNS, 0.3, len(name)), settings={"method": {"kind": name}})
+    tags = Tags()
+    tags.feed(text := html_text(compared(tmp_path / "<b>a", tmp_path / "b")))
+    assert tags.open == []
+    assert tags.references == []
+    assert not re.search(r"https?://(?!www\.w3\.org)|@import|url\(", text)
+    assert "<b>a" in tags.text
+    assert '<meta name="viewport"' in text
+
+
+def test_terminal_tables_show_every_column_within_the_width(runs: list[Path]) -> None:
+    found = compared(*runs)
+    for width in (80, 120, 250):
+        console = Console(file=io.StringIO(), width=width)
+        for table in rich_tables(found, width):
+            console.print(table)
+        text = console.file.getvalue()  # pyright: ignore[reportAttributeAccessIssue]
+        assert all(column.label in text for column in found.columns)
+        assert "…" not in text
+        assert f"{found.rows[1].figures['f1']:.2f}" in text
+    assert any("Holm" in line for line in explanations(found))
+
+
+def test_one_run_has_figures_and_no_comparison(runs: list[Path]) -> None:
+    found = compared(runs[0])
+    assert (found.baseline, found.rows[0].p, found.rows[0].mean_change) == ("", {}, None)
+    assert "Mean change" not in " ".join([latex_text(found), html_text(found), *explanations(found)])
+    assert len(list(rich_tables(found, 300))) == 1
+
+
+def test_json_has_a_definition_for_every_column(runs: list[Path]) -> None:
+    value = json.loads(json.dumps(json_value(compared(*runs)), allow_nan=False))
+    assert set(value["definitions"]) == set(value["columns"])
+    assert value["rows"][1]["seeds"][1]["intervals"]["f1"]
+    assert value["samples"] == SAMPLES
