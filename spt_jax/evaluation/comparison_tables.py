@@ -19,6 +19,7 @@ from spt_jax.evaluation.table import MISSING, Row, format_number
 
 STARS = ((0.01, "**"), (0.05, "*"))
 _CHANGE = "Mean change"
+_STAYS = "position: sticky; left: 0; background: var(--card)"  # the runs' names, while a phone scrolls the figures
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,13 +134,15 @@ def csv_text(comparison: Comparison) -> str:
 
 
 def latex_text(comparison: Comparison) -> str:
-    """A ``table*`` with booktabs' rules: a line of figures a row, their intervals below in small print."""
+    """A ``table*`` with booktabs' rules, as wide as the page: a line of figures a row, its intervals below in small."""
     headers = _headers(comparison)
     lines = [
-        "% \\usepackage{booktabs}",
+        "% \\usepackage{booktabs,graphicx}",
         "\\begin{table*}",
         "\\centering",
         "\\small",
+        "\\setlength{\\tabcolsep}{4pt}",
+        "\\resizebox{\\textwidth}{!}{%",
         f"\\begin{{tabular}}{{l{'r' * len(headers)}}}",
         "\\toprule",
         " & ".join(["", *map(latex_escape, headers)]) + " \\\\",
@@ -150,7 +153,7 @@ def latex_text(comparison: Comparison) -> str:
         small = (f"{{\\scriptsize {latex_escape(cell.interval)}}}" if cell.interval else "" for cell in cells)
         lines.append(" & ".join(["", *small]) + " \\\\")
     caption = " ".join(latex_escape(line) for line in explanations(comparison))
-    lines += ["\\bottomrule", "\\end{tabular}", f"\\caption{{{caption}}}", "\\end{table*}", ""]
+    lines += ["\\bottomrule", "\\end{tabular}}", f"\\caption{{{caption}}}", "\\end{table*}", ""]
     return "\n".join(lines)
 
 
@@ -184,7 +187,8 @@ def html_text(comparison: Comparison) -> str:
     body = [
         "<h1>Comparison of runs</h1>",
         f'<p class="muted">spt_jax {html.escape(spt_jax.__version__)}</p>',
-        section("Figures", _html_table("Figures", _headers(comparison), list(rows)), notes),
+        _tiles(comparison),
+        section("Figures", _html_table("Figures", _headers(comparison), list(rows)), f"<br>{notes}"),
     ]
     if comparison.baseline:
         headers = [column.label for column in comparison.columns]
@@ -295,6 +299,17 @@ def _latex_cell(cell: Cell) -> str:
     return f"{value}{spread}{mark}"
 
 
+def _tiles(comparison: Comparison) -> str:
+    """The mean change of every row at a glance."""
+    tiles = []
+    for row in comparison.rows:
+        if row.mean_change is not None:
+            cell = _change_cell(row)
+            what = f"{row.label} over {comparison.baseline}, mean change {cell.interval}"
+            tiles.append(f'<div class="tile"><b>{html.escape(cell.value)} %</b><span>{html.escape(what)}</span></div>')
+    return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
+
+
 def _html_table(name: str, headers: list[str], rows: list[tuple[str, list[Cell]]]) -> str:
     head = "".join(f'<th scope="col">{html.escape(header)}</th>' for header in headers)
     body = []
@@ -304,10 +319,10 @@ def _html_table(name: str, headers: list[str], rows: list[tuple[str, list[Cell]]
             interval = f'<br><span class="muted">{html.escape(cell.interval)}</span>' if cell.interval else ""
             best = ' class="best"' if cell.best else ""
             shown.append(f'<td{best} style="white-space: nowrap">{html.escape(cell.first_line())}{interval}</td>')
-        body.append(f'<tr><th scope="row">{html.escape(label)}</th>{"".join(shown)}</tr>')
+        body.append(f'<tr><th scope="row" style="{_STAYS}">{html.escape(label)}</th>{"".join(shown)}</tr>')
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(name)}"><table class="figures">'
-        f'<thead><tr><th scope="col">Run</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+        f'<thead><tr><th scope="col" style="{_STAYS}">Run</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
     )
 
 

@@ -140,6 +140,7 @@ def _predictions(
     evaluator: ColumnEvaluator, columns: dict[str, Column], dialogues: Sequence[Dialogue]
 ) -> list[dict[str, Any]]:
     after = columns[AFTER]
+    bert = after.metrics.bert_score
     predictions = []
     for place, u in enumerate(after.answered):
         d, t = int(after.likelihoods.dialogue[u]), int(after.likelihoods.turn[u])
@@ -154,7 +155,9 @@ def _predictions(
                 "selected": int(after.likelihoods.selected[u]),
                 "scores": after.likelihoods.scores[u].tolist(),
                 "nll": after.likelihoods.nll[u].tolist(),
+                "target_tokens": int(after.likelihoods.tokens[u]),
             }
+            | ({"bert_score": list(bert[place])} if bert else {})
         )
     return predictions
 

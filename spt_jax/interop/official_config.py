@@ -40,13 +40,11 @@ class OfficialRun:
     Attributes:
         config: A valid configuration in the official mode.
         model_name: The LM as their config file has it.
-        pad_is_bos: Whether their program pads with bos where the tokenizer has no pad; otherwise it is eos.
         notes: Lines for the user: what is ignored, and what was really used.
     """
 
     config: Config
     model_name: str
-    pad_is_bos: bool
     notes: tuple[str, ...]
 
 
@@ -74,7 +72,7 @@ def read_official_run(path: Path, source: str, engine: Mapping[str, Any], *, fol
     _objective(config, fields)
     _data(config, fields, path.absolute().parent)
     _optimizer(config, fields, engine)
-    run = OfficialRun(config, str(fields.get("model.model_name") or ""), fields.get("model.pad_token") == "bos", ())
+    run = OfficialRun(config, str(fields.get("model.model_name") or ""), ())
     for name, value in fields.unread().items():
         fields.note(f"{name} is ignored ({value!r})")
     try:
@@ -104,6 +102,7 @@ def _model(config: Config, fields: OfficialFields) -> None:
     config.bank.num_prompts = fields.whole("model.K", 1)
     config.bank.prompt_length = fields.whole("model.peft_config.num_virtual_tokens", 1)
     config.bank.init = "normal"
+    config.data.official_pad = "bos" if fields.get("model.pad_token") == "bos" else "eos"
 
 
 def _retriever(config: Config, fields: OfficialFields) -> None:

@@ -15,7 +15,6 @@ from spt_jax.interop.official_tree import official_trainable
 from spt_jax.interop.official_yaml import find_config_file
 from spt_jax.interop.whole_folder import check_new_folder
 from spt_jax.models.loading import OpenedLM, open_lm
-from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.training.experiment import open_experiment
 
 
@@ -76,10 +75,4 @@ def _check_lm(tensors: OfficialTensors, run: OfficialRun, source: str, opened: O
         raise UserError(
             f"the soft prompts of {tensors.where} have width {found}, but {source} has width {width}; give the LM that "
             f"it was trained on{trained_on}"
-        )
-    tokenizer: Tokenizer = opened.tokenizer
-    if run.pad_is_bos and tokenizer.pad_id == tokenizer.eos_id != tokenizer.bos_id:
-        raise UserError(
-            f"their program padded with bos (model.pad_token), but the tokenizer of {source} names no pad and is "
-            "padded with eos here, which gives other scores; add a pad token equal to bos to its tokenizer files"
         )

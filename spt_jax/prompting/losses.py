@@ -246,7 +246,9 @@ def selection_loss(
     """
     target = jax.lax.stop_gradient(target)
     log_target = jnp.log(jnp.where(target > 0, target, 1.0))
-    divergence = jnp.sum(target * (log_target - jax.nn.log_softmax(scores / score_temperature, axis=-1)), axis=-1)
+    log_scores = jax.nn.log_softmax(scores / score_temperature, axis=-1)
+    # q - g sums to 0; it takes away the rounding of both softmaxes, which is not small beside a small divergence.
+    divergence = jnp.sum(target * (log_target - log_scores) + (jnp.exp(log_scores) - target), axis=-1)
     return jnp.sum(turn_weights * divergence)
 
 

@@ -46,13 +46,13 @@ def make_optimizer(config: Config, total_steps: int) -> optax.GradientTransforma
         )
     )
     if config.retriever_factor != 1.0:
-        scales: dict[Any, optax.GradientTransformation] = {
-            "adapter": optax.identity(),
-            "retriever": optax.scale(config.retriever_factor),
-        }
 
-        def labels(trainable: Any) -> Any:
-            return {name: "retriever" if name == "retriever" else "adapter" for name in trainable}
+        def scaled(updates: Any, params: Any = None) -> Any:
+            del params
+            return {
+                name: optax.tree.scale(config.retriever_factor, tree) if name == "retriever" else tree
+                for name, tree in updates.items()
+            }
 
-        steps.append(optax.partition(scales, labels))
+        steps.append(optax.stateless(scaled))
     return optax.chain(*steps)

@@ -17,6 +17,7 @@ from spt_jax.config import Config, flatten, from_dict
 from spt_jax.errors import UserError
 from spt_jax.models.loading import LMIdentity
 from spt_jax.prompting.adapters import Trainable
+from spt_jax.prompting.peft_prompts import absolute_source
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -51,7 +52,9 @@ def absolute_paths(config: Config) -> None:
         value = config[section][name]
         if value and Path(value).exists():
             config[section][name] = str(Path(value).absolute())
-    if config.bank.init_file:
+    if config.bank.init == "peft":
+        config.bank.init_file = absolute_source(config.bank.init_file)
+    elif config.bank.init_file:
         config.bank.init_file = str(Path(config.bank.init_file).absolute())
 
 

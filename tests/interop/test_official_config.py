@@ -86,7 +86,7 @@ def test_the_plain_config_is_the_papers_in_the_official_mode(folder: Path) -> No
         "optimizer.clip_norm": 0.0,
     }
     assert flatten(run.config) == expected
-    assert run.model_name == "facebook/opt-125m" and not run.pad_is_bos
+    assert run.model_name == "facebook/opt-125m" and run.config.data.official_pad == "eos"
     assert run.notes == ("exp_name is ignored ('opt125m')", "training.contrastive is ignored (True)")
 
 
