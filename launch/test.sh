@@ -17,6 +17,7 @@ python="$(find_python python3.11 python3 python3.12 python3.13 .venv/bin/python)
 }
 install .venv "$python" "[test,test-torch]"
 fetch_smollm2 .venv
+fetch_minilm .venv
 for argument in "$@"; do
   if [ "$argument" = "--real-models" ]; then fetch_gemma3 .venv; fi
 done

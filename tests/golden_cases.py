@@ -41,6 +41,7 @@ from spt_jax.prompting.selective_lm import (
 )
 from spt_jax.models.decoder import decode, embed, vocabulary_head, vocabulary_logits
 from spt_jax.training.description import describe, objective_of
+from watched_step import watched_step
 
 CASES = (
     "llama436_gqa_b4_k4_v1",
@@ -62,9 +63,10 @@ PROGRESS = 0.25
 
 _ENCODER = "retriever."
 _NORMALIZER = "prompt_normalizer."
-_ROWS_PER_BATCH = 400
-"""Every row and inference prompt fits: one width for all cases, so that they share compiled functions."""
-_TARGETS = 48
+_LENGTHS, _TARGETS = (128, 256, 368, 400), (48, 112, 256)
+"""The few sizes to which the reference's rows are padded, so that cases share compiled functions."""
+_PROMPT_WIDTH = 400
+"""Every inference prompt fits."""
 
 
 @functools.cache
@@ -156,12 +158,11 @@ class GoldenCase:
         indices = np.arange(len(rows))
         longest = max(len(row) for batch in self._rows for row in batch)
         targets = max(len(row.target_ids) for batch in self._rows for row in batch)
-        shape = BucketShape(_shared(longest, _ROWS_PER_BATCH), _shared(targets, _TARGETS), 1)
+        shape = BucketShape(_fitting(longest, _LENGTHS), _fitting(targets, _TARGETS), 1)
         pad_id, width = self.lm.tokenizer.pad_id, self.config.data.max_length
         batch = collate(rows, indices, shape, pad_id) | training_contexts(rows, indices, width, pad_id)
-        if self.objective.contrastive_weight:
-            personas = BleuSimilarity([" ".join(persona) for persona in self._batches[step]["persona_list"]])
-            batch["similar"] = similar_pairs(personas, indices, self.config.objective.bleu_threshold)
+        personas = BleuSimilarity([" ".join(persona) for persona in self._batches[step]["persona_list"]])
+        batch["similar"] = similar_pairs(personas, indices, self.config.objective.bleu_threshold)
         return {name: jnp.asarray(array) for name, array in batch.items()}
 
     def prompts(self, entry: dict[str, Any]) -> list[np.ndarray]:
@@ -171,8 +172,17 @@ class GoldenCase:
 
     def inference_batch(self, entry: dict[str, Any]) -> dict[str, jax.Array]:
         """What the retriever reads of a test entry."""
-        arrays = inference_contexts(self.prompts(entry), self.lm.tokenizer.pad_id, multiple=_ROWS_PER_BATCH)
+        arrays = inference_contexts(self.prompts(entry), self.lm.tokenizer.pad_id, multiple=_PROMPT_WIDTH)
         return {name: jnp.asarray(array) for name, array in arrays.items()}
+
+    @functools.cache  # noqa: B019
+    def step(self, name: str, step: int) -> Any:
+        """`watched_step` at the parameters of ``params_{name}.npz``."""
+        return self.step_at(self.trainable(name), step)
+
+    def step_at(self, trainable: Any, step: int, progress: float = PROGRESS) -> Any:
+        """`watched_step` anywhere, on the batch of a step."""
+        return watched_step(self.model, self.objective, self.lm.params, trainable, self.batch(step), progress)
 
     def scores(self, trainable: Any, batch: dict[str, jax.Array]) -> np.ndarray:
         """The retriever's scores ``[U, K]``."""
@@ -223,8 +233,8 @@ def _dialogue(persona: Sequence[str], context: Sequence[str], target: str) -> Di
     return Dialogue(tuple(persona), tuple(Turn(q, r) for q, r in zip(said[::2], said[1::2], strict=True)))
 
 
-def _shared(size: int, common: int) -> int:
-    return common if size <= common else -(-size // 16) * 16
+def _fitting(size: int, allowed: Sequence[int]) -> int:
+    return next(length for length in allowed if size <= length)
 
 
 _SCORES = jax.jit(batch_scores, static_argnums=0)

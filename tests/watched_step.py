@@ -36,7 +36,8 @@ def watched_step(
     return _step(model, dataclasses.replace(objective, **_BLANK), params, trainable, batch, progress, numbers)
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
+# One level above the other tests' programs: these run several times each, which pays for a longer compilation.
+@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 1})
 def _step(
     model: SelectiveLM, objective: Objective, params: Any, trainable: Any, batch: Any, progress: Any, numbers: Any
 ) -> Any:

@@ -67,7 +67,7 @@ def run(flag_values: flags.FlagValues) -> int:
     runs = [read_run(name.rstrip("/") or name) for name in given["runs"]]
     check_comparable(runs)
     find_baseline(group_by_seed(runs, group=given["group"]), given["baseline"])
-    with ProgressBar("comparing runs", 2 * len(runs)) as bar:
+    with ProgressBar("comparing runs", (3 if given["bertscore"] else 2) * len(runs)) as bar:
         comparison = compare_runs(
             runs,
             baseline=given["baseline"],

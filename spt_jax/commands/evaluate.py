@@ -54,6 +54,7 @@ def run(flag_values: flags.FlagValues) -> int:
         raise UserError("--workdir is missing; give the working directory of a trained run")
     from spt_jax.atomic_file import check_writable
     from spt_jax.commands.restored import heldout_dialogues, open_run
+    from spt_jax.evaluation.bert_score import check_bert_score
     from spt_jax.evaluation.kept_results import kept_results, question
     from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
     from spt_jax.training.checkpoint import Checkpoints
@@ -63,6 +64,8 @@ def run(flag_values: flags.FlagValues) -> int:
     config, _, _ = read_config(workdir)
     options = {name: given[name] for name in ("batch", "bertscore") if given[name] is not None}
     config.evaluation.update(options)
+    if config.evaluation.bertscore:
+        check_bert_score(config.evaluation.bertscore)
     with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
         checkpoint = checkpoints.meta(given["checkpoint"])
     source, dialogues = heldout_dialogues(config, given["data"], given["limit"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -64,7 +64,7 @@ def find_baseline(groups: Sequence[RunGroup], wanted: str) -> int:
 
 
 def bert_of_runs(
-    runs: Sequence[EvaluatedRun], model: str, notes: list[str]
+    runs: Sequence[EvaluatedRun], model: str, notes: list[str], on_step: Callable[[int], None] = lambda runs: None
 ) -> tuple[list[np.ndarray | None], dict[str, str], dict[str, str]]:
     """BERTScore of every run as fractions ``[U, 3]``, None where there is none; definitions; versions of libraries.
 
@@ -72,9 +72,13 @@ def bert_of_runs(
         runs: On the same turns.
         model: Scores them anew with this encoder; else their evaluations' own scores are taken, if made alike.
         notes: Takes a sentence where scores are left out.
+        on_step: Called with 1 after each run that is scored anew.
     """
     if model:
-        found = [bert_scores(run.predictions, run.references, model) for run in runs]
+        found = []
+        for run in runs:
+            found.append(bert_scores(run.predictions, run.references, model))
+            on_step(1)
         scores: list[np.ndarray | None] = [np.asarray(scored.per_pair()) for scored in found]
         return scores, found[0].definitions, found[0].versions
     having = [run for run in runs if run.bert_score is not None]

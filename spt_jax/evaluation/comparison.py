@@ -156,7 +156,8 @@ def compare_runs(
         seed: Of both.
         group: Whether runs that differ in their seed alone share a row.
         bert_score_model: Computes BERTScore anew with this encoder; else the evaluations' own are taken.
-        on_step: Called with a number of runs when they are measured and again when their row is finished.
+        on_step: Called with a number of runs when BERTScore is computed anew, when they are measured, and when their
+            row is finished.
 
     Raises:
         UserError: The runs were not evaluated on the same turns, a run is given twice, or there is no such baseline.
@@ -165,7 +166,7 @@ def compare_runs(
     groups = group_by_seed(runs, group=group)
     base = find_baseline(groups, baseline)
     notes: list[str] = []
-    bert, definitions, versions = bert_of_runs(runs, bert_score_model, notes)
+    bert, definitions, versions = bert_of_runs(runs, bert_score_model, notes, on_step)
     vocabulary: dict[str, int] = {}
     statistics: dict[str, CorpusStatistics] = {}
     for run, scores in zip(runs, bert, strict=True):

@@ -322,7 +322,8 @@ def _html_table(name: str, headers: list[str], rows: list[tuple[str, list[Cell]]
         body.append(f'<tr><th scope="row" style="{_STAYS}">{html.escape(label)}</th>{"".join(shown)}</tr>')
     return (
         f'<div class="scroll" tabindex="0" role="region" aria-label="{html.escape(name)}"><table class="figures">'
-        f'<thead><tr><th scope="col" style="{_STAYS}">Run</th>{head}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
+        f'<thead><tr><th scope="col" style="{_STAYS}">Run</th>{head}</tr></thead>'
+        f"<tbody>{''.join(body)}</tbody></table></div>"
     )
 
 

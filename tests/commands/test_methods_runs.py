@@ -28,10 +28,6 @@ BASICS = {
 }
 SPT_OPTIONS = {
     "bank.init": "clusters",
-    "retriever.kind": "transformer",
-    "retriever.heads": 2,
-    "retriever.feed_forward": 8,
-    "retriever.dropout": 0.1,
     "objective.prompts_per_step": 2,
     "objective.gold_noise": 0.1,
     "objective.annealing": 2.0,
@@ -41,6 +37,13 @@ SPT_OPTIONS = {
     "data.last_turn_only": "true",
     "data.fraction": 0.9,
     "optimizer.retriever_factor": 3.0,
+}
+TRANSFORMER = {
+    "retriever.kind": "transformer",
+    "retriever.heads": 2,
+    "retriever.feed_forward": 8,
+    "retriever.dropout": 0.1,
+    "retriever.share": "false",
 }
 LEAVES = {
     "spt": {"bank", "retriever"},
@@ -80,10 +83,12 @@ RUNS = [
     run_of("spt-options", "spt", SPT_OPTIONS),
     run_of("spt-prefixes", "spt", {"bank.kind": "prefixes", "bank.init": "normal"}),
     run_of("spt", "spt", None, campaign),
+    run_of("spt-transformer", "spt", TRANSFORMER, campaign),
+    run_of("spt-transformer-options", "spt", SPT_OPTIONS | TRANSFORMER, campaign),
     run_of("prompt-tuning", "prompt_tuning", None, campaign),
     run_of("prefix-tuning", "prefix_tuning", None, campaign),
     run_of("prefix-tuning-encoded", "prefix_tuning", {"method.hidden_size": 6}, campaign),
-    run_of("p-tuning", "p_tuning"),
+    run_of("p-tuning", "p_tuning", None, campaign),
     run_of("lora", "lora", LORA),
     run_of("lora-mesh", "lora", LORA | MESH, campaign),
     run_of("full-mesh", "full", MESH),

@@ -15,6 +15,8 @@ from evaluated_folders import references, replies, write_run
 from rich.console import Console
 
 from spt_jax.errors import UserError
+from spt_jax.evaluation import comparability
+from spt_jax.evaluation.bert_score import BertScores
 from spt_jax.evaluation.comparison import PAPER_COLUMNS, Comparison, compare_runs, mean_change, relative_changes
 from spt_jax.evaluation.comparison_tables import csv_text, explanations, html_text, json_value, latex_text, rich_tables
 from spt_jax.evaluation.evaluated_runs import read_run
@@ -176,6 +178,18 @@ def test_perplexities_over_other_tokens_and_other_limits_are_told(tmp_path: Path
     assert f"{len(TURNS)} turns that have a reply, of 99" in notes
     assert "With 12 dialogues" in notes
     assert "no p-value can be below" in notes
+
+
+@pytest.mark.parametrize("model", ["", "an encoder"])
+def test_every_run_is_counted_at_each_stage(runs: list[Path], monkeypatch: pytest.MonkeyPatch, model: str) -> None:
+    constant = np.full(len(TURNS), 0.5)
+    scores = BertScores(constant, constant, constant, 0, {"bert_f1": "x", "bert_p": "x", "bert_r": "x"}, {"bert": "1"})
+    monkeypatch.setattr(comparability, "bert_scores", lambda *_: scores)
+    steps: list[int] = []
+    found = compared(*runs, bert_score_model=model, on_step=steps.append)
+    assert sum(steps) == len(runs) * (3 if model else 2)
+    assert found.rows[1].change.get("bert_f1") == (0.0 if model else None)
+    assert ("bert" in found.versions) == bool(model)
 
 
 def test_bert_scores_made_in_different_ways_are_left_out(tmp_path: Path) -> None:
