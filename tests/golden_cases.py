@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import yaml
+from watched_step import watched_step
 
 from spt_jax.config import Config
 from spt_jax.data.buckets import BucketShape
@@ -24,6 +25,7 @@ from spt_jax.data.similarity import BleuSimilarity
 from spt_jax.interop.official import OfficialTensors
 from spt_jax.interop.official_config import read_official_run
 from spt_jax.interop.official_tree import official_trainable
+from spt_jax.models.decoder import decode, embed, vocabulary_head, vocabulary_logits
 from spt_jax.models.loading import LanguageModel, load_lm
 from spt_jax.prompting.encoder import to_torch
 from spt_jax.prompting.losses import target_losses
@@ -39,9 +41,7 @@ from spt_jax.prompting.selective_lm import (
     target_turn_onehot,
     without_prompt,
 )
-from spt_jax.models.decoder import decode, embed, vocabulary_head, vocabulary_logits
 from spt_jax.training.description import describe, objective_of
-from watched_step import watched_step
 
 CASES = (
     "llama436_gqa_b4_k4_v1",
@@ -241,7 +241,7 @@ _SCORES = jax.jit(batch_scores, static_argnums=0)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _TARGET_LOSSES(model: SelectiveLM, params: Any, trainable: Any, batch: Any, scores: jax.Array) -> Any:  # noqa: N802
+def _TARGET_LOSSES(model: SelectiveLM, params: Any, trainable: Any, batch: Any, scores: jax.Array) -> Any:
     conditions = model.adapter.conditions(model.decoder, params, trainable)
     hidden = target_hidden(model, conditions, batch)
     return target_losses(
@@ -255,7 +255,7 @@ def _TARGET_LOSSES(model: SelectiveLM, params: Any, trainable: Any, batch: Any, 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _LOGITS(model: SelectiveLM, params: Any, trainable: Any, batch: Any) -> Any:  # noqa: N802
+def _LOGITS(model: SelectiveLM, params: Any, trainable: Any, batch: Any) -> Any:
     bank = trainable["bank"]["prompts"]
     num_prompts, front, _ = bank.shape
     rows = join(bank, embed(model.decoder, params, batch["tokens"]))

@@ -84,7 +84,9 @@ def official_terms(
     if options.get("training.annealing_nll"):
         share = torch.softmax(scores.detach().reshape(-1), dim=0).reshape(k, b, 1)
         weights = options["training.annealing_scalar"] * (1 - progress) * share
-        token_losses = token_losses * weights.clamp(options["training.annealing_min"], options["training.annealing_max"])
+        token_losses = token_losses * weights.clamp(
+            options["training.annealing_min"], options["training.annealing_max"]
+        )
     lm_loss = token_losses.sum() / (k * learned_at.sum())
     if options.get("training.selective_loss") is False:
         total = lm_loss
@@ -95,9 +97,7 @@ def official_terms(
     terms |= {"lm": lm_loss, "selection": selection}
     if options["training.ensemble"]:
         fused = (scores[:, :, None, None] * logits).sum(dim=0)
-        each = [
-            functional.cross_entropy(fused[row], rows.labels[row], ignore_index=rows.pad_id) for row in range(b)
-        ]
+        each = [functional.cross_entropy(fused[row], rows.labels[row], ignore_index=rows.pad_id) for row in range(b)]
         terms["fusion"] = torch.stack(each).mean()
         total = total + terms["fusion"]
     if options.get("training.contrastive_metric") == "bleu" and b > 1:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 from unittest import mock
 
@@ -25,19 +24,25 @@ _BLANK = {name: getattr(Objective(), name) for name in _TRACED}
 
 
 def watched_step(
-    model: SelectiveLM, objective: Objective, params: Any, trainable: Any, batch: Any, progress: float = 0.0
+    model: SelectiveLM,
+    objective: Objective,
+    params: Any,
+    trainable: Any,
+    batch: Any,
+    progress: float = 0.0,
+    *,
+    once: bool = False,
 ) -> tuple[Losses, Any, jax.Array]:
     """Losses, gradients shaped like `trainable`, and the total's gradient with respect to the scores ``[D, N, K]``.
 
     Numbers that decide no branch of the objective are arguments of the compiled function, so that cases which differ
-    in them alone share it.
+    in them alone share it. Unless it runs `once`, it is worth a longer compilation than the other tests' programs.
     """
     numbers = {name: getattr(objective, name) for name in _TRACED}
-    return _step(model, dataclasses.replace(objective, **_BLANK), params, trainable, batch, progress, numbers)
+    compiled = _ONCE if once else _OFTEN
+    return compiled(model, dataclasses.replace(objective, **_BLANK), params, trainable, batch, progress, numbers)
 
 
-# One level above the other tests' programs: these run several times each, which pays for a longer compilation.
-@functools.partial(jax.jit, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 1})
 def _step(
     model: SelectiveLM, objective: Objective, params: Any, trainable: Any, batch: Any, progress: Any, numbers: Any
 ) -> Any:
@@ -58,3 +63,7 @@ def _step(
             model, dataclasses.replace(objective, **numbers), params, trainable, batch, progress=progress
         )
     return losses, gradients, seen[0]
+
+
+_ONCE = jax.jit(_step, static_argnums=(0, 1))
+_OFTEN = jax.jit(_step, static_argnums=(0, 1), compiler_options={"xla_backend_optimization_level": 1})

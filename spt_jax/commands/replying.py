@@ -164,6 +164,9 @@ class Responder:
         self.settings = settings
         if settings.prompt is not None and settings.prompt >= self._bank.shape[0]:
             raise UserError(f"--prompt is {settings.prompt}; this run has prompts 0 to {self._bank.shape[0] - 1}")
+        options = run.config
+        self._soft = settings.prompt is None and options.evaluation.selection == "soft" and self._bank.shape[0] > 1
+        self._temperature = options.objective.score_temperature
         tokenizer = run.lm.tokenizer
         self._decode = tokenizer.decode
         self._cut = run.cut
@@ -190,10 +193,11 @@ class Responder:
 
     def replies(self, selections: Sequence[Selection], on_batch: Callable[[int, int], None] | None) -> list[str]:
         """One cut reply a selection, in order; `on_batch` hears (rows done, rows in all)."""
+        bank, prompts = self._fronts(selections)
         ids = self._engine.generate(
-            self._bank,
+            bank,
             [selection.tokens for selection in selections],
-            [selection.prompt for selection in selections],
+            prompts,
             max_new_tokens=self.settings.max_new_tokens,
             rule=self.settings.rule,
             seed=self.settings.seed,
@@ -201,14 +205,24 @@ class Responder:
         )
         return [self._cut(self._decode(row)) for row in ids]
 
+    def _fronts(self, selections: Sequence[Selection]) -> tuple[Any, list[int]]:
+        """The bank and an index into it for each selection; with soft selection, a mixture of its own for each."""
+        if not self._soft:
+            return self._bank, [selection.prompt for selection in selections]
+        from spt_jax.prompting.selective_lm import mixed_prompts
+
+        scores = np.asarray([selection.scores for selection in selections], np.float32)
+        return mixed_prompts(self._bank, scores, self._temperature), list(range(len(selections)))
+
     def stream(self, selection: Selection, *, seed: int, rule: SamplingRule | None = None) -> ReplyStream:
         """The reply to one context, piece by piece; `rule` overrides the settings' rule."""
         from spt_jax.generation.streaming import ReplyStream
 
+        bank, prompts = self._fronts([selection])
         ids = self._engine.stream(
-            self._bank,
+            bank,
             selection.tokens,
-            selection.prompt,
+            prompts[0],
             max_new_tokens=self.settings.max_new_tokens,
             rule=rule or self.settings.rule,
             seed=seed,

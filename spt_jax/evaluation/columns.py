@@ -7,7 +7,6 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,7 +18,7 @@ from spt_jax.evaluation.text_metrics import TextMetrics, text_metrics
 from spt_jax.generation.engine import GenerationEngine
 from spt_jax.models.loading import LanguageModel
 from spt_jax.prompting.adapters import Trainable
-from spt_jax.prompting.selective_lm import SelectiveLM, inference_conditions
+from spt_jax.prompting.selective_lm import SelectiveLM, inference_conditions, mixed_prompts
 
 PERPLEXITY_DEFINITIONS = {
     "perplexity": "exp(total nll under the selected prompt / target tokens), end of sequence included",
@@ -170,7 +169,7 @@ class ColumnEvaluator:
 
         writer = self.writer(model, trainable)
         if self._soft and model.num_prompts > 1:
-            mixed = _mixtures(writer.bank, likelihoods.scores[self.answered] / self._temperature)
+            mixed = mixed_prompts(writer.bank, likelihoods.scores[self.answered], self._temperature)
             replies = dataclasses.replace(writer, bank=mixed).replies(keys, range(len(keys)), on_batch)
         else:
             replies = writer.replies(keys, likelihoods.selected[self.answered].tolist(), on_batch)
@@ -236,8 +235,3 @@ class ReplyWriter:
             on_batch=on_batch,
         )
         return [self.cut(self.decode(row)) for row in ids]
-
-
-def _mixtures(bank: jax.Array, scores: np.ndarray) -> jax.Array:
-    """A prompt a turn: the bank ``[K, P, M]`` mixed by ``softmax_k`` of scores ``[R, K]``, to ``[R, P, M]``."""
-    return jnp.einsum("rk,kpm->rpm", jax.nn.softmax(scores, axis=-1), bank)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from einops import rearrange, repeat
 
 from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_head, vocabulary_logits
@@ -90,6 +91,20 @@ def inference_conditions(model: SelectiveLM, params: FrozenTree, trainable: Trai
     if isinstance(adapter, LowRank) and model.decoder.quantization == "none":
         return adapter.merged(model.decoder, params, trainable)
     return adapter.conditions(model.decoder, params, trainable)
+
+
+def mixed_prompts(bank: jax.Array, scores: jax.Array | np.ndarray, temperature: float) -> jax.Array:
+    """Soft selection: for each of n contexts the bank mixed by ``softmax_k(score / τ_sim)``.
+
+    Args:
+        bank: ``[K, P, M]``.
+        scores: float32 ``[n, K]``.
+        temperature: τ_sim.
+
+    Returns:
+        ``[n, P, M]``.
+    """
+    return jnp.einsum("nk,kpm->npm", jax.nn.softmax(scores / temperature, axis=-1), bank)
 
 
 class TurnScores(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,9 +16,12 @@ import pytest
 from ml_collections import ConfigDict
 from tiny_run import train_arguments, walk
 
+from spt_jax.config import default_config
 from spt_jax.data.template import encode_context
+from spt_jax.generation.replies import cut_reply
 from spt_jax.models.decoder import random_params
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.prompting.adapters import Conditions
 
 
 class ByteTokenizer:
@@ -61,15 +64,23 @@ class FakeRun:
 
     @property
     def config(self) -> ConfigDict:
-        return ConfigDict()
+        return default_config()
 
     @property
     def lm(self) -> Any:
         return _tiny_lm()
 
     @cached_property
-    def trainable(self) -> dict[str, Any]:
-        return {"bank": {"prompts": jax.random.normal(jax.random.key(1), (self.prompts, 2, 8))}}
+    def conditions(self) -> Conditions:
+        return Conditions(self.lm.params, jax.random.normal(jax.random.key(1), (self.prompts, 2, 8)))
+
+    @property
+    def cut(self) -> Callable[[str], str]:
+        return cut_reply
+
+    @property
+    def stop_ids(self) -> Sequence[int]:
+        return self.lm.tokenizer.stop_ids
 
     def score_contexts(self, contexts: Sequence[Sequence[int]]) -> np.ndarray:
         favourites = np.asarray([len(context) % self.prompts for context in contexts])

@@ -57,7 +57,7 @@ def test_replies_are_those_of_generate_behind_the_selected_prompt(talk, fake_run
     selected = len(context) % 3
     lm, tokenizer = fake_run.lm, fake_run.lm.tokenizer
     engine = GenerationEngine(lm.config, lm.params, eos_ids=[tokenizer.eos_id], pad_id=tokenizer.pad_id)
-    ids = engine.generate(fake_run.trainable["bank"]["prompts"], [context], [selected], max_new_tokens=12)[0]
+    ids = engine.generate(fake_run.conditions.bank, [context], [selected], max_new_tokens=12)[0]
     expected = "".join(c for c in cut_reply(tokenizer.decode(ids)) if c.isprintable())
     assert expected
     assert printed.splitlines()[0].startswith(f"prompt {selected} answers; scores 0: 0.")

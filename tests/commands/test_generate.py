@@ -45,7 +45,7 @@ def test_replies_keep_the_order_and_the_fields_of_the_input(reply_to, fake_run):
         context = fake_run.encode_context(request["persona"], request["history"])
         assert answer["selected"] == len(context) % 3
         assert answer["scores"] == fake_run.score_contexts([context])[0].tolist()
-        bank = fake_run.trainable["bank"]["prompts"]
+        bank = fake_run.conditions.bank
         ids = engine.generate(bank, [context], [answer["selected"]], max_new_tokens=10)[0]
         assert answer["reply"] == cut_reply(tokenizer.decode(ids))
 

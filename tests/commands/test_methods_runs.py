@@ -95,13 +95,26 @@ RUNS = [
     run_of("full-bfloat16", "full", {"model.dtype": "bfloat16"}, campaign),
     run_of("zero-shot", "zero_shot", None, campaign),
     run_of("few-shot", "few_shot"),
+    run_of("zero-shot-chat", "zero_shot", {"data.template": "chat"}),
+    run_of("spt-chat", "spt", {"data.template": "chat", "evaluation.selection": "soft"}, campaign),
     run_of("lora-persona", "lora", {"data.task": "persona"}, campaign),
 ]
 
 
+CHAT = (
+    "{{ bos_token }}{% for message in messages %}{{ '[' + message['role'] + '] ' + message['content'] }}"
+    "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '[assistant] ' }}{% endif %}"
+)
+
+
 def arguments(folder: Path, workdir: Path, options: dict[str, Any]) -> list[str]:
+    """What trains a tiny LM, which has a chat template, in `folder`."""
     given = BASICS | options
-    return [*train_arguments(folder, workdir=workdir), *(f"--config.{name}={value}" for name, value in given.items())]
+    words = train_arguments(folder, workdir=workdir)
+    tokenizer = folder / "lm" / "tokenizer_config.json"
+    tokenizer.write_text(json.dumps(json.loads(tokenizer.read_text()) | {"chat_template": CHAT}))
+    return [*words, *(f"--config.{name}={value}" for name, value in given.items())]
 
 
 def lines_of(path: Path) -> list[dict[str, Any]]:

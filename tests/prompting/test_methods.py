@@ -54,8 +54,15 @@ def start(name: str) -> Any:
 
 
 @functools.cache
+def batch_of(layout: str, order: tuple[int, ...] | None = None) -> dict[str, jax.Array]:
+    """The two shortest dialogues, or their five turns and a row of padding."""
+    batch = tiny.packed(layout, tiny.DIALOGUES[2:]).batch(order, rows=6 if layout == "turn" else 0)
+    return {name: x for name, x in batch.items() if name != "similar"}
+
+
+@functools.cache
 def run(name: str, layout: str = "dialogue", micro_batches: int = 1) -> Any:
-    batch = {key: x for key, x in tiny.packed(layout).batch().items() if key != "similar"}
+    batch = batch_of(layout)
     # The whole LM is its own frozen tree's replacement: that one may be empty.
     frozen = {} if name == "full" else tiny.params()
     return tiny.STEP(model_of(ADAPTERS[name]), LM_ALONE, frozen, start(name), batch, micro_batches)
@@ -99,8 +106,7 @@ def test_one_device_equals_eight(name):
     frozen = {} if name == "full" else jax.device_put(tiny.params(), layout)
     shardings = state_shardings(start(name), optimizer, mesh, own)
     step = make_train_step(model, LM_ALONE, optimizer, mesh, 2, shardings=shardings)
-    order = [0, -1, 1, -1, 2, -1, 3, -1]
-    batch = {key: np.asarray(x) for key, x in tiny.packed("dialogue").batch(order).items() if key != "similar"}
+    batch = jax.tree.map(np.asarray, batch_of("dialogue", (0, -1, -1, -1, -1, -1, 1, -1)))
     state, metrics = step(state, frozen, place_batch(mesh, batch))
     losses, gradients = run(name)
     assert float(metrics["loss/total"]) == pytest.approx(float(losses.total), rel=1e-5)
@@ -139,7 +145,7 @@ def made_by_products(adapter: Any, retriever: RetrieverConfig | None, objective:
     model = SelectiveLM(tiny.CONFIG, adapter, retriever, max_logit_rows=64)
     tree = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     step = functools.partial(losses_and_gradients, model, objective)
-    traced = jax.make_jaxpr(step)(tiny.params(), tree, tiny.packed("dialogue").batch())
+    traced = jax.make_jaxpr(step)(tiny.params(), tree, batch_of("dialogue"))
     return {
         tuple(sorted(out.aval.shape))
         for equation in equations(traced.jaxpr)
@@ -160,7 +166,7 @@ SCORE = jax.jit(score_turns, static_argnums=0)
 
 
 def test_low_rank_updates_of_zero_and_untrained_weights_are_the_lm_itself():
-    batch = tiny.packed("dialogue").batch()
+    batch = batch_of("dialogue")
     bare = SCORE(model_of(Nothing()), tiny.params(), {}, batch)
     for name in ("lora", "full"):
         model = model_of(ADAPTERS[name])
@@ -170,7 +176,7 @@ def test_low_rank_updates_of_zero_and_untrained_weights_are_the_lm_itself():
 
 
 def test_a_trained_whole_model_is_what_is_scored_and_not_the_frozen_one():
-    batch = tiny.packed("dialogue").batch()
+    batch = batch_of("dialogue")
     other = {"lm": tiny.params(seed=5)}
     expected = SCORE(model_of(Nothing()), other["lm"], {}, batch)
     found = SCORE(model_of(WholeModel()), tiny.params(), other, batch)
@@ -178,7 +184,7 @@ def test_a_trained_whole_model_is_what_is_scored_and_not_the_frozen_one():
 
 
 def test_prompt_tuning_is_selective_prompt_tuning_with_one_prompt_and_no_other_loss():
-    batch = tiny.packed("dialogue").batch()
+    batch = batch_of("dialogue")
     adapter = SoftPrompts(1, 4, stddev=0.5)
     chosen = SelectiveLM(tiny.CONFIG, adapter, RetrieverConfig(), max_logit_rows=64)
     tree = chosen.init(jax.random.key(1))
