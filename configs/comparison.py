@@ -12,7 +12,7 @@ from spt_jax.config import default_config
 
 METHODS = {
     "zero_shot": {"method.kind": "zero_shot"},
-    "few_shot": {"method.kind": "few_shot", "method.shots": 2, "data.max_length": 1024},
+    "few_shot": {"method.kind": "few_shot", "data.max_length": 1024},
     "prompt_tuning": {"method.kind": "prompt_tuning"},
     "prefix_tuning": {"method.kind": "prefix_tuning", "bank.init_stddev": 0.1},
     "p_tuning": {"method.kind": "p_tuning"},

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import math
 import re
+import runpy
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ FILES = sorted(path.name for path in FOLDER.glob("*.py"))
 SHAPES = {
     "common.py": "smollm2-135m",
     "quickstart.py": "smollm2-135m",
+    "comparison.py": "smollm2-135m",
     "convai2_smollm2.py": "smollm2-135m",
     "convai2_opt_125m.py": "opt-125m",
     "convai2_opt_1_3b.py": "opt-1.3b",
@@ -86,7 +88,25 @@ def test_a_config_is_valid_and_tells_its_command(name: str) -> None:
     text = ast.get_docstring(ast.parse((FOLDER / name).read_text(encoding="utf-8"))) or ""
     if name == "quickstart.py":
         return  # its command is launch/quickstart.sh
-    assert f"--config=configs/{name} --workdir=" in text
+    assert re.search(rf"--config=configs/{re.escape(name)}(:\w+)? --workdir=", text)
+
+
+COMPARISON = runpy.run_path(str(FOLDER / "comparison.py"))
+
+
+@pytest.mark.parametrize("method", COMPARISON["METHODS"])
+def test_a_method_of_the_comparison_is_valid_and_differs_in_what_it_says_alone(method: str) -> None:
+    common, config = flatten(get_config("comparison.py:spt")), get_config(f"comparison.py:{method}")
+    validate(config)
+    differing = {name for name, value in flatten(config).items() if value != common[name]}
+    assert differing == set(COMPARISON["METHODS"][method])
+
+
+def test_every_method_of_the_comparison_has_as_many_trials_of_its_learning_rate() -> None:
+    rates = COMPARISON["LEARNING_RATES"]
+    assert len({len(tried) for tried in rates.values()}) == 1
+    learning = {name.split("_")[0] if name.startswith("spt") else name for name in COMPARISON["METHODS"]}
+    assert learning - {"zero_shot", "few_shot"} == set(rates)
 
 
 @pytest.mark.parametrize("name", SHAPES)

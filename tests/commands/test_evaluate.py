@@ -10,6 +10,7 @@ import pytest
 from tiny_run import TALK, walk, write_dialogues
 
 from spt_jax.commands.main import main
+from spt_jax.data.template import PlainTemplate
 from spt_jax.models.decoder import decode, embed, vocabulary_logits
 from spt_jax.models.loading import load_lm
 
@@ -153,9 +154,7 @@ def test_the_training_file_is_not_needed_once_there_are_test_dialogues(trained, 
 
 
 def test_control_characters_of_a_reply_never_reach_the_terminal(copy_of, capsys, monkeypatch):
-    from spt_jax.evaluation import columns
-
-    monkeypatch.setattr(columns, "cut_reply", lambda text: "\x1b[2Jboo")
+    monkeypatch.setattr(PlainTemplate, "cut", lambda self, text: "\x1b[2Jboo")
     walk("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=1", "--limit=1")
     said = capsys.readouterr().out
     assert "answers: [2Jboo" in said

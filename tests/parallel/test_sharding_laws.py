@@ -125,7 +125,7 @@ def folded_rows_a_device(mesh: Mesh, model: SelectiveLM) -> set[int]:
     """First sizes of the activations ``[D·K, P+T, ...]`` in one device's compiled program."""
     step = make_train_step(model, OBJECTIVE, optax.sgd(RATE), mesh)
     placed = place_batch(mesh, host_batch())
-    length = placed["tokens"].shape[1] + model.prompt_length
+    length = placed["tokens"].shape[1] + model.adapter.prompt_length
     text = step.lower(start(mesh), sharded_params(mesh), placed).compile().as_text()
     return {int(rows) for rows in re.findall(rf"f32\[(\d+),{length},\d+\]", text)}
 
