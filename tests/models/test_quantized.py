@@ -232,7 +232,9 @@ def placed(mesh: Any, config: DecoderConfig, params: Any) -> Any:
     return jax.tree.map(one, abstract_params(config), params, is_leaf=is_boxed)
 
 
-@pytest.mark.parametrize(("kind", "fsdp", "tensor"), [("int8", 2, 4), ("int4", 4, 2)])
+@pytest.mark.parametrize(
+    ("kind", "fsdp", "tensor"), [pytest.param("int8", 2, 4, marks=pytest.mark.campaign), ("int4", 4, 2)]
+)
 def test_eight_devices_train_as_one_does(kind: str, fsdp: int, tensor: int) -> None:
     config = quantised(kind, hidden_size=128, num_attention_heads=4, num_key_value_heads=4)
     model = dataclasses.replace(tiny.MODEL, decoder=config)
