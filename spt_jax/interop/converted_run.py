@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import jax
 
 from spt_jax.errors import UserError
-from spt_jax.interop.whole_folder import check_new_folder
+from spt_jax.interop.whole_folder import check_new_folder, new_folder
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.training.checkpoint import Checkpoints, tree_shapes
 from spt_jax.training.experiment import Experiment
@@ -63,34 +58,9 @@ def write_converted_run(workdir: Path, experiment: Experiment, trainable: Traina
     initial = initial_trainable(config, experiment.model, lm.params, lm.tokenizer)
     state = init_state(trainable, make_optimizer(config.optimizer, max(1, config.train.steps)), experiment.mesh)
     meta = {"lm": lm.identity.to_dict(), "tokenizer": lm.tokenizer.fingerprint}
-    with _new_folder(workdir) as folder:
+    with new_folder(workdir) as folder:
         claim_workdir(folder, config, lm.identity, lm.tokenizer.fingerprint)
         write_initial(folder, initial)
         with Checkpoints(folder / CHECKPOINT_FOLDER) as checkpoints:
             save(checkpoints, state, meta, None)
             checkpoints.wait()
-
-
-@contextlib.contextmanager
-def _new_folder(path: Path) -> Iterator[Path]:
-    """A temporary neighbour that becomes `path` at the end; a failure leaves nothing, folders around it included."""
-    path = path.absolute()
-    missing = [folder for folder in path.parents if not folder.exists()]
-    temporary = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-        yield temporary
-        mask = os.umask(0)
-        os.umask(mask)
-        temporary.chmod(0o777 & ~mask)
-        temporary.replace(path)
-    except BaseException as error:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-        for folder in missing:
-            with contextlib.suppress(OSError):
-                folder.rmdir()
-        if isinstance(error, OSError):
-            raise UserError(f"the folder {path} cannot be written: {error.strerror or error}") from error
-        raise
