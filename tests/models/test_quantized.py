@@ -186,7 +186,15 @@ def test_logits_and_prompt_gradients_equal_those_of_the_dequantised_weights(fami
     assert np.abs(found[1]).max() > 0
 
 
-@pytest.mark.parametrize(("remat", "kind"), [("none", "int8"), ("none", "int4"), ("dots", "int4"), ("full", "int8")])
+@pytest.mark.parametrize(
+    ("remat", "kind"),
+    [
+        ("none", "int4"),
+        ("full", "int8"),
+        pytest.param("none", "int8", marks=pytest.mark.campaign),
+        pytest.param("dots", "int4", marks=pytest.mark.campaign),
+    ],
+)
 def test_backward_pass_keeps_integers_for_kernels_and_the_same_activations(remat: str, kind: str) -> None:
     embeddings = jnp.concatenate([PROMPTS, embed(tiny.CONFIG, tiny.params(), TOKENS)], 1)
     positions = jnp.broadcast_to(jnp.arange(10), (2, 10))
