@@ -187,10 +187,11 @@ def _method_relations(config: Any) -> list[str]:
     if spt and config.bank.kind == "prefixes":
         problems += _needs(config, "bank.init", ("normal",), "bank.kind = prefixes")
         problems += _needs(config, "evaluation.selection", ("hard",), "bank.kind = prefixes")
-    if spt and not 0 <= o.prompts_per_step <= config.bank.num_prompts:
+    # With m = 1 of several only favourites would learn: weights of 1 / chance cannot stand for prompts never drawn.
+    if spt and o.prompts_per_step not in (0, *range(2, config.bank.num_prompts + 1), config.bank.num_prompts):
         problems.append(
-            f"objective.prompts_per_step is {o.prompts_per_step}; allowed: up to bank.num_prompts "
-            f"({config.bank.num_prompts}), or 0 for all"
+            f"objective.prompts_per_step is {o.prompts_per_step}; allowed: 0 for all, or 2 up to bank.num_prompts "
+            f"({config.bank.num_prompts})"
         )
     terms = ("lm_weight", "selection_weight", "contrastive_weight", "fusion_weight")
     if spt and not any(o[term] for term in terms):

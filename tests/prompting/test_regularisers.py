@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +142,8 @@ def flops(fusion_weight: float) -> float:
     objective = Objective(0.4, 0.4, fusion_weight)
     model = dataclasses.replace(tiny.MODEL, max_logit_rows=10**6)
     batch = tiny.packed("dialogue").batch()
-    return tiny.STEP.lower(model, objective, tiny.params(), tiny.trainable(), batch).cost_analysis()["flops"]
+    cost: Any = tiny.STEP.lower(model, objective, tiny.params(), tiny.trainable(), batch).cost_analysis()
+    return cost["flops"]
 
 
 def test_without_a_weight_the_fusion_loss_is_not_computed():

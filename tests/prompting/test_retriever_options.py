@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
@@ -12,6 +14,7 @@ import tiny
 from spt_jax.config import default_config
 from spt_jax.data.dialogue import Dialogue, Turn
 from spt_jax.errors import UserError
+from spt_jax.prompting.adapters import SoftPrompts
 from spt_jax.prompting.retriever import Contexts, RetrieverConfig
 from spt_jax.prompting.selective_lm import batch_contexts, batch_scores, retriever_scores
 from spt_jax.training.initial import initial_trainable
@@ -55,7 +58,7 @@ def test_a_later_token_changes_no_earlier_turns_score_of_a_transformer():
     tree = model.init(jax.random.key(1))
     keys = jax.random.split(jax.random.key(2), 2)
     text = jax.random.normal(keys[0], (1, 20, 32))
-    lengths = np.array([[6, 11, 20]], np.int32)
+    lengths = jnp.array([[6, 11, 20]], jnp.int32)
     other = text.at[:, 11:].set(jax.random.normal(keys[1], (1, 9, 32)))
     a, b = (np.asarray(SCORES(model, tree, Contexts.of(x, lengths)))[0] for x in (text, other))
     np.testing.assert_array_equal(a[:2], b[:2])
@@ -85,10 +88,10 @@ def test_scores_are_the_same_in_both_layouts(config):
 def clustered(seed: int, dialogues=None, prompts: int = 4) -> np.ndarray:
     config = default_config()
     config.bank.init, config.bank.num_prompts, config.bank.prompt_length, config.seed = "clusters", prompts, 4, seed
-    adapter = dataclasses.replace(tiny.MODEL.adapter, num_prompts=prompts)
-    model = dataclasses.replace(tiny.MODEL, adapter=adapter)
+    model = dataclasses.replace(tiny.MODEL, adapter=SoftPrompts(prompts, 4))
     people = tuple(Dialogue((f"i am {word} and like {word} a lot",), (Turn("hi", "ho"),)) for word in WORDS)
-    tree = initial_trainable(config, model, tiny.params(), tiny.CharacterEncoder(), dialogues or people)
+    encoder: Any = tiny.CharacterEncoder()
+    tree = initial_trainable(config, model, tiny.params(), encoder, dialogues or people)
     return np.asarray(tree["bank"]["prompts"])
 
 

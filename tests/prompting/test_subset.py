@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,8 @@ import pytest
 import tiny
 from scipy.stats import binomtest
 
+from spt_jax.config import default_config, validate
+from spt_jax.errors import UserError
 from spt_jax.prompting import objective as objective_module
 from spt_jax.prompting.adapters import SoftPrompts
 from spt_jax.prompting.objective import LM_ALONE, Objective, losses_and_gradients
@@ -147,7 +150,7 @@ def test_random_steps_estimate_the_full_loss_and_gradient_without_bias_and_repea
     assert (np.abs(samples.mean(axis=0) - expected) < 4 * errors).all()
 
 
-def lowered(num_prompts: int, size: int):
+def lowered(num_prompts: int, size: int) -> Any:
     model = SelectiveLM(tiny.CONFIG, SoftPrompts(num_prompts, 4), tiny.MODEL.retriever_config, max_logit_rows=10**6)
     objective = dataclasses.replace(Objective(), prompts_per_step=size)
     tree = jax.eval_shape(lambda: model.init(jax.random.key(0)))
@@ -163,3 +166,20 @@ def test_two_of_eight_prompts_cost_what_two_cost():
 
 def test_all_of_the_prompts_are_the_same_program_as_no_subset():
     assert lowered(3, 3).as_text() == lowered(3, 0).as_text()
+
+
+@pytest.mark.parametrize(("num_prompts", "size"), [(4, 1), (4, 5), (1, 2)])
+def test_a_size_that_estimates_nothing_is_refused(num_prompts, size):
+    config = default_config()
+    config.bank.num_prompts, config.objective.prompts_per_step = num_prompts, size
+    with pytest.raises(
+        UserError, match=rf"prompts_per_step is {size}; allowed: 0 for all, or 2 up to .*\({num_prompts}\)"
+    ):
+        validate(config)
+
+
+@pytest.mark.parametrize(("num_prompts", "size"), [(4, 0), (4, 2), (4, 4), (1, 1), (1, 0)])
+def test_a_size_of_two_or_more_is_allowed(num_prompts, size):
+    config = default_config()
+    config.bank.num_prompts, config.objective.prompts_per_step = num_prompts, size
+    validate(config)
