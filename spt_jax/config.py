@@ -78,7 +78,7 @@ def default_config() -> Config:
     c.objective.annealing_min = 0.0  # Lower bound of those weights
     c.objective.annealing_max = 1.0  # Upper bound of those weights
     c.objective.balance_weight = 0.0  # Weight of a load-balancing loss against selection that collapses; 0 is off
-    c.objective.prompts_per_step = 0  # m < K prompts that a dialogue trains in a step; 0 for all K
+    c.objective.prompts_per_step = 0  # m prompts that a dialogue trains in a step, 2 to K; 0 for all K
     c.objective.bleu_threshold = 20.0  # Γ: turns whose texts have a higher sentence BLEU count as similar
     c.objective.pair_text = "persona"  # Text of the BLEU: persona (authors' program) or context (the paper)
     c.objective.pairs = "across"  # Contrastive pairs: across dialogues, or all

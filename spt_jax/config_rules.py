@@ -193,6 +193,9 @@ def _method_relations(config: Any) -> list[str]:
             f"objective.prompts_per_step is {o.prompts_per_step}; allowed: 0 for all, or 2 up to bank.num_prompts "
             f"({config.bank.num_prompts})"
         )
+    if spt and o.prompts_per_step:
+        # The fusion loss scales a subset's scores by their sum, which must not come near 0.
+        problems += _needs(config, "retriever.activation", ("softplus", "relu"), "objective.prompts_per_step")
     terms = ("lm_weight", "selection_weight", "contrastive_weight", "fusion_weight")
     if spt and not any(o[term] for term in terms):
         problems.append("every weight of the section objective is 0, so there is nothing to learn")

@@ -176,3 +176,10 @@ def test_public_names_of_the_module_are_described():
     for name, member in inspect.getmembers(module, inspect.isfunction):
         if member.__module__ == module.__name__ and not name.startswith("_"):
             assert member.__doc__, name
+
+
+def test_a_subset_of_prompts_does_not_go_with_scores_that_may_cancel():
+    config = from_dict({"objective": {"prompts_per_step": 2}})
+    config.retriever.activation = "leaky_relu"
+    with pytest.raises(UserError, match=r"retriever\.activation is 'leaky_relu'; allowed with objective\.prompts_per"):
+        validate(config)
