@@ -7,8 +7,12 @@ Run it in an environment where spt_jax is installed:
 
 For every method of `configs/comparison.py` that is asked for, each of its learning rates is tried with the first seed,
 and the one with the lowest perplexity on the development dialogues is taken for all seeds; the test dialogues are seen
-once, by `evaluate`. Runs lie in OUT/METHOD/lr_RATE/seed_SEED; one that is there already is resumed or reused, so the
+once, by `evaluate`. Options of SPT beyond the paper (`--options`) take the rate that was chosen for `spt`, so they have
+no trials of their own. Runs lie in OUT/METHOD/lr_RATE/seed_SEED; one that is there already is resumed or reused, so the
 program may be stopped and started again. What was tried, and what was taken, is in OUT/trials.json.
+
+With --jobs=N, N runs share the machine, and what each prints is in OUT/logs. Several on one GPU need
+XLA_PYTHON_CLIENT_PREALLOCATE=false, and JAX_COMPILATION_CACHE_DIR lets them share what is compiled.
 """
 
 from __future__ import annotations
@@ -19,7 +23,12 @@ import math
 import runpy
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Lock, Semaphore
+from typing import Any
 
 HERE = Path(__file__).resolve().parent.parent
 CONFIG = HERE / "configs" / "comparison.py"
@@ -29,23 +38,20 @@ def main() -> None:
     """Runs the comparison."""
     arguments = _arguments()
     described = runpy.run_path(str(CONFIG))
-    unknown = [method for method in arguments.methods if method not in described["METHODS"]]
-    if unknown:
-        sys.exit(f"comparison: there is no method {unknown[0]!r}; allowed: {', '.join(described['METHODS'])}")
+    for method in (*arguments.methods, *arguments.options):
+        if method not in described["METHODS"]:
+            sys.exit(f"comparison: there is no method {method!r}; allowed: {', '.join(described['METHODS'])}")
+    if arguments.options and "spt" not in arguments.methods:
+        sys.exit("comparison: --options take the learning rate that is chosen for spt; add spt to --methods")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    runs: list[Path] = []
-    trials: dict[str, dict[str, float]] = {}
-    for method in arguments.methods:
-        rates = described["LEARNING_RATES"].get("spt" if method.startswith("spt") else method, (None,))
-        trials[method] = {str(rate): _trial(arguments, method, rate) for rate in rates}
-        (arguments.out / "trials.json").write_text(json.dumps(trials, indent=2) + "\n", encoding="utf-8")
-        best = min(rates, key=lambda rate: trials[method][str(rate)])
-        # What learns nothing has no seeds.
-        for seed in arguments.seeds if best is not None else arguments.seeds[:1]:
-            runs.append(_train(arguments, method, best, seed))
-            _spt_jax("evaluate", f"--workdir={runs[-1]}", "--nobaselines", "--reuse", *_bertscore(arguments))
+    comparison = _Comparison(arguments, described["LEARNING_RATES"])
+    runs = comparison.run()
+    if arguments.runs_only:
+        return
     baseline = [f"--baseline={run}" for run in runs if run.parts[-3] == arguments.baseline][:1]
-    _spt_jax("compare", *map(str, runs), *baseline, f"--out={arguments.out / 'table'}")
+    encoder = [f"--bertscore={arguments.bertscore}"] if arguments.bertscore else []
+    table = ["compare", *map(str, runs), *baseline, f"--out={arguments.out / 'table'}", *encoder]
+    sys.exit(subprocess.run([sys.executable, "-m", "spt_jax", *table], check=False).returncode)
 
 
 def _arguments() -> argparse.Namespace:
@@ -54,30 +60,113 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--test", type=Path, required=True, help="test dialogues, a ConvAI2 file")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")
     parser.add_argument("--methods", nargs="+", default=["zero_shot", "prompt_tuning", "lora", "spt"])
+    parser.add_argument("--options", nargs="*", default=[], help="options of SPT, at the rate chosen for spt")
     parser.add_argument("--baseline", default="prompt_tuning", help="method that the others are compared with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--dialogues", type=int, default=0, help="training dialogues; 0 for all")
     parser.add_argument("--test_dialogues", type=int, default=0, help="test dialogues; 0 for all")
     parser.add_argument("--bertscore", default="", help="encoder of BERTScore; empty for none")
+    parser.add_argument("--runs_only", action="store_true", help="leave the table to spt-jax compare")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("overrides", nargs="*", help="--config.NAME=VALUE, for every run, behind --")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.jobs < 1:
+        parser.error(f"--jobs is {arguments.jobs}; allowed: 1 or more")
+    return arguments
 
 
-def _bertscore(arguments: argparse.Namespace) -> list[str]:
-    return [f"--bertscore={arguments.bertscore}"] if arguments.bertscore else []
+class _Comparison:
+    """The runs of one comparison; those that need nothing of one another go side by side.
 
+    Args:
+        arguments: The program's.
+        rates: Learning rates to try, by method.
+    """
 
-def _train(arguments: argparse.Namespace, method: str, rate: float | None, seed: int) -> Path:
-    workdir = arguments.out / method / f"lr_{rate}" / f"seed_{seed}"
-    options = [
-        f"--config.seed={seed}",
-        f"--config.data.train={arguments.train.resolve()}",
-        f"--config.data.test={_test_file(arguments)}",
-        f"--config.data.limit={arguments.dialogues}",
-        *([] if rate is None else [f"--config.optimizer.learning_rate={rate}"]),
-    ]
-    _spt_jax("train", f"--config={CONFIG}:{method}", f"--workdir={workdir}", *options, *arguments.overrides)
-    return workdir
+    def __init__(self, arguments: argparse.Namespace, rates: dict[str, tuple[float, ...]]) -> None:
+        self._arguments, self._rates = arguments, rates
+        self._places = Semaphore(arguments.jobs)
+        self._lock = Lock()
+        self._trials: dict[str, dict[str, Any]] = {}
+        self._test = _test_file(arguments)
+        self._begun = time.monotonic()
+
+    def run(self) -> list[Path]:
+        """Tries, trains and evaluates everything; returns the evaluated runs in the order of the methods."""
+        methods, options = self._arguments.methods, self._arguments.options
+        with ThreadPoolExecutor(len(methods) + len(options)) as pool:
+            chosen = {method: pool.submit(self._chosen_rate, method) for method in methods}
+            tuned = {method: method for method in methods} | dict.fromkeys(options, "spt")
+            done = {name: pool.submit(self._seeds, name, chosen[own].result) for name, own in tuned.items()}
+            return [run for name in done for run in done[name].result()]
+
+    def _seeds(self, method: str, rate_of: Callable[[], float | None]) -> list[Path]:
+        rate = rate_of()
+        # What learns nothing has no seeds.
+        seeds = self._arguments.seeds if rate is not None else self._arguments.seeds[:1]
+        with ThreadPoolExecutor(len(seeds)) as pool:
+            return list(pool.map(lambda seed: self._evaluated(method, rate, seed), seeds))
+
+    def _chosen_rate(self, method: str) -> float | None:
+        """The rate with the lowest development perplexity; None for a method that learns nothing."""
+        rates = self._rates.get("spt" if method.startswith("spt") else method)
+        if rates is None:
+            return None
+        with ThreadPoolExecutor(len(rates)) as pool:
+            found = dict(zip(rates, pool.map(lambda rate: self._trial(method, rate), rates), strict=True))
+        best = min(rates, key=found.__getitem__)
+        with self._lock:
+            tried = {str(rate): perplexity for rate, perplexity in found.items()}
+            self._trials[method] = {"development perplexity": tried, "chosen": best}
+            text = json.dumps(self._trials, indent=2) + "\n"
+            (self._arguments.out / "trials.json").write_text(text, encoding="utf-8")
+        return best
+
+    def _trial(self, method: str, rate: float) -> float:
+        """The development perplexity that a rate ends with, for the first seed."""
+        workdir = self._trained(method, rate, self._arguments.seeds[0])
+        rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+        perplexities = [row["development/perplexity"] for row in rows if "development/perplexity" in row]
+        return perplexities[-1] if math.isfinite(perplexities[-1]) else math.inf
+
+    def _evaluated(self, method: str, rate: float | None, seed: int) -> Path:
+        workdir = self._trained(method, rate, seed)
+        self._spt_jax("evaluate", f"--workdir={workdir}", "--nobaselines", "--reuse")
+        return workdir
+
+    def _trained(self, method: str, rate: float | None, seed: int) -> Path:
+        arguments = self._arguments
+        workdir = arguments.out / method / f"lr_{rate}" / f"seed_{seed}"
+        options = [
+            f"--config.seed={seed}",
+            f"--config.data.train={arguments.train.resolve()}",
+            f"--config.data.test={self._test}",
+            f"--config.data.limit={arguments.dialogues}",
+            *([] if rate is None else [f"--config.optimizer.learning_rate={rate}"]),
+        ]
+        self._spt_jax("train", f"--config={CONFIG}:{method}", f"--workdir={workdir}", *options, *arguments.overrides)
+        return workdir
+
+    def _spt_jax(self, door: str, *flags: str) -> None:
+        with self._places:
+            command = [sys.executable, "-m", "spt_jax", door, *flags]
+            if self._arguments.jobs == 1:
+                code = subprocess.run(command, check=False).returncode
+            else:
+                code = self._logged(door, command)
+        if code:
+            sys.exit(code)
+
+    def _logged(self, door: str, command: list[str]) -> int:
+        workdir = next(Path(flag.split("=", 1)[1]) for flag in command if flag.startswith("--workdir="))
+        name = "-".join((*workdir.parts[-3:], door))
+        log = self._arguments.out / "logs" / f"{name}.txt"
+        log.parent.mkdir(exist_ok=True)
+        with log.open("w", encoding="utf-8") as stream:
+            code = subprocess.run(command, check=False, stdout=stream, stderr=subprocess.STDOUT).returncode
+        outcome = "done" if code == 0 else f"failed, see {log}"
+        print(f"{time.monotonic() - self._begun:6.0f} s  {name}: {outcome}", flush=True)
+        return code
 
 
 def _test_file(arguments: argparse.Namespace) -> Path:
@@ -94,20 +183,6 @@ def _test_file(arguments: argparse.Namespace) -> Path:
             lines.append(line)
         path.write_text("".join(lines), encoding="utf-8")
     return path.resolve()
-
-
-def _trial(arguments: argparse.Namespace, method: str, rate: float | None) -> float:
-    """The development perplexity that a rate ends with, for the first seed."""
-    workdir = _train(arguments, method, rate, arguments.seeds[0])
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    perplexities = [row["development/perplexity"] for row in rows if "development/perplexity" in row]
-    return perplexities[-1] if math.isfinite(perplexities[-1]) else math.inf
-
-
-def _spt_jax(*arguments: str) -> None:
-    done = subprocess.run([sys.executable, "-m", "spt_jax", *arguments], check=False)
-    if done.returncode:
-        sys.exit(done.returncode)
 
 
 if __name__ == "__main__":
