@@ -21,6 +21,8 @@ METHODS = {
     "spt": {},
     "spt_balanced": {"objective.balance_weight": 0.5},
     "spt_clusters": {"bank.init": "clusters"},
+    "spt_balanced_clusters": {"objective.balance_weight": 0.5, "bank.init": "clusters"},
+    "spt_one_rate": {"optimizer.retriever_factor": 1.0},
     "spt_16_of_4": {"bank.num_prompts": 16, "objective.prompts_per_step": 4},
     "spt_soft": {"evaluation.selection": "soft"},
 }

@@ -124,14 +124,16 @@ class _Comparison:
 
     def _trial(self, method: str, rate: float) -> float:
         """The development perplexity that a rate ends with, for the first seed."""
-        workdir = self._trained(method, rate, self._arguments.seeds[0])
+        with self._places:
+            workdir = self._trained(method, rate, self._arguments.seeds[0])
         rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         perplexities = [row["development/perplexity"] for row in rows if "development/perplexity" in row]
         return perplexities[-1] if math.isfinite(perplexities[-1]) else math.inf
 
     def _evaluated(self, method: str, rate: float | None, seed: int) -> Path:
-        workdir = self._trained(method, rate, seed)
-        self._spt_jax("evaluate", f"--workdir={workdir}", "--nobaselines", "--reuse")
+        with self._places:
+            workdir = self._trained(method, rate, seed)
+            self._spt_jax("evaluate", f"--workdir={workdir}", "--nobaselines", "--reuse")
         return workdir
 
     def _trained(self, method: str, rate: float | None, seed: int) -> Path:
@@ -148,12 +150,11 @@ class _Comparison:
         return workdir
 
     def _spt_jax(self, door: str, *flags: str) -> None:
-        with self._places:
-            command = [sys.executable, "-m", "spt_jax", door, *flags]
-            if self._arguments.jobs == 1:
-                code = subprocess.run(command, check=False).returncode
-            else:
-                code = self._logged(door, command)
+        command = [sys.executable, "-m", "spt_jax", door, *flags]
+        if self._arguments.jobs == 1:
+            code = subprocess.run(command, check=False).returncode
+        else:
+            code = self._logged(door, command)
         if code:
             sys.exit(code)
 
