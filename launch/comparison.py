@@ -63,6 +63,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--options", nargs="*", default=[], help="options of SPT, at the rate chosen for spt")
     parser.add_argument("--baseline", default="prompt_tuning", help="method that the others are compared with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--option_seeds", type=int, nargs="+", help="those of the options; else --seeds")
     parser.add_argument("--dialogues", type=int, default=0, help="training dialogues; 0 for all")
     parser.add_argument("--test_dialogues", type=int, default=0, help="test dialogues; 0 for all")
     parser.add_argument("--bertscore", default="", help="encoder of BERTScore; empty for none")
@@ -97,13 +98,17 @@ class _Comparison:
         with ThreadPoolExecutor(len(methods) + len(options)) as pool:
             chosen = {method: pool.submit(self._chosen_rate, method) for method in methods}
             tuned = {method: method for method in methods} | dict.fromkeys(options, "spt")
-            done = {name: pool.submit(self._seeds, name, chosen[own].result) for name, own in tuned.items()}
+            seeds = dict.fromkeys(methods, self._arguments.seeds)
+            seeds |= dict.fromkeys(options, self._arguments.option_seeds or self._arguments.seeds)
+            done = {
+                name: pool.submit(self._seeds, name, seeds[name], chosen[own].result) for name, own in tuned.items()
+            }
             return [run for name in done for run in done[name].result()]
 
-    def _seeds(self, method: str, rate_of: Callable[[], float | None]) -> list[Path]:
+    def _seeds(self, method: str, seeds: list[int], rate_of: Callable[[], float | None]) -> list[Path]:
         rate = rate_of()
         # What learns nothing has no seeds.
-        seeds = self._arguments.seeds if rate is not None else self._arguments.seeds[:1]
+        seeds = seeds if rate is not None else seeds[:1]
         with ThreadPoolExecutor(len(seeds)) as pool:
             return list(pool.map(lambda seed: self._evaluated(method, rate, seed), seeds))
 
