@@ -12,6 +12,7 @@ from spt_jax.evaluation.bert_score import bert_scores
 from spt_jax.evaluation.evaluated_runs import EvaluatedRun, RunGroup, differing_settings, turn_name
 
 _FEW_DIALOGUES = 20
+_TURNS_SCORED = 1024  # at once by BERTScore, which keeps the hidden states of all their texts
 
 
 def check_comparable(runs: Sequence[EvaluatedRun]) -> None:
@@ -72,15 +73,10 @@ def bert_of_runs(
         runs: On the same turns.
         model: Scores them anew with this encoder; else their evaluations' own scores are taken, if made alike.
         notes: Takes a sentence where scores are left out.
-        on_step: Called with 1 after each run that is scored anew.
+        on_step: Called with numbers that add up to that of the runs, while they are scored anew.
     """
     if model:
-        found = []
-        for run in runs:
-            found.append(bert_scores(run.predictions, run.references, model))
-            on_step(1)
-        scores: list[np.ndarray | None] = [np.asarray(scored.per_pair()) for scored in found]
-        return scores, found[0].definitions, found[0].versions
+        return _scored_anew(runs, model, on_step)
     having = [run for run in runs if run.bert_score is not None]
     sentences = {run.results.get("definitions", {}).get("bert_f1", "") for run in having}
     if len(sentences) > 1:
@@ -91,6 +87,23 @@ def bert_of_runs(
         return [None] * len(runs), {}, {}
     definitions = having[0].results.get("definitions", {}) if having else {}
     return [run.bert_score for run in runs], {k: v for k, v in definitions.items() if k.startswith("bert_")}, {}
+
+
+def _scored_anew(
+    runs: Sequence[EvaluatedRun], model: str, on_step: Callable[[int], None]
+) -> tuple[list[np.ndarray | None], dict[str, str], dict[str, str]]:
+    # All runs' replies to the same turns go together, so that the encoder reads a reference once, not once a run.
+    turns = len(runs[0].references)
+    parts, definitions, versions = [], {}, {}
+    for start in range(0, turns, _TURNS_SCORED):
+        block = slice(start, start + _TURNS_SCORED)
+        predictions = [text for run in runs for text in run.predictions[block]]
+        found = bert_scores(predictions, [text for run in runs for text in run.references[block]], model)
+        parts.append(np.asarray(found.per_pair()).reshape(len(runs), -1, 3))
+        definitions, versions = found.definitions, found.versions
+        before, after = (len(runs) * done // turns for done in (start, min(start + _TURNS_SCORED, turns)))
+        on_step(after - before)
+    return list(np.concatenate(parts, axis=1)), definitions, versions
 
 
 def same_tokens(groups: Sequence[RunGroup], baseline: int, notes: list[str]) -> list[bool]:

@@ -182,14 +182,32 @@ def test_perplexities_over_other_tokens_and_other_limits_are_told(tmp_path: Path
 
 @pytest.mark.parametrize("model", ["", "an encoder"])
 def test_every_run_is_counted_at_each_stage(runs: list[Path], monkeypatch: pytest.MonkeyPatch, model: str) -> None:
-    constant = np.full(len(TURNS), 0.5)
-    scores = BertScores(constant, constant, constant, 0, {"bert_f1": "x", "bert_p": "x", "bert_r": "x"}, {"bert": "1"})
-    monkeypatch.setattr(comparability, "bert_scores", lambda *_: scores)
+    monkeypatch.setattr(comparability, "bert_scores", lengths_as_scores)
     steps: list[int] = []
     found = compared(*runs, bert_score_model=model, on_step=steps.append)
     assert sum(steps) == len(runs) * (3 if model else 2)
-    assert found.rows[1].change.get("bert_f1") == (0.0 if model else None)
+    assert ("bert_f1" in found.rows[1].change) == bool(model)
     assert ("bert" in found.versions) == bool(model)
+
+
+def lengths_as_scores(predictions: list[str], references: list[str], model: str) -> BertScores:
+    """In the place of BERTScore: precision from the reply, recall from the reference."""
+    precision, recall = (np.asarray([1 / (1 + len(text)) for text in texts]) for texts in (predictions, references))
+    definitions = dict.fromkeys(("bert_f1", "bert_p", "bert_r"), model)
+    return BertScores(precision, recall, precision * recall, 0, definitions, {"bert": "1"})
+
+
+@pytest.mark.parametrize("block", [1, 7, 1024])
+def test_scored_together_every_pair_has_the_score_it_has_alone(
+    runs: list[Path], monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr(comparability, "bert_scores", lengths_as_scores)
+    monkeypatch.setattr(comparability, "_TURNS_SCORED", block)
+    read = [read_run(str(run)) for run in runs]
+    together, _, _ = comparability.bert_of_runs(read, "an encoder", [])
+    for run, scores in zip(read, together, strict=True):
+        alone = lengths_as_scores(run.predictions, run.references, "an encoder").per_pair()
+        np.testing.assert_array_equal(scores, alone)
 
 
 def test_bert_scores_made_in_different_ways_are_left_out(tmp_path: Path) -> None:
