@@ -180,6 +180,12 @@ def _method_relations(config: Any) -> list[str]:
         problems += _needs(config, "data.template", ("plain",), "method.kind = few_shot")
     if config.method.kind == "full":
         problems += _needs(config, "model.quantization", ("none",), "method.kind = full")
+    if config.bank.init not in ("vocabulary", "normal") and config.method.kind not in ("spt", "prompt_tuning"):
+        problems += _needs(config, "bank.init", ("vocabulary", "normal"), f"method.kind = {config.method.kind}")
+    if not spt:
+        problems += _needs(config, "bank.kind", ("prompts",), f"method.kind = {config.method.kind}")
+    if config.method.kind not in ("p_tuning", "prefix_tuning"):
+        problems += _needs(config, "method.hidden_size", (0,), f"method.kind = {config.method.kind}")
     if config.model.dropout and config.method.kind in ("zero_shot", "few_shot"):
         problems.append(f"model.dropout is {config.model.dropout}; {config.method.kind} trains nothing")
     if o.annealing and o.annealing_min > o.annealing_max:
@@ -193,7 +199,7 @@ def _method_relations(config: Any) -> list[str]:
             f"objective.prompts_per_step is {o.prompts_per_step}; allowed: 0 for all, or 2 up to bank.num_prompts "
             f"({config.bank.num_prompts})"
         )
-    if spt and o.prompts_per_step:
+    if spt and 0 < o.prompts_per_step < config.bank.num_prompts:
         # The fusion loss scales a subset's scores by their sum, which must not come near 0.
         problems += _needs(config, "retriever.activation", ("softplus", "relu"), "objective.prompts_per_step")
     terms = ("lm_weight", "selection_weight", "contrastive_weight", "fusion_weight")
@@ -204,7 +210,9 @@ def _method_relations(config: Any) -> list[str]:
 
 def _official_relations(config: Any) -> list[str]:
     if config.retriever.context != "official":
-        return []
+        because = f"retriever.context = {config.retriever.context}"
+        theirs = {"data.freeze_persona": True, "data.freeze_context": True, "data.official_pad": "eos"}
+        return [problem for name, value in theirs.items() for problem in _needs(config, name, (value,), because)]
     because = "retriever.context = official"
     return [
         problem

@@ -183,3 +183,27 @@ def test_a_subset_of_prompts_does_not_go_with_scores_that_may_cancel():
     config.retriever.activation = "leaky_relu"
     with pytest.raises(UserError, match=r"retriever\.activation is 'leaky_relu'; allowed with objective\.prompts_per"):
         validate(config)
+
+
+def test_a_subset_of_all_prompts_is_no_subset():
+    from_dict({"objective": {"prompts_per_step": 4}, "retriever": {"activation": "leaky_relu"}})
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"method": {"kind": "lora"}, "bank": {"init": "clusters"}},
+            "bank.init is 'clusters'; allowed with method.kind",
+        ),
+        ({"method": {"kind": "prefix_tuning"}, "bank": {"init": "file", "init_file": "x.npy"}}, "bank.init is 'file'"),
+        ({"method": {"kind": "prompt_tuning"}, "bank": {"kind": "prefixes"}}, "bank.kind is 'prefixes'; allowed with"),
+        ({"method": {"hidden_size": 8}}, "method.hidden_size is 8; allowed with method.kind = spt: 0"),
+        ({"data": {"freeze_persona": False}}, "data.freeze_persona is False; allowed with retriever.context = context"),
+        ({"data": {"freeze_context": False}}, "data.freeze_context is False; allowed with"),
+        ({"data": {"official_pad": "bos"}}, "data.official_pad is 'bos'; allowed with"),
+    ],
+)
+def test_an_option_that_would_do_nothing_is_refused(values, sentence):
+    with pytest.raises(UserError, match=re.escape(sentence)):
+        from_dict(values)

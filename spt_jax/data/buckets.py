@@ -83,7 +83,7 @@ def choose_buckets(rows: Sequence[Row], batch_size: int, max_buckets: int) -> Bu
       UserError: no rows, or a number below 1.
     """
     if not rows:
-        raise UserError("There are no rows to batch: the data set has no turns.")
+        raise UserError("There are no rows to batch: the dialogues have no turn to learn from or to score.")
     if batch_size < 1 or max_buckets < 1:
         raise UserError(f"data.batch is {batch_size} and data.max_buckets {max_buckets}; both must be at least 1.")
     lengths = np.asarray([len(row) for row in rows])

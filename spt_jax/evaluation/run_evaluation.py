@@ -200,6 +200,8 @@ def _selection(column: Column, dialogues: Sequence[Dialogue]) -> list[dict[str, 
     selection = []
     for d, dialogue in enumerate(dialogues):
         mine = likelihoods.dialogue == d
+        if not mine.any():
+            continue  # the authors' program reads its lines as personas and has no turn of it
         selection.append(
             {
                 "dialogue": dialogue.source or str(d),

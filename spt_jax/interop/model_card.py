@@ -144,6 +144,7 @@ def _code(facts: CardFacts, bos_id: int | None) -> str:
     revision = f', revision="{facts.identity.revision}"' if hub_id(c.model.source) and facts.identity.revision else ""
     selects = _selection(c) if len(adapters) > 1 else []
     end = " " if c.retriever.context == "official" else ""
+    cut = "colon or line break" if c.retriever.context == "official" else "Q:, R: or line break"
     bos = "" if bos_id is None else f"[{bos_id}] + "
     lines = [
         "import torch",
@@ -174,7 +175,7 @@ def _code(facts: CardFacts, bos_id: int | None) -> str:
     lines += [
         f"reply = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=False, "
         f"max_new_tokens={c.evaluation.max_new_tokens})[0, ids.shape[1]:]",
-        "print(tokenizer.decode(reply, skip_special_tokens=True))  # the reply ends at the first Q:, R: or line break",
+        f"print(tokenizer.decode(reply, skip_special_tokens=True))  # the reply ends at the first {cut}",
     ]
     return "\n".join(lines)
 

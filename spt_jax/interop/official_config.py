@@ -24,11 +24,14 @@ ENCODER_DROPOUT = 0.1
 
 _DTYPES = {32: "float32", 16: "float32", "bf16": "bfloat16"}
 _SIDES = {(True, True): "both", (True, False): "prompts", (False, True): "contexts", (False, False): "none"}
+_RATIO = "--training_ratio"
+"""Of their command line; no key of a config file."""
+
 _IN_FOLDER_NAME = {
     "SLW": "training.selective_loss_weight",
     "CTRW": "training.contrastive_weight",
     "NOISE": "training.adding_noise",
-    "PTRAIN": "training.training_ratio",
+    "PTRAIN": _RATIO,
 }
 _NUMBER = r"(\d+(?:\.\d+)?(?:e[+-]?\d+)?)"
 
@@ -197,14 +200,12 @@ def _data(config: Config, fields: OfficialFields, folder: Path) -> None:
         fields.note("dataset.valid is missing: name the dialogues to score with --data")
     if any(Path(source).suffix == "" for source in sources.values() if isinstance(source, str)):
         d.format = "parlai"
-    ratio = fields.get("training.training_ratio")
-    if isinstance(ratio, int | float) and not isinstance(ratio, bool) and ratio < 1:
-        d.fraction = float(ratio)
-    config.train.epochs = 1
-    epochs = fields.get("training.num_epoch"), fields.get("training.num_epochs")
-    if any(epochs):
-        name = "training.num_epoch" if epochs[0] else "training.num_epochs"
-        config.train.epochs = fields.whole(name, 1)
+    ratio = fields.get(_RATIO)
+    if ratio is not None and 0 < ratio < 1:
+        d.fraction = ratio
+        fields.note("their training_ratio takes the first turns of the file, data.fraction draws dialogues by the seed")
+    # Theirs has no epochs where neither the command line nor this key gives them; it never reads num_epochs.
+    config.train.epochs = fields.whole("training.num_epoch", 1) if fields.get("training.num_epoch") else 1
 
 
 def _found(source: str, folder: Path) -> str:

@@ -13,6 +13,21 @@ from spt_jax.errors import UserError, nearest
 from spt_jax.interop.official import BEST, CHECKPOINTS
 
 SECTIONS = ("model", "training", "dataset")
+DEFAULTS: dict[str, Any] = {
+    "dataset.train": "data_file/ConvAI2/train_self_original_no_cands.txt",
+    "dataset.valid": "data_file/ConvAI2/valid_self_original_no_cands.txt",
+    "dataset.max_context_turns": -1,
+    "dataset.max_token_length": 512,
+    "model.score_activation": "softplus",
+    "training.mode": "normal",
+    "training.only_longest": False,
+    "training.task_type": "generate_response",
+    "training.ensemble": False,
+    "training.tau_gold": 1.0,
+    "training.tau_sim": 1.0,
+}
+"""What their program takes where a config file is silent (its ``config/default.yml``)."""
+
 SUFFIXES = (".yml", ".yaml")
 
 
@@ -42,7 +57,7 @@ def find_config_file(place: Path) -> Path:
 
 
 def read_config_file(path: Path) -> dict[str, Any]:
-    """The file's values by dotted name, such as ``model.peft_config.num_virtual_tokens``.
+    """The values by dotted name, such as ``model.peft_config.num_virtual_tokens``: the file's, then `DEFAULTS`.
 
     Raises:
         UserError: It cannot be read, is no YAML of plain values, or lacks a section.
@@ -59,13 +74,14 @@ def read_config_file(path: Path) -> dict[str, Any]:
     if not isinstance(fields, dict):
         raise UserError(f"{path} is not a config file of the authors' program: expected the sections {_listed()}")
     for section in SECTIONS:
-        if not isinstance(fields.get(section), dict):
+        wholly_default = section == "dataset" and section not in fields
+        if not wholly_default and not isinstance(fields.get(section), dict):
             hint = nearest(section, [str(name) for name in fields])
             raise UserError(
                 f"{path} is not a config file of the authors' program: it lacks the section {section!r}; expected "
                 f"{_listed()}.{hint}"
             )
-    return flat_values(fields)
+    return DEFAULTS | flat_values(fields)
 
 
 def _listed() -> str:

@@ -149,7 +149,21 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
     ({"training.freeze_context": DELETE}, {"data.freeze_context": False}),
     ({"training.only_longest": True}, {"data.last_turn_only": True}),
     ({"training.num_epoch": 3, "training.num_epochs": 7}, {"train.epochs": 3}),
-    ({"training.num_epochs": 7}, {"train.epochs": 7}),
+    ({"training.num_epochs": 7}, {"train.epochs": 1}),
+    ({"training.training_ratio": 0.5}, {"data.fraction": 1.0}),
+    ({"training.tau_gold": DELETE, "training.tau_sim": DELETE}, {"objective.gold_temperature": 1.0}),
+    ({"training.ensemble": DELETE}, {"objective.fusion_weight": 0.0}),
+    ({"training.task_type": DELETE, "training.only_longest": DELETE}, {"data.last_turn_only": False}),
+    (
+        {"dataset": DELETE},
+        {
+            "data.train": "data_file/ConvAI2/train_self_original_no_cands.txt",
+            "data.development": "data_file/ConvAI2/valid_self_original_no_cands.txt",
+            "data.test": "data_file/ConvAI2/valid_self_original_no_cands.txt",
+            "data.max_length": 512,
+        },
+    ),
+    ({"dataset.max_token_length": DELETE, "dataset.max_context_turns": DELETE}, {"data.max_length": 512}),
     (
         {"training.learning_rate": "1e-5", "training.batch_size": 32},
         {"optimizer.learning_rate": 1e-5, "data.batch": 32},
@@ -188,7 +202,10 @@ def test_an_option_becomes_what_their_program_did_with_it(
         ({"training.contrastive_metric": "rouge"}, "'rouge', for which their program had no contrastive loss"),
         ({"training.only_nll": True, "training.skip_retrieval": True}, "skip_retrieval concerns training alone"),
         ({"dataset.test": "else.txt"}, "else.txt is not here; data.test names it all the same"),
-        ({"dataset.valid": DELETE}, "name the dialogues to score with --data"),
+        ({"dataset.valid": DELETE}, r"ConvAI2/valid_self_original_no_cands.txt is not here; data.test names"),
+        ({"dataset.valid": ""}, "name the dialogues to score with --data"),
+        ({"training.num_epochs": 7}, r"training.num_epochs is ignored \(7\)"),
+        ({"training.training_ratio": 0.5}, r"training.training_ratio is ignored \(0.5\)"),
     ],
 )
 def test_what_is_not_used_as_written_is_told_in_one_line(changes: dict[str, Any], note: str, folder: Path) -> None:
@@ -213,7 +230,8 @@ def test_what_is_not_used_as_written_is_told_in_one_line(changes: dict[str, Any]
         ({"model.normalizer_on": "prompt"}, "model.normalizer_on is 'prompt'; allowed: a list"),
         ({"model.peft_config": None}, "num_virtual_tokens is missing"),
         ({"model.peft_config": {"num_virtual_token": 3}}, "Did you mean 'model.peft_config.num_virtual_token'"),
-        ({"training.tau_gold": DELETE}, "training.tau_gold is missing; allowed: a number above 0"),
+        ({"training.tau_gold": "x"}, "training.tau_gold is 'x'; allowed: a number above 0"),
+        ({"training.mode": DELETE}, "training.mode is 'normal'; allowed: causal"),
         ({"training.tau_sim": 0}, "training.tau_sim is 0; allowed: a number above 0"),
         ({"training.selective_loss_weight": float("nan")}, "selective_loss_weight is nan; allowed: a number"),
         ({"training.selective_loss_weight": -0.5}, "opt.yml gives a run .* objective.selection_weight is -0.5"),
@@ -288,3 +306,12 @@ def test_every_golden_config_is_taken(shared_dir: Path, tmp_path: Path) -> None:
         assert run.config.bank.num_prompts == fields["model"]["K"]
         assert run.config.retriever.context == "official"
         assert not any("passes over" in note for note in run.notes), manifest
+
+
+def test_a_file_as_they_publish_it_leaves_the_rest_to_their_defaults(folder: Path) -> None:
+    """Their own configs for ConvAI2 name neither temperatures nor an activation."""
+    silent = ("model.score_activation", "training.tau_gold", "training.tau_sim")
+    published = {"training.learning_rate": "1e-5", "training.batch_size": 32, "training.num_epochs": 1}
+    found = flatten(described(folder, published | dict.fromkeys(silent, DELETE)).config)
+    changed = {"optimizer.learning_rate": 1e-5, "data.batch": 32}
+    assert found == flatten(described(folder, {}).config) | changed
