@@ -1,0 +1,64 @@
+"""The deterministic costs of training are the committed ones, and the guard sees them move."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
+
+
+@pytest.fixture(scope="module")
+def check() -> Any:
+    """The program ``benchmarks/check.py``."""
+    sys.path.insert(0, str(BENCHMARKS))
+    try:
+        import check  # pyright: ignore[reportMissingImports]
+    finally:
+        sys.path.remove(str(BENCHMARKS))
+    return check
+
+
+def test_the_costs_of_training_are_the_committed_ones(check: Any) -> None:
+    kept = json.loads((BENCHMARKS / "costs.json").read_text(encoding="utf-8"))
+    if jax.__version__ not in kept:
+        pytest.skip(f"benchmarks/costs.json has no figures for jax {jax.__version__}")
+    assert check.drift(check.step_costs() | check.run_costs(), kept[jax.__version__]) == []
+
+
+@pytest.mark.parametrize(
+    ("found", "sentence"),
+    [
+        ({"step_products": 1.02, "reads": 1.0}, "step_products is 1.02, was 1 (+2.00%; allowed: 0.5% either way)"),
+        ({"step_products": 0.98, "reads": 1.0}, "step_products is 0.98, was 1 (-2.00%; allowed: 0.5% either way)"),
+        ({"step_products": 1.0, "reads": 2.0}, "reads is 2, was 1 (+100.00%; allowed: 0.0% either way)"),
+        ({"step_products": 1.0}, "reads is no longer measured"),
+        ({"step_products": 1.0, "reads": 1.0, "other": 3.0}, "other is new: 3"),
+    ],
+)
+def test_a_cost_that_moves_is_told_by_name(check: Any, found: dict[str, float], sentence: str) -> None:
+    (told,) = check.drift(found, {"step_products": 1.0, "reads": 1.0})
+    assert told == sentence
+
+
+def test_products_count_as_often_as_their_loop_runs(check: Any) -> None:
+    def program(a: jax.Array, b: jax.Array) -> jax.Array:
+        looped, _ = jax.lax.scan(lambda x, _: (x @ b, None), a, length=5)
+        return jax.jit(jnp.dot)(looped, b) + jax.checkpoint(jnp.dot)(a, b)
+
+    traced = jax.make_jaxpr(program)(jnp.zeros((3, 4)), jnp.zeros((4, 4)))
+    assert check.product_flops(traced.jaxpr) == 7 * 2 * 3 * 4 * 4
+
+
+def test_a_weight_gradient_would_be_seen(check: Any) -> None:
+    """Forward and input gradients are two products a kernel; a gradient of the kernel would be a third."""
+    x, w = jnp.zeros((3, 4)), jnp.zeros((4, 5))
+    inputs = jax.make_jaxpr(jax.grad(lambda x, w: jnp.sum((x @ w) ** 2), argnums=0))(x, w)
+    both = jax.make_jaxpr(jax.grad(lambda x, w: jnp.sum((x @ w) ** 2), argnums=(0, 1)))(x, w)
+    assert check.product_flops(both.jaxpr) == 1.5 * check.product_flops(inputs.jaxpr)
