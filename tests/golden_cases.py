@@ -8,6 +8,7 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +28,11 @@ from spt_jax.interop.official_config import read_official_run
 from spt_jax.interop.official_tree import official_trainable
 from spt_jax.models.decoder import decode, embed, vocabulary_head, vocabulary_logits
 from spt_jax.models.loading import LanguageModel, load_lm
+from spt_jax.prompting import retriever as retriever_module
 from spt_jax.prompting.encoder import to_torch
 from spt_jax.prompting.losses import target_losses
 from spt_jax.prompting.objective import Objective
-from spt_jax.prompting.retriever import RetrieverConfig
+from spt_jax.prompting.retriever import RetrieverConfig, cosine_similarity
 from spt_jax.prompting.selective_lm import (
     SelectiveLM,
     at_targets,
@@ -206,9 +208,19 @@ class GoldenCase:
         losses = _TARGET_LOSSES(model, self.lm.params, bank, arrays, jnp.asarray(scores)[:, None])
         return np.asarray(losses.nll), np.asarray(losses.fusion)
 
+    def compared_vectors(self, trainable: Any, batch: dict[str, jax.Array]) -> tuple[np.ndarray, np.ndarray]:
+        """What the cosine compares: of the contexts ``[U, M]``, and of the prompts ``[K, M]``."""
+        contexts, prompts = _VECTORS(self.model, self.lm.params, trainable, batch)
+        return np.asarray(contexts)[:, 0], np.asarray(prompts)
+
     def logits(self, trainable: Any, batch: dict[str, jax.Array]) -> np.ndarray:
-        """Logits at every position, prompt and padding included: ``[K, U, P + T, V]``."""
+        """Logits at every position of prompt, text and the padding up to the limit of a row: ``[K, U, P + R, V]``."""
         return np.asarray(_LOGITS(self.model, self.lm.params, trainable, batch))
+
+    def logits_sumsq(self, trainable: Any, batch: dict[str, jax.Array]) -> np.ndarray:
+        """The sum of their squares: ``[K, U]``."""
+        squares = _SQUARES(self.model, self.lm.params, trainable, batch)
+        return np.asarray(squares, np.float64).sum(axis=-1)
 
 
 def by_their_names(tree: Any, num_prompts: int) -> dict[str, np.ndarray]:
@@ -255,12 +267,32 @@ def _TARGET_LOSSES(model: SelectiveLM, params: Any, trainable: Any, batch: Any, 
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _LOGITS(model: SelectiveLM, params: Any, trainable: Any, batch: Any) -> Any:
+def _VECTORS(model: SelectiveLM, params: Any, trainable: Any, batch: Any) -> Any:
+    seen: list[Any] = []
+
+    def noted(contexts: jax.Array, prompts: jax.Array) -> jax.Array:
+        seen.append((contexts, prompts))
+        return cosine_similarity(contexts, prompts)
+
+    with mock.patch.object(retriever_module, "cosine_similarity", noted):
+        batch_scores(model, params, trainable, batch)
+    return seen[0]
+
+
+def _logits(model: SelectiveLM, params: Any, trainable: Any, batch: Any) -> jax.Array:
     bank = trainable["bank"]["prompts"]
     num_prompts, front, _ = bank.shape
-    rows = join(bank, embed(model.decoder, params, batch["tokens"]))
+    rows = join(bank, embed(model.decoder, params, batch["retriever_tokens"]))
     positions = jnp.broadcast_to(jnp.arange(rows.shape[1]), rows.shape[:2])
     valid = positions < (jnp.repeat(batch["lengths"], num_prompts) + front)[:, None]
+    if "embed_positions" in params:
+        # Their padding has the position before the first; its logits are nobody's but for the sum of all squares.
+        table, offset = params["embed_positions"], model.decoder.position_offset
+        rows = rows + jnp.where(valid[..., None], 0.0, table[offset - 1] - table[positions + offset])
     hidden, _ = decode(model.decoder, params, rows, positions, valid)
     logits = vocabulary_logits(model.decoder, vocabulary_head(params), hidden)
     return jnp.swapaxes(logits.reshape(-1, num_prompts, *logits.shape[1:]), 0, 1)
+
+
+_LOGITS = jax.jit(_logits, static_argnums=0)
+_SQUARES = jax.jit(lambda *given: jnp.sum(jnp.square(_logits(*given)), axis=-1), static_argnums=0)

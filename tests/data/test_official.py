@@ -11,33 +11,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken
-from tokenizers.pre_tokenizers import ByteLevel
+from official_tokenizer import BOS, EOS, PAD, small_tokenizer
 
 from spt_jax.data import Dialogue, Row, Turn
 from spt_jax.data.official import official_prompt, official_rows, official_turns
 from spt_jax.errors import UserError
-from spt_jax.models.tokenization.byte_level_bpe import byte_level_backend
 from spt_jax.models.tokenization.sentencepiece_bpe import read_sentencepiece
 from spt_jax.models.tokenization.tokenizer import Tokenizer
-
-BOS, EOS, PAD = 0, 1, 2
 
 
 def prompt_of(row: Row) -> np.ndarray:
     assert row.inference_prompt is not None
     return row.inference_prompt
-
-
-def small_tokenizer(pad_id: int = PAD, words: Sequence[str] = ("context", "given", "persona")) -> Tokenizer:
-    """A byte-level BPE with a token of its own for each of `words`, with and without a space in front."""
-    merges = []
-    for word in words:
-        merges += [(word[:i], word[i]) for i in range(1, len(word))] + [("Ġ", word)]
-    tokens = ["<s>", "</s>", "<pad>", *sorted(ByteLevel.alphabet()), *("".join(pair) for pair in merges)]
-    backend = byte_level_backend({token: i for i, token in enumerate(tokens)}, merges, "gpt-2")
-    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in tokens[:3]])
-    return Tokenizer(backend, BOS, EOS, pad_id)
 
 
 TOKENIZER = small_tokenizer()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +25,18 @@ from official_checkpoints import (
     write_checkpoint,
 )
 
+from spt_jax.commands import restored
 from spt_jax.commands.main import main
 from spt_jax.commands.restored import open_run
+from spt_jax.data.sources import read_dialogues
+from spt_jax.data.template import turn_history
 from spt_jax.interop.official import find_model_states, read_official_tensors
 from spt_jax.interop.official_config import read_official_run
 from spt_jax.interop.official_tree import official_trainable
+from spt_jax.models.tokenization.tokenizer import Tokenizer
+from spt_jax.parallel.mesh import make_mesh
 from spt_jax.prompting.encoder import to_torch
+from spt_jax.training import experiment
 
 TRANSFORMER = "opt_b4_retriever_extra_lm"
 
@@ -168,6 +177,137 @@ def test_a_converted_checkpoint_scores_and_selects_as_their_program_did(shared_d
     assert [line["selected"] for line in lines] == step["selected"]
     expected = np.asarray(step["sim_scores_bk"])
     assert np.abs(np.asarray([line["scores"] for line in lines]) - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+@pytest.fixture
+def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that any number of turns is a batch."""
+    monkeypatch.setattr(experiment, "make_mesh", lambda *_: make_mesh(1, devices=jax.devices()[:1]))
+
+
+PERSONAS = ("i bake bread .", "i have two cats and a dog that sleeps all day .", "i sail .")
+TALK = (("hi !", "hello ."), ("who are you ?", "i am a baker , up at four every morning ."), ("wow", "yes ."))
+
+
+@pytest.fixture(scope="module")
+def talk(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three dialogues of 3, 2 and 2 turns."""
+    lines: list[str] = []
+    for persona, turns in zip(PERSONAS, (TALK, TALK[1:], TALK[:2]), strict=True):
+        lines.append(f"1 your persona: {persona}")
+        lines += [f"{number} {query}\t{response}" for number, (query, response) in enumerate(turns, start=2)]
+    path = tmp_path_factory.mktemp("talk") / "talk.txt"
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def objects(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def scored(run: Path, data: Path, out: Path, *more: str) -> list[dict[str, Any]]:
+    assert main(["score", f"--workdir={run}", f"--data={data}", f"--out={out}", *more]) == 0
+    return objects(out)
+
+
+def scores_of(lines: list[dict[str, Any]]) -> np.ndarray:
+    return np.asarray([line["scores"] for line in lines])
+
+
+def scores_beside(run: Any, data: Path, neighbours: int) -> np.ndarray:
+    """Scores of every turn of a file, so many turns in file order read at once."""
+    dialogues = read_dialogues(str(data)).dialogues
+    contexts = [
+        run.encode_context(dialogue.persona, turn_history(dialogue, turn))
+        for dialogue in dialogues
+        for turn in range(len(dialogue.turns))
+    ]
+    groups = [contexts[start : start + neighbours] for start in range(0, len(contexts), neighbours)]
+    return np.concatenate([run.score_contexts(group) for group in groups])
+
+
+@pytest.mark.usefixtures("one_device")
+def test_batch_says_how_many_neighbours_a_turn_is_scored_beside(converted: Path, talk: Path, tmp_path: Path) -> None:
+    run = open_run(str(converted))
+    beside_three = scores_beside(run, talk, 3)
+    found = scores_of(scored(converted, talk, tmp_path / "scores.jsonl", "--batch=3"))
+    np.testing.assert_allclose(found, beside_three, rtol=1e-5)
+    for others in (2, run.config.evaluation.batch):
+        assert others != 3
+        assert np.abs(beside_three - scores_beside(run, talk, others)).max() > 1e-3 * np.abs(beside_three).max()
+
+
+@pytest.mark.usefixtures("one_device")
+def test_evaluation_scores_as_score_does_with_the_same_neighbours(converted: Path, talk: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(converted, run)
+    asked = [f"--workdir={run}", f"--data={talk}", "--batch=3", "--nobaselines"]
+    assert main(["evaluate", *asked]) == 0
+    predictions = objects(run / "predictions.jsonl")
+    lines = scored(run, talk, tmp_path / "scores.jsonl", "--batch=3")
+    assert [(p["dialogue"], p["turn"]) for p in predictions] == [(line["dialogue"], line["turn"]) for line in lines]
+    np.testing.assert_allclose(scores_of(predictions), scores_of(lines), rtol=1e-6)
+    assert [p["selected"] for p in predictions] == [line["selected"] for line in lines]
+
+
+@pytest.mark.parametrize("pad", ["eos", "bos"])
+def test_where_the_tokenizer_names_no_padding_every_door_averages_the_one_of_the_option(
+    converted: Path, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pad: str
+) -> None:
+    """With all seven turns at once, behind padding that is not the tokenizer's."""
+    run = tmp_path / "run"
+    shutil.copytree(converted, run)
+    opened = open_run(str(run))
+    tokenizer = opened.lm.tokenizer
+    # OPT's bos and eos are one token; here the bos is another, of no meaning.
+    nameless = dataclasses.replace(tokenizer, own_pad_id=None, bos_id=7)
+    record = json.loads((run / "config.json").read_text())
+    record["config"]["data"]["official_pad"] = pad
+    (run / "config.json").write_text(json.dumps(record))
+    load = experiment.load_lm
+    monkeypatch.setattr(
+        experiment, "load_lm", lambda *args, **more: dataclasses.replace(load(*args, **more), tokenizer=nameless)
+    )
+    monkeypatch.setattr(restored, "check_lm", lambda *args: None)
+    reopened = open_run(str(run))
+    assert reopened.lm.tokenizer.pad_id not in (nameless.bos_id, nameless.eos_id)
+    other = "bos" if pad == "eos" else "eos"
+    expected = scores_beside(reopened, talk, 8)
+    named = dataclasses.replace(nameless, own_pad_id={"eos": nameless.eos_id, "bos": nameless.bos_id}[pad])
+    lm = dataclasses.replace(reopened.lm, tokenizer=named)
+    as_named = dataclasses.replace(reopened, experiment=dataclasses.replace(reopened.experiment, lm=lm))
+    np.testing.assert_array_equal(scores_beside(as_named, talk, 8), expected)
+    reopened.config.data.official_pad = other
+    assert np.abs(scores_beside(reopened, talk, 8) - expected).max() > 1e-3 * np.abs(expected).max()
+    np.testing.assert_allclose(scores_of(scored(run, talk, tmp_path / "s.jsonl", "--batch=8")), expected, rtol=1e-5)
+    asked = [f"--workdir={run}", f"--data={talk}", "--batch=8", "--nobaselines", "--replies=1"]
+    assert main(["evaluate", *asked]) == 0
+    first = objects(run / "predictions.jsonl")[:1]
+    np.testing.assert_allclose(scores_of(first), expected[:1], rtol=1e-5)
+
+
+SAID = "i get up at 5:30 R: and you"
+
+
+def test_every_door_cuts_a_reply_of_a_converted_run_at_its_first_colon(
+    converted: Path, talk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(converted, run)
+    monkeypatch.setattr(Tokenizer, "decode", lambda *_: SAID)
+    assert main(["evaluate", f"--workdir={run}", f"--data={talk}", "--replies=2", "--nobaselines"]) == 0
+    assert {p["prediction"] for p in objects(run / "predictions.jsonl")} == {"i get up at 5"}
+    samples = json.loads((run / "results.json").read_text())["samples"]
+    assert {reply for sample in samples for reply in sample["replies"]} == {"i get up at 5"}
+    asked, answers = tmp_path / "asked.jsonl", tmp_path / "answers.jsonl"
+    asked.write_text(json.dumps({"persona": ["i bake ."], "history": ["hi"]}) + "\n")
+    assert main(["generate", f"--workdir={run}", f"--input={asked}", f"--out={answers}", "--max_new_tokens=2"]) == 0
+    assert [answer["reply"] for answer in objects(answers)] == ["i get up at 5"]
+    capsys.readouterr()
+    monkeypatch.setattr("sys.stdin", io.StringIO("hi\n/exit\n"))
+    assert main(["chat", f"--workdir={run}", "--persona=i bake .", "--max_new_tokens=2"]) == 0
+    said = capsys.readouterr().out
+    assert "i get up at 5" in said and ":30" not in said
 
 
 def test_an_empty_folder_is_taken_and_the_notes_are_told(

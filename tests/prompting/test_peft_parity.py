@@ -1,5 +1,7 @@
 """LoRA, prefix, prompt and P-tuning against PEFT on random small models: logits, gradients, and one step of AdamW.
 
+Our side is the trainer's own: what the configuration describes, its conditions, its optimizer and its train step.
+
 What differs, and how the comparison is made nevertheless:
 
 - GPT-2 and its like fuse query, key and value into one matrix. PEFT's update of it has one `down` for the three; ours
@@ -28,14 +30,17 @@ import optax
 import pytest
 from models.parity import TOLERANCE, VOCABULARY, random_model, save
 
-from spt_jax.models.attention import KVCache
+from spt_jax.config import Config, default_config, set_option, validate
 from spt_jax.models.decoder import decode, embed, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.models.loading import load_lm
-from spt_jax.prompting.lora import init_lora, lora_targets, with_lora
-from spt_jax.prompting.p_tuning import PromptEncoder
-from spt_jax.prompting.prefixes import PrefixEncoder, init_prefixes, prefix_cache
-from spt_jax.prompting.selective_lm import join
+from spt_jax.models.loading import LanguageModel, load_lm
+from spt_jax.parallel.mesh import make_mesh
+from spt_jax.prompting.lora import lora_targets
+from spt_jax.prompting.prefixes import prefix_cache
+from spt_jax.prompting.selective_lm import SelectiveLM, join
+from spt_jax.training.description import describe, objective_of
+from spt_jax.training.optimizer import make_optimizer
+from spt_jax.training.step import init_state, make_train_step
 
 torch = pytest.importorskip("torch")
 peft = pytest.importorskip("peft", reason="peft is not installed; the extra test-torch holds it")
@@ -44,8 +49,8 @@ pytestmark = pytest.mark.torch
 P, RANK, ALPHA, WIDTH = 4, 3, 6.0, 24
 LENGTHS, T = (15, 9, 12), 15
 DECAY = 0.1
-STEPS = {1e-8: 1e-2, 3e-2: 0.5}
-"""Learning rates by ε; the second moves parameters by as much as they measure, and shows the gradient's size."""
+SMALL, LARGE = (1e-8, 1e-2), (3e-2, 0.5)
+"""ε and learning rate; the second moves parameters by as much as they measure, and shows the gradient's size."""
 
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "OPT": ("OPTForCausalLM", {"ffn_dim": 112}),
@@ -62,7 +67,6 @@ MODULES = {
 ATTENTION, MLP = ("q_proj", "k_proj", "v_proj", "o_proj"), ("gate_proj", "up_proj", "down_proj")
 
 Tree = Any
-Forward = Callable[[DecoderConfig, Any, Tree, jax.Array, jax.Array], jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,35 +75,13 @@ class Method:
 
     Attributes:
         settings: PEFT's configuration.
+        options: Ours.
         read: Reads our tree out of a mapping from PEFT's names of parameters to their values (or to their gradients).
-        forward: Our logits ``[B, T, V]`` of the text for decoder, frozen tree, tree, tokens and validity.
-        fresh: Our tree as we start it.
     """
 
     settings: Any
+    options: dict[str, Any]
     read: Callable[[dict[str, np.ndarray]], Tree]
-    forward: Forward
-    fresh: Callable[[jax.Array], Tree]
-
-
-def positions_from(start: int, valid: jax.Array) -> jax.Array:
-    return start + jnp.broadcast_to(jnp.arange(valid.shape[1]), valid.shape)
-
-
-def text_logits(config: DecoderConfig, params: Any, x: jax.Array, start: int, valid: jax.Array, cache: Any = None):
-    hidden, _ = decode(config, params, x, positions_from(start, valid), valid, cache)
-    return vocabulary_logits(config, params, hidden)
-
-
-def behind_prompt(config: DecoderConfig, params: Any, prompts: jax.Array, tokens: jax.Array, valid: jax.Array):
-    x = join(prompts, embed(config, params, tokens))
-    seen = jnp.pad(valid, ((0, 0), (P, 0)), constant_values=True)
-    return text_logits(config, params, x, 0, seen)[:, P:]
-
-
-def behind_prefix(config: DecoderConfig, params: Any, prefixes: jax.Array, tokens: jax.Array, valid: jax.Array):
-    cache: KVCache = prefix_cache(config, jnp.repeat(prefixes, len(tokens), axis=0), P + T)
-    return text_logits(config, params, embed(config, params, tokens), P, valid, cache)
 
 
 def lora(config: DecoderConfig, family: str, targets: tuple[str, ...]) -> Method:
@@ -120,26 +102,24 @@ def lora(config: DecoderConfig, family: str, targets: tuple[str, ...]) -> Method
             return jnp.stack(layers)
 
         return {
-            name: {
-                "down": stacked(name, "A", (*shapes[name].inputs, RANK)),
-                "up": stacked(name, "B", (RANK, *shapes[name].outputs)),
+            "lora": {
+                name: {
+                    "down": stacked(name, "A", (*shapes[name].inputs, RANK)),
+                    "up": stacked(name, "B", (RANK, *shapes[name].outputs)),
+                }
+                for name in targets
             }
-            for name in targets
         }
 
-    def forward(config: DecoderConfig, params: Any, tree: Tree, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-        joined = with_lora(params, tree, ALPHA / RANK)
-        return text_logits(config, joined, embed(config, joined, tokens), 0, valid)
-
-    return Method(settings, read, forward, lambda key: init_lora(config, key, RANK, targets))
+    ours = {"method.kind": "lora", "lora.rank": RANK, "lora.alpha": ALPHA, "lora.targets": targets}
+    return Method(settings, ours, read)
 
 
 def prompt_tuning(config: DecoderConfig) -> Method:
     return Method(
         peft.PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P),
-        lambda values: values["prompt_encoder.default.embedding.weight"][None],
-        behind_prompt,
-        lambda key: jnp.zeros((1, P, config.hidden_size)),
+        {"method.kind": "prompt_tuning"},
+        lambda values: {"bank": {"prompts": values["prompt_encoder.default.embedding.weight"][None]}},
     )
 
 
@@ -148,46 +128,36 @@ def linear(values: dict[str, np.ndarray], name: str) -> Tree:
 
 
 def p_tuning(config: DecoderConfig) -> Method:
-    encoder = PromptEncoder(P, config.hidden_size, WIDTH)
-
     def read(values: dict[str, np.ndarray]) -> Tree:
         layers = {f"lin_{i}": linear(values, f"prompt_encoder.default.mlp_head.{2 * i}") for i in range(3)}
-        return {"embedding": values["prompt_encoder.default.embedding.weight"], **layers}
-
-    def forward(config: DecoderConfig, params: Any, tree: Tree, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-        return behind_prompt(config, params, jnp.asarray(encoder.apply({"params": tree})), tokens, valid)
+        return {"prompt_encoder": {"embedding": values["prompt_encoder.default.embedding.weight"], **layers}}
 
     settings = peft.PromptEncoderConfig(task_type="CAUSAL_LM", num_virtual_tokens=P, encoder_hidden_size=WIDTH)
-    return Method(settings, read, forward, lambda key: encoder.init(key)["params"])
+    return Method(settings, {"method.kind": "p_tuning", "method.hidden_size": WIDTH}, read)
 
 
 def prefix_tuning(config: DecoderConfig) -> Method:
     def read(values: dict[str, np.ndarray]) -> Tree:
         flat = values["prompt_encoder.default.embedding.weight"]
         split = flat.reshape(P, config.num_layers, 2, config.num_key_value_heads, config.head_dim)
-        return jnp.asarray(split.transpose(1, 2, 0, 3, 4))[None]
+        return {"bank": {"prefixes": jnp.asarray(split.transpose(1, 2, 0, 3, 4))[None]}}
 
     settings = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=P)
-    return Method(settings, read, behind_prefix, lambda key: init_prefixes(config, key, 1, P))
+    return Method(settings, {"method.kind": "prefix_tuning"}, read)
 
 
 def prefix_encoder(config: DecoderConfig) -> Method:
-    encoder = PrefixEncoder(config, P, WIDTH)
-
     def read(values: dict[str, np.ndarray]) -> Tree:
         layers = {
             f"lin_{ours}": linear(values, f"prompt_encoder.default.transform.{i}")
             for ours, i in (("in", 0), ("out", 2))
         }
-        return {"embedding": values["prompt_encoder.default.embedding.weight"][None], **layers}
-
-    def forward(config: DecoderConfig, params: Any, tree: Tree, tokens: jax.Array, valid: jax.Array) -> jax.Array:
-        return behind_prefix(config, params, jnp.asarray(encoder.apply({"params": tree})), tokens, valid)
+        return {"prefix_encoder": {"embedding": values["prompt_encoder.default.embedding.weight"][None], **layers}}
 
     settings = peft.PrefixTuningConfig(
         task_type="CAUSAL_LM", num_virtual_tokens=P, prefix_projection=True, encoder_hidden_size=WIDTH
     )
-    return Method(settings, read, forward, lambda key: encoder.init(key)["params"])
+    return Method(settings, {"method.kind": "prefix_tuning", "method.hidden_size": WIDTH}, read)
 
 
 METHODS: dict[str, Callable[[DecoderConfig, str], Method]] = {
@@ -257,17 +227,59 @@ def peft_loss(logits: Any) -> Any:
     return nll[torch.tensor(valid[:, 1:])].mean()
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def our_loss(forward: Forward, config: DecoderConfig, params: Any, tree: Tree) -> Any:
-    """Mean cross-entropy and its gradient, and the logits."""
+def configuration(method: Method, eps: float, rate: float) -> Config:
+    """Ours for a method, with PEFT's AdamW."""
+    config = default_config()
+    theirs = {"learning_rate": rate, "eps": eps, "weight_decay": DECAY, "clip_norm": 0.0}
+    options = {"bank.prompt_length": P, **method.options, **{f"optimizer.{name}": x for name, x in theirs.items()}}
+    for name, value in options.items():
+        set_option(config, name, value)
+    validate(config)
+    return config
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def our_logits(model: SelectiveLM, params: Any, tree: Tree) -> jax.Array:
+    """Our logits ``[B, T, V]`` of the text, under the conditions that the tree makes."""
     tokens, valid = map(jnp.asarray, batch())
+    params, prompts, prefixes = model.adapter.conditions(model.decoder, params, tree)
+    x = join(prompts, embed(model.decoder, params, tokens))
+    front, first, cache = prompts.shape[1], 0, None
+    if prefixes is not None:
+        first, cache = P, prefix_cache(model.decoder, jnp.repeat(prefixes, len(tokens), axis=0), P + T)
+    positions = first + jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
+    seen = jnp.pad(valid, ((0, 0), (front, 0)), constant_values=True)
+    hidden, _ = decode(model.decoder, params, x, positions, seen, cache)
+    return vocabulary_logits(model.decoder, params, hidden[:, front:])
 
-    def loss(tree: Tree) -> Any:
-        logits = forward(config, params, tree, tokens, valid)
-        nll = -jnp.take_along_axis(jax.nn.log_softmax(logits[:, :-1]), tokens[:, 1:, None], axis=-1)[..., 0]
-        return jnp.sum(nll * valid[:, 1:]) / jnp.sum(valid[:, 1:]), logits
 
-    return jax.value_and_grad(loss, has_aux=True)(tree)
+def our_batch() -> dict[str, np.ndarray]:
+    """The texts as the trainer gets them: each row a turn, of which every token but the first is learned."""
+    tokens, valid = batch()
+    rows = np.arange(len(tokens), dtype=np.int32)
+    return {
+        "tokens": tokens.astype(np.int32),
+        "lengths": np.asarray(LENGTHS, np.int32),
+        "context_lengths": np.ones((len(tokens), 1), np.int32),
+        "turn_mask": np.ones((len(tokens), 1), np.float32),
+        "target_positions": np.broadcast_to(np.arange(T - 1, dtype=np.int32), (len(tokens), T - 1)),
+        "target_ids": tokens[:, 1:].astype(np.int32),
+        "target_turns": np.zeros((len(tokens), T - 1), np.int32),
+        "target_mask": valid[:, 1:].astype(np.float32),
+        "dialogue_ids": rows,
+        "turn_ids": np.zeros((len(tokens), 1), np.int32),
+    }
+
+
+def our_step(method: Method, lm: LanguageModel, start: Tree, eps: float, rate: float) -> tuple[float, Tree, Tree]:
+    """Loss, gradients and the tree after one of our train steps."""
+    config = configuration(method, eps, rate)
+    mesh = make_mesh(1, devices=jax.devices()[:1])
+    # A trace without memory passes the gradients on as they are, and keeps them.
+    optimizer = optax.chain(optax.trace(0.0), make_optimizer(config.optimizer, 1))
+    step = make_train_step(describe(config, lm.config), objective_of(config), optimizer, mesh)
+    state, metrics = step(init_state(start, optimizer, mesh), lm.params, our_batch())
+    return float(metrics["loss/total"]), state.optimizer[0].trace, state.trainable
 
 
 def difference(ours: Any, theirs: Any) -> float:
@@ -289,18 +301,20 @@ def test_logits_gradients_and_a_step_of_adamw_equal_peft(family, name, record_pr
     model = adapted(folder, method.settings)
     parameters = trained(model)
     start = method.read(values_of(parameters))
-    assert jax.tree.map(np.shape, start) == jax.tree.map(np.shape, method.fresh(jax.random.key(0)))
+    ours = describe(configuration(method, *LARGE), lm.config)
+    fresh = jax.eval_shape(lambda: ours.init(jax.random.key(0)))
+    assert jax.tree.map(np.shape, start) == jax.tree.map(lambda x: x.shape, fresh)
     assert sum(x.size for x in jax.tree.leaves(start)) == sum(p.numel() for p in parameters.values())
 
     expected = peft_logits(model)
     loss = peft_loss(expected)
     loss.backward()
     expected, loss = expected.detach().numpy(), float(loss.detach())
-    (our_value, logits), gradients = our_loss(method.forward, lm.config, lm.params, start)
-    valid = batch()[1]
+    valid, logits = batch()[1], our_logits(ours, lm.params, start)
+    our_value, gradients, after_large = our_step(method, lm, start, *LARGE)
     worst = {
         "logits": difference(np.asarray(logits)[valid], expected[valid]),
-        "loss": abs(float(our_value) - loss) / loss,
+        "loss": abs(our_value - loss) / loss,
         "gradients": difference(gradients, method.read(values_of(parameters, lambda p: p.grad))),
     }
     with model.disable_adapter(), torch.no_grad():
@@ -309,15 +323,16 @@ def test_logits_gradients_and_a_step_of_adamw_equal_peft(family, name, record_pr
     assert difference(bare[valid], expected[valid]) > 0.1, "the adapter must matter"
 
     before = values_of(parameters)
-    for eps, rate in STEPS.items():
+    optimizer = make_optimizer(configuration(method, *SMALL).optimizer, 1)
+    updates, _ = optimizer.update(gradients, optimizer.init(start), start)
+    after_small = optax.apply_updates(start, updates)
+    for (eps, rate), stepped in ((SMALL, after_small), (LARGE, after_large)):
         with torch.no_grad():
             for parameter_name, parameter in parameters.items():
                 parameter.copy_(torch.tensor(before[parameter_name]))
         torch.optim.AdamW(parameters.values(), lr=rate, betas=(0.9, 0.999), eps=eps, weight_decay=DECAY).step()
-        optimizer = optax.adamw(rate, b1=0.9, b2=0.999, eps=eps, weight_decay=DECAY)
-        updates, _ = optimizer.update(gradients, optimizer.init(start), start)
         after = method.read(values_of(parameters))
-        worst[f"parameters, ε {eps:.0e}"] = difference(optax.apply_updates(start, updates), after)
+        worst[f"parameters, ε {eps:.0e}"] = difference(stepped, after)
     moves = jax.tree.map(lambda x, y: np.asarray(x) - np.asarray(y), after, start)
     assert all(np.abs(move).max() > 0.1 * rate for move in jax.tree.leaves(moves))
 
@@ -340,5 +355,6 @@ def test_windows_count_the_prefix_as_they_do_under_peft(architecture, fields, tm
     lm = load_lm(str(tmp_path))
     method, valid = prefix_tuning(lm.config), batch()[1]
     model = adapted(tmp_path, method.settings)
-    (_, logits), _ = our_loss(method.forward, lm.config, lm.params, method.read(values_of(trained(model))))
+    ours = describe(configuration(method, *SMALL), lm.config)
+    logits = our_logits(ours, lm.params, method.read(values_of(trained(model))))
     assert difference(np.asarray(logits)[valid], peft_logits(model).detach().numpy()[valid]) <= TOLERANCE
