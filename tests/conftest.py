@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import importlib.metadata
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +16,9 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Tests compile many small programs and run each of them briefly: the compiler's optimisation is not worth its time.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Nothing is kept in, or taken from, the caches of the one who runs the tests; xdist's workers share their parent's.
+os.environ.setdefault("SPT_JAX_TESTS_CACHE", f"{tempfile.gettempdir()}/spt-jax-tests-{os.getpid()}")
+os.environ["XDG_CACHE_HOME"] = os.environ["SPT_JAX_TESTS_CACHE"]
 
 import pytest
 
@@ -23,6 +28,20 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the long campaigns in full, not a sample of them")
     parser.addoption("--real-models", action="store_true", help="run the tests of real LMs of some hundred megabytes")
+
+
+def pytest_unconfigure() -> None:
+    cache = os.environ["SPT_JAX_TESTS_CACHE"]
+    if cache.endswith(f"-{os.getpid()}"):
+        shutil.rmtree(cache, ignore_errors=True)
+
+
+@pytest.fixture
+def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder of the test's own, not made yet."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.delenv("SPT_JAX_CACHE_GB", raising=False)
+    return tmp_path / "cache" / "spt_jax"
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from absl import flags
 
 import spt_jax
+from spt_jax.cache_folder import cache_home
 from spt_jax.commands.flag_reading import door_help, read_flags
 from spt_jax.errors import UserError, nearest
 
@@ -41,9 +40,11 @@ def _prepare_libraries() -> None:
     """Settings that every door shares: a persistent compilation cache, quiet libraries."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    with contextlib.suppress(RuntimeError):  # an account without a home compiles anew each time
-        cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(cache_home / "spt_jax" / "compiled"))
+    home = cache_home()
+    if home is not None:  # an account without a home compiles anew each time
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))
+        # A start compiles some sixty programs of a twentieth of a second each, which JAX would not keep.
+        os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 
 def main(arguments: Sequence[str]) -> int:

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 import numpy as np
-import scipy.sparse
-from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a
 
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.packing import Row
@@ -56,6 +54,8 @@ class BleuSimilarity:
     """
 
     def __init__(self, texts: Sequence[str]) -> None:
+        from sacrebleu.tokenizers.tokenizer_13a import Tokenizer13a  # with lxml, for one who may have no pairs
+
         unique: dict[str, int] = {}
         self._text = np.asarray([unique.setdefault(text, len(unique)) for text in texts], dtype=np.int64)
         vocabulary: dict[str, int] = {}
@@ -110,6 +110,8 @@ class _FeatureSets:
 
     def intersections(self, texts: np.ndarray) -> np.ndarray:
         """[n, n] float64: how many features each two of `texts` (distinct) share."""
+        import scipy.sparse  # a fifth of a second that one who has no pairs need not wait
+
         sizes = self._starts[texts + 1] - self._starts[texts]
         offsets = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
         features, columns = np.unique(self._ids[np.repeat(self._starts[texts], sizes) + offsets], return_inverse=True)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +15,18 @@ from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.families.family import Family, TensorTable
 from spt_jax.models.families.registry import family_of_gguf, family_of_hf
+from spt_jax.models.files.file_hash import sha256_of_files
 from spt_jax.models.files.gguf_file import GGUFFile
 from spt_jax.models.files.json_object import json_object
 from spt_jax.models.files.sources import Source, resolve_source
 from spt_jax.models.files.weight_files import weights_of_folder
+from spt_jax.models.kept_weights import is_worth_keeping, kept_params
 from spt_jax.models.random_lm import byte_tokenizer, random_lm_params, shape_sha256
 from spt_jax.models.shapes import shape_fields
 from spt_jax.models.tokenization.folder_tokenizer import tokenizer_of_folder
 from spt_jax.models.tokenization.gguf_tokenizer import tokenizer_of_gguf
 from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.models.weights import Checkpoint, Progress, ShardingFor, load_params
-
-_BLOCK = 1 << 20  # bytes hashed at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -136,16 +136,27 @@ def load_lm(
         params = random_lm_params(config, sharding_for=sharding_for, progress=progress)
         identity = LMIdentity(name, "", shape_sha256(opened.fields))
         return LanguageModel(config, params, opened.tokenizer, identity)
+    checkpoint = opened.checkpoint
+    load = partial(load_params, config, checkpoint, opened.table, sharding_for=sharding_for, progress=progress)
+    if is_worth_keeping(config, checkpoint):
+        sha256 = sha256_of_files(checkpoint.files)
+        params = kept_params(load, config, sha256, sharding_for=sharding_for, progress=progress)
+    else:
+        params, sha256 = _loaded_and_hashed(load, checkpoint.files)
+    identity = LMIdentity(name, opened.source.revision, sha256)
+    return LanguageModel(config, params, opened.tokenizer, identity)
+
+
+def _loaded_and_hashed(load: Callable[[], FrozenTree], files: tuple[Path, ...]) -> tuple[FrozenTree, str]:
     unwanted = threading.Event()
     with ThreadPoolExecutor(1) as executor:
-        digest = executor.submit(_sha256, opened.checkpoint.files, unwanted)
+        digest = executor.submit(sha256_of_files, files, unwanted)
         try:
-            params = load_params(config, opened.checkpoint, opened.table, sharding_for=sharding_for, progress=progress)
+            params = load()
         except BaseException:
             unwanted.set()  # a refusal does not wait for the rest of a large file
             raise
-        identity = LMIdentity(name, opened.source.revision, digest.result())
-    return LanguageModel(config, params, opened.tokenizer, identity)
+        return params, digest.result()
 
 
 def open_lm(
@@ -217,20 +228,3 @@ def _checked(read: Any, where: str, *args: Any) -> DecoderConfig:
         raise
     except (TypeError, ValueError, AttributeError, ArithmeticError) as error:
         raise UserError(f"{where}: a field has a value that does not describe a model ({error})") from error
-
-
-def _sha256(files: tuple[Path, ...], unwanted: threading.Event) -> str:
-    digests = []
-    for file in files:
-        digest = hashlib.sha256()
-        try:
-            with file.open("rb") as stream:
-                while not unwanted.is_set() and (block := stream.read(_BLOCK)):
-                    digest.update(block)
-        except OSError as error:
-            raise UserError(f"{file} could not be read to its end: {error.strerror}") from error
-        digests.append(digest.hexdigest())
-    if len(digests) == 1:
-        return digests[0]
-    lines = "".join(f"{file.name} {digest}\n" for file, digest in zip(files, digests, strict=True))
-    return hashlib.sha256(lines.encode()).hexdigest()

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import load_file
-from scipy.cluster.vq import ClusterError, kmeans2
 
 from spt_jax.errors import UserError
 
@@ -108,6 +107,8 @@ def from_clusters(
     Raises:
         UserError: There are fewer personas than prompts.
     """
+    from scipy.cluster.vq import ClusterError, kmeans2  # half a second that no other start of a bank needs
+
     num_prompts, prompt_length, _ = shape
     means = np.stack([np.asarray(embedder(np.asarray(ids)), np.float32).mean(axis=0) for ids in personas if len(ids)])
     if len(means) < num_prompts:

@@ -66,7 +66,8 @@ class SelectiveLM:
             return {}
         contexts = Contexts.of(jnp.zeros((1, 1, self.decoder.hidden_size)), jnp.ones((1, 1), jnp.int32))
         prompts = jnp.zeros((self.num_prompts, 1, self.decoder.hidden_size))
-        variables: Any = self.retriever.init(key, contexts, prompts)
+        # Compiled, the forward pass of Flax's init is no work, and one program starts faster than thirty.
+        variables: Any = jax.jit(self.retriever.init)(key, contexts, prompts)
         return {"retriever": variables["params"]} if variables else {}
 
     def init(self, key: jax.Array, params: FrozenTree | None = None) -> Trainable:

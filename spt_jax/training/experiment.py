@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 from jax.sharding import Mesh
@@ -14,6 +16,7 @@ from spt_jax.config import Config
 from spt_jax.data.chat_template import ChatTemplate
 from spt_jax.data.dialogue import Dialogue, DialogueSet, draw_fraction, split_by_persona
 from spt_jax.data.few_shot import FewShot, draw_demonstrations
+from spt_jax.data.kept_rows import kept_rows
 from spt_jax.data.loader import DialogueLoader
 from spt_jax.data.official import official_rows, official_turns
 from spt_jax.data.packing import PackedRows, Row, pack
@@ -193,7 +196,7 @@ def pack_dialogues(
     layout: str = "",
     learning: bool = False,
 ) -> PackedRows:
-    """Rows of tokens with the limits of the section ``data``.
+    """Rows of tokens with the limits of the section ``data``; from the cache folder where they were packed before.
 
     `layout` overrides its layout; no `template` means the paper's.
 
@@ -204,32 +207,29 @@ def pack_dialogues(
     """
     d = config.data
     layout = layout or d.layout
+    limits: dict[str, Any] = {"max_length": d.max_length, "max_turns": d.max_turns}
+    limits["last_turn_only"] = d.last_turn_only and learning
     if config.retriever.context == "official":
         if layout != "turn":
             raise UserError(
                 f"--layout={layout} does not go with retriever.context = official: there a score depends on the rows "
                 "beside it, one row a turn, in file order; allowed: --layout=turn"
             )
-        rows = official_rows(
-            dialogues,
-            tokenizer,
-            max_length=d.max_length,
-            max_turns=d.max_turns,
-            last_turn_only=d.last_turn_only and learning,
-            freeze_persona=d.freeze_persona,
-            freeze_context=d.freeze_context,
-            pad_id=pad_id_of(config, tokenizer),
-        )
-        return PackedRows(rows, 0, 0)
-    return pack(
-        dialogues,
-        tokenizer,
-        layout=layout,
-        max_length=d.max_length,
-        max_turns=d.max_turns,
-        template=template,
-        last_turn_only=d.last_turn_only and learning,
-    )
+        limits |= {"freeze_persona": d.freeze_persona, "freeze_context": d.freeze_context}
+        limits |= {"pad_id": pad_id_of(config, tokenizer)}
+        make = partial(_official, dialogues, tokenizer, **limits)
+    else:
+        limits |= {"layout": layout, "template": template}
+        make = partial(pack, dialogues, tokenizer, **limits)
+    ours = template is None or type(template).__module__.startswith("spt_jax.data.")
+    if not ours or not isinstance(tokenizer, Tokenizer):
+        return make()  # nothing tells an encoder or a template of somebody else from another
+    versions = [importlib.metadata.version(name) for name in ("tokenizers", "transformers", "jinja2")]
+    return kept_rows(make, dialogues, [tokenizer.content_digest, *versions, repr(limits)])
+
+
+def _official(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, **limits: Any) -> PackedRows:
+    return PackedRows(official_rows(dialogues, tokenizer, **limits), 0, 0)
 
 
 def contrastive_texts(config: Config, rows: Sequence[Row], dialogues: Sequence[Dialogue]) -> list[list[str]] | None:

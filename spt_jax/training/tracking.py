@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import sys
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -86,9 +87,10 @@ class TensorBoard:
     """
 
     def __init__(self, directory: Path, resume_step: int) -> None:
-        from tensorboardX.event_file_writer import EventsWriter
-        from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
-        from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        with _without_torch():
+            from tensorboardX.event_file_writer import EventsWriter
+            from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+            from tensorboardX.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
 
         self._event, self._summary = Event, Summary
         self._directory = directory
@@ -120,6 +122,19 @@ class TensorBoard:
             yield
         except OSError as error:
             raise UserError(_cannot_write(self._directory, error)) from error
+
+
+@contextlib.contextmanager
+def _without_torch() -> Iterator[None]:
+    """Lets an import find no torch: tensorboardX takes it where it is installed, seconds, for tensors it never sees."""
+    if "torch" in sys.modules:
+        yield
+        return
+    sys.modules["torch"] = None  # pyright: ignore[reportArgumentType]
+    try:
+        yield
+    finally:
+        del sys.modules["torch"]
 
 
 class WeightsAndBiases:

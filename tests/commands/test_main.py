@@ -206,3 +206,18 @@ def test_ctrl_c_says_so_without_a_traceback(capsys, monkeypatch):
     monkeypatch.setattr(score, "run", interrupted)
     assert main(["score"]) == 130
     assert capsys.readouterr().err == "\nspt-jax score: interrupted\n"
+
+
+def test_compiled_programs_are_kept_in_the_users_cache_folder_unless_jax_is_told_otherwise(tmp_path):
+    code = (
+        "from spt_jax.commands.main import main; main(['score', '--workdir=absent'])\n"
+        "import jax; jax.jit(lambda x: x + 1)(1)"
+    )
+    for whose in ("ours", "theirs"):
+        environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+        environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+        if whose == "theirs":
+            environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "theirs")
+        subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
+    assert any((tmp_path / "spt_jax" / "compiled").iterdir())
+    assert any((tmp_path / "theirs").iterdir())

@@ -6,6 +6,7 @@ import contextlib
 import json
 import math
 import struct
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,3 +147,12 @@ def test_metrics_are_always_written_and_tensorboard_when_asked(tmp_path, tensorb
         tracker.close()
     assert rows(tmp_path / "metrics.jsonl") == [{"step": 1, "a": 1.0}]
     assert (tmp_path / "tensorboard").is_dir() == tensorboard
+
+
+def test_tensorboard_takes_no_torch_along(tmp_path):
+    code = (
+        "import sys; from pathlib import Path; from spt_jax.training.tracking import TensorBoard\n"
+        "TensorBoard(Path(sys.argv[1]), -1).close(); sys.exit('torch' in sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code, tmp_path], check=True)
+    assert list(tmp_path.glob("events*"))

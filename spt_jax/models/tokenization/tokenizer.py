@@ -79,6 +79,15 @@ class Tokenizer:
         content = json.dumps([vocabulary, self.bos_id, self.eos_id, self.pad_id], ensure_ascii=True)
         return hashlib.sha256(content.encode()).hexdigest()
 
+    @functools.cached_property
+    def content_digest(self) -> str:
+        """SHA-256 of all that rows of tokens depend on, merges and the cutting into words too; more than `fingerprint`.
+
+        A checkpoint keeps the fingerprint, since a tokenizer that the same model got from other files still fits it.
+        """
+        ids = [self.bos_id, self.eos_id, self.pad_id, self.own_pad_id, self.lm_vocab_size, self.chat_template]
+        return hashlib.sha256(f"{self.backend.to_str()}{json.dumps(ids)}".encode()).hexdigest()
+
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of every text, no special token added; the texts are spread over the cores."""
         encodings = self.backend.encode_batch_fast(list(texts), add_special_tokens=False)
