@@ -1,0 +1,279 @@
+"""How many turns a second does a train step learn from, beside the authors' way and the strongest rivals in torch?
+
+    python benchmarks/train_step.py --shape=opt-125m --data=valid_self_original_no_cands.txt --tokenizer=OPT_FOLDER
+    python benchmarks/train_step.py --shape=small
+
+Float32 on the CPU, 2 threads, K = 4, P = 8, the paper's losses for OPT-125M, Adam. One random LM serves four sides:
+
+- ``ours``: packed dialogues through `spt_jax.data.loader` and `spt_jax.training.step`.
+- ``authors``: their way in torch, transformers and PEFT: turn rows padded to 512, 2 a step, K forward passes with
+  gradient checkpointing, eager attention, logits of the whole vocabulary at every position.
+- ``strong``: turn rows by length, no padding beyond the batch, prompts folded into the batch, no checkpointing, fused
+  attention, logits at target positions.
+- ``strong_packed``: the same on our packed rows.
+
+First the losses and gradients of all sides are compared on the same turns; if a loss differs by more than 1e-4 the
+program stops with no time measured. Then each side whose batch is free tries a few sizes and keeps the fastest, and
+the sides take turns: a round is one epoch over the same dialogues (of the authors' side a step or two). Only real
+turns count. Ratios are of medians. Memory is the peak of a side's process from its start to its last step. BLEU is
+computed beforehand for the rivals and by the loader for us. The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import sys
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from load import hardware
+from train_step_setup import SHAPES, prepare
+from train_step_workers import SIDES, Side, Worker
+
+ALLOWED_DIFFERENCE = 1e-4
+AUTHORS_BATCH = 2
+LOSSES = ("lm", "selection", "contrastive", "fusion", "total")
+TRIED = {"ours": (4, 8, 16), "strong": (8, 16, 32), "strong_packed": (2, 4, 8)}
+"""Rows of a step that a side may choose from."""
+SIZES = {"opt-125m": (16, 3, 1), "small": (32, 5, 2), "tiny": (4, 1, 1)}
+"""Dialogues, rounds, and the authors' steps a round, where they are not asked for."""
+PUBLISHED = {"opt-125m": (0.061, 5.0), "small": (0.24, 3.8)}
+"""The authors' own program on ConvAI2, 2 cores, float32, batch 2, padded to 512: turns a second and GB."""
+EXPLAINED = 0.15
+
+Start = Callable[..., contextlib.AbstractContextManager[Side]]
+"""Starts a side: ``(side, folder, batch, threads, checking=False)``."""
+
+
+def compare_losses(folder: Path, threads: int, start: Start) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+    """Every side's losses on the same turns, and the largest relative difference of its gradients from ours."""
+    losses = {}
+    for side in SIDES:
+        with start(side, folder, AUTHORS_BATCH, threads, checking=True) as worker:
+            losses[side] = worker.check()
+    gradients = {side: dict(np.load(folder / f"gradients_{side}.npz")) for side in SIDES}
+    ours = gradients["ours"]
+    differences = {
+        side: max(float(np.abs(found[x] - ours[x]).max() / np.abs(ours[x]).max()) for x in ours)
+        for side, found in gradients.items()
+    }
+    return losses, differences
+
+
+def loss_difference(losses: Mapping[str, Mapping[str, float]]) -> float:
+    """The largest relative difference between ours and any other side's, over all losses."""
+    ours = losses["ours"]
+    return max(
+        abs(found[name] - ours[name]) / max(abs(ours[name]), 1e-12) for found in losses.values() for name in LOSSES
+    )
+
+
+def choose_batches(
+    folder: Path, threads: int, start: Start, given: Mapping[str, int], dialogues: int
+) -> dict[str, int]:
+    """Rows of a step of every side: those given, else the fastest of those tried that the dialogues can fill."""
+    batches = {"authors": AUTHORS_BATCH, **given}
+    for side, sizes in TRIED.items():
+        if side in batches:
+            continue
+        speeds = {}
+        for size in sizes:
+            if side != "strong" and size > dialogues:
+                continue
+            with start(side, folder, size, threads) as worker:
+                [speeds[size]] = rates([worker.probe()])
+            print(f"{side:<14} {size:>3} rows a step: {speeds[size]:.3f} turns/s", flush=True)
+        batches[side] = max(speeds, key=lambda size: speeds[size])
+    return batches
+
+
+def measure(
+    folder: Path, threads: int, start: Start, batches: Mapping[str, int], rounds: int, authors_steps: int
+) -> tuple[dict[str, list[dict[str, float]]], dict[str, int], dict[str, float]]:
+    """`rounds` rounds in which the sides take turns; every other round in the opposite order.
+
+    Returns:
+        Each side's runs, its peak memory in bytes, and the rate of a large matrix product under XLA and torch.
+    """
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
+    with contextlib.ExitStack() as stack:
+        workers = {side: stack.enter_context(start(side, folder, batches[side], threads)) for side in SIDES}
+        for worker in workers.values():
+            worker.warm_up()
+        for number in range(rounds):
+            for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+                found = workers[side].run(authors_steps if side == "authors" else 0)
+                runs[side].append(found)
+                print(
+                    f"round {number + 1} {side:<14} {found['turns']:>5.0f} turns in {found['seconds']:>7.2f} s: "
+                    f"{found['turns'] / found['seconds']:.3f} turns/s",
+                    flush=True,
+                )
+        memory = {side: getattr(worker, "peak_memory", 0) for side, worker in workers.items()}
+        # Last, since the product's operands would count.
+        products = {"xla": workers["ours"].product(), "torch": workers["strong"].product()}
+    return runs, memory, products
+
+
+def loss_table(losses: Mapping[str, Mapping[str, float]], gradients: Mapping[str, float]) -> str:
+    """A line a side."""
+    lines = [f"{'side':<14} " + " ".join(f"{name:>12}" for name in LOSSES) + f" {'gradients':>12}"]
+    for side, found in losses.items():
+        lines.append(
+            f"{side:<14} " + " ".join(f"{found[name]:>12.7f}" for name in LOSSES) + f" {gradients[side]:>12.1e}"
+        )
+    return "\n".join(lines)
+
+
+def rates(runs: Sequence[Mapping[str, float]]) -> list[float]:
+    """Turns a second of every run."""
+    return [run["turns"] / run["seconds"] for run in runs]
+
+
+def core_seconds(runs: Sequence[Mapping[str, float]]) -> float:
+    """Seconds of all cores together a turn: hardly changed by what else the machine does, if it takes cores alone."""
+    return sum(run["core_seconds"] for run in runs) / sum(run["turns"] for run in runs)
+
+
+def time_table(
+    runs: Mapping[str, Sequence[Mapping[str, float]]], memory: Mapping[str, int], batches: Mapping[str, int]
+) -> str:
+    """A line a side: turns a second, how many times as fast ours is, work a turn, and memory."""
+    columns = ("turns/s", "slowest", "fastest", "ours is", "cores·s/turn", "peak GB")
+    lines = [f"{'side':<14} {'rows':>4} " + " ".join(f"{column:>12}" for column in columns)]
+    ours = statistics.median(rates(runs["ours"]))
+    for side, found in runs.items():
+        speeds = rates(found)
+        median = statistics.median(speeds)
+        lines.append(
+            f"{side:<14} {batches[side]:>4} {median:>12.3f} {min(speeds):>12.3f} {max(speeds):>12.3f} "
+            f"{ours / median:>11.2f}× {core_seconds(found):>12.3f} {memory[side] / 1e9:>12.2f}"
+        )
+    return "\n".join(lines)
+
+
+def beside_published(shape: str, speed: float, memory: int, products: Mapping[str, float]) -> str:
+    """The authors' way as measured here beside the figures of their own program, and why they may differ."""
+    published, gigabytes = PUBLISHED[shape]
+    text = (
+        f"authors: {speed:.4f} turns/s and {memory / 1e9:.1f} GB here; their own program on 2 cores: {published} "
+        f"turns/s and {gigabytes} GB."
+    )
+    away = speed / published - 1
+    if abs(away) > EXPLAINED:
+        text += (
+            f" That is {abs(away):.0%} {'faster' if away > 0 else 'slower'}: a matrix product ran at "
+            f"{products['torch'] / 1e9:.0f} GFLOP/s in torch and {products['xla'] / 1e9:.0f} under XLA when this run "
+            f"ended (2 undisturbed cores there: 155 to 180), the load average was {os.getloadavg()[0]:.1f}, and the "
+            "program is ours, with one cross-entropy a prompt and no work beside the losses."
+        )
+    return text
+
+
+def summary(
+    options: argparse.Namespace,
+    turns: Mapping[str, Any],
+    losses: Mapping[str, Mapping[str, float]],
+    gradients: Mapping[str, float],
+    batches: Mapping[str, int],
+    runs: Mapping[str, Sequence[Mapping[str, float]]],
+    memory: Mapping[str, int],
+    products: Mapping[str, float],
+) -> dict[str, Any]:
+    """The last line."""
+    speed = {side: statistics.median(rates(found)) for side, found in runs.items()}
+    ours = runs["ours"]
+    found = hardware()
+    more = ("transformers", "peft", "spt_jax")
+    installed = {package.name: package.version for package in importlib.metadata.distributions()}
+    found["versions"] |= {"python": platform.python_version(), **{name: installed.get(name) for name in more}}
+    return {
+        "shape": options.shape,
+        "ratio": speed["ours"] / speed["authors"],
+        "ratio_strong": speed["ours"] / speed["strong"],
+        "ratio_strong_packed": speed["ours"] / speed["strong_packed"],
+        "max_loss_difference": loss_difference(losses),
+        "max_gradient_difference": max(gradients.values()),
+        "peak_memory": dict(memory),
+        "memory_ratio": memory["ours"] / max(memory["authors"], 1),
+        "turns_per_second": speed,
+        "rounds": {side: [round(rate, 4) for rate in rates(found)] for side, found in runs.items()},
+        "core_seconds_per_turn": {side: core_seconds(found) for side, found in runs.items()},
+        "input_wait": sum(run["wait"] for run in ours) / sum(run["seconds"] for run in ours),
+        "batches": dict(batches),
+        "losses": losses["ours"],
+        "turns": dict(turns),
+        "threads": options.threads,
+        "dtype": "float32",
+        "product_flops_per_second": dict(products),
+        "load_average": os.getloadavg()[0],
+        **found,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="small", help="sizes of the LM; tiny is for tests")
+    parser.add_argument("--data", default="builtin:train", help="dialogues, such as ConvAI2's file in ParlAI's format")
+    parser.add_argument(
+        "--tokenizer", default="", help="folder or source of a tokenizer, or bytes; default: SmolLM2's, else bytes"
+    )
+    parser.add_argument("--dialogues", type=int, help="the first so many dialogues are timed")
+    parser.add_argument("--turns", type=int, default=12, help="turns, of 3 dialogues, that the losses are compared on")
+    parser.add_argument("--rounds", type=int, help="times that every side is measured")
+    parser.add_argument("--authors_steps", type=int, help="steps of the authors' side in a round")
+    parser.add_argument("--threads", type=int, default=2, help="cores and threads of every side")
+    parser.add_argument("--batch", nargs="*", default=[], metavar="SIDE=ROWS", help="instead of trying a few sizes")
+    options = parser.parse_args(arguments)
+    dialogues, rounds, steps = SIZES[options.shape]
+    options.dialogues = options.dialogues or dialogues
+    options.rounds, options.authors_steps = options.rounds or rounds, options.authors_steps or steps
+    given = {}
+    for text in options.batch:
+        side, _, rows = text.partition("=")
+        if side not in TRIED or not rows.isdigit() or int(rows) < 1:
+            parser.error(f"--batch: {text!r} is not a side of {', '.join(TRIED)} with its rows, such as ours=8")
+        given[side] = int(rows)
+    options.batch = given
+    return options
+
+
+def main(options: argparse.Namespace, start: Start = Worker) -> None:
+    """Writes what the sides share, compares their losses, measures, prints tables and one line of JSON.
+
+    Raises:
+        SystemExit: The losses differ by more than `ALLOWED_DIFFERENCE`.
+    """
+    with tempfile.TemporaryDirectory(prefix="train_step-") as name:
+        folder = Path(name)
+        turns = prepare(folder, options)
+        print(f"{options.shape}, float32, {options.threads} threads, {turns}")
+        losses, gradients = compare_losses(folder, options.threads, start)
+        print(loss_table(losses, gradients), flush=True)
+        difference = loss_difference(losses)
+        print(f"largest relative difference of a loss: {difference:.1e}")
+        if not difference <= ALLOWED_DIFFERENCE:
+            sys.exit(f"The losses differ by {difference:.1e} (allowed: {ALLOWED_DIFFERENCE}), so no time is measured.")
+        batches = choose_batches(folder, options.threads, start, options.batch, turns["dialogues"])
+        runs, memory, products = measure(folder, options.threads, start, batches, options.rounds, options.authors_steps)
+    line = summary(options, turns, losses, gradients, batches, runs, memory, products)
+    print(time_table(runs, memory, batches))
+    if options.shape in PUBLISHED:
+        print(beside_published(options.shape, line["turns_per_second"]["authors"], memory["authors"], products))
+    print(f"ours waited {line['input_wait']:.2%} of its time for the loader")
+    print(json.dumps(line))
+
+
+if __name__ == "__main__":
+    main(parse())
