@@ -10,7 +10,8 @@ folder (`XDG_CACHE_HOME`), the others what it left; the files of packages are in
 is compiled, by a run before that is not counted.
 
 Seconds of the breakdown are the main thread's; a phase within another is indented and part of it. CPU seconds are those
-of all threads: where other work shares the cores they say more than the clock.
+of all threads: where other work shares the cores they say more than the clock. The start is everything but the
+arithmetic of the first evaluation and the first step, which no cache can save. Of the warm starts the median is shown.
 """
 
 from __future__ import annotations
@@ -18,11 +19,9 @@ from __future__ import annotations
 import argparse
 import functools
 import importlib.abc
-import importlib.metadata
 import importlib.util
 import json
 import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -211,11 +210,12 @@ def run_apart(arguments: Sequence[str], cache: Path) -> dict[str, Any]:
         raise RuntimeError(f"{' '.join(command)} failed with {done.returncode}:\n{done.stdout}{done.stderr}")
     report = json.loads(done.stdout.splitlines()[-1])
     report["seconds"] = report["finished"] - start
-    report["arithmetic_seconds"], report["arithmetic_cpu"] = (_arithmetic(report["phases"], i) for i in (1, 2))
+    report["start_seconds"] = report["seconds"] - arithmetic(report["phases"], 1)
+    report["start_cpu"] = report["cpu"] - arithmetic(report["phases"], 2)
     return report
 
 
-def _arithmetic(phases: Sequence[Sequence[Any]], column: int) -> float:
+def arithmetic(phases: Sequence[Sequence[Any]], column: int) -> float:
     """What the development dialogues and the first step take without tracing, lowering and compiling their programs."""
     total = 0.0
     for path, *_ in (phase for phase in phases if phase[0].endswith((EVALUATION, STEP))):
@@ -242,36 +242,18 @@ def table(report: dict[str, Any]) -> str:
         if seconds >= 0.01:
             lines.append(f"{'  ' * len(outer) + name:<58} {seconds:>8.2f} {cpu:>8.2f} {calls:>6}")
 
-    def line(name: str, seconds: float, cpu: float) -> None:
-        lines.append(f"{name:<58} {seconds:>8.2f} {cpu:>8.2f}")
-
-    seconds, cpu = report["seconds"], report["cpu"]
-    line("from the command to the end of the first step", seconds, cpu)
-    line(
-        "… arithmetic of the development dialogues and the step",
-        *(report[f"arithmetic_{n}"] for n in ("seconds", "cpu")),
+    ends = (
+        ("from the command to the end of the first step", report["seconds"], report["cpu"]),
+        ("… without arithmetic on dialogues: the start", report["start_seconds"], report["start_cpu"]),
     )
-    line("… all else: the start", seconds - report["arithmetic_seconds"], cpu - report["arithmetic_cpu"])
+    lines += [f"{name:<58} {seconds:>8.2f} {cpu:>8.2f}" for name, seconds, cpu in ends]
     return "\n".join(lines)
-
-
-def hardware() -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = Path("/proc/cpuinfo").read_text()
-    models = [line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
-    installed = {found.name: found.version for found in importlib.metadata.distributions()}
-    versions = {name: installed.get(name) for name in ("jax", "flax", "numpy", "orbax-checkpoint", "torch")}
-    return {
-        "cpu": models[0] if models else platform.machine(),
-        "cores": os.cpu_count(),
-        "load_average": os.getloadavg()[0],
-        "python": platform.python_version(),
-        "versions": versions,
-    }
 
 
 def main(options: argparse.Namespace, rest: list[str]) -> None:
     """Times the help and the starts, prints the breakdowns and one line of JSON."""
+    from load import hardware  # not in the processes that are timed
+
     if not any(argument.startswith("--config=") for argument in rest):
         rest = ["--config=configs/quickstart.py", *rest]
     results: dict[str, Any] = {"help": help_seconds(options.rounds + 1)[1:]}
@@ -282,13 +264,14 @@ def main(options: argparse.Namespace, rest: list[str]) -> None:
         cache = Path(folder) / "cache"
         reports = [run_apart(rest, cache) for _ in range(options.rounds + 1)]
         results["cache_mb"] = sum(file.stat().st_size for file in cache.rglob("*") if file.is_file()) / 1e6
-    warm = sorted(reports[1:], key=lambda report: report["seconds"])
+    warm = sorted(reports[1:], key=lambda report: report["start_seconds"])
     results["cold"] = reports[0]
     results["warm"] = warm[len(warm) // 2]
     for name in ("cold", "warm"):
         print(f"\n{name} caches, {' '.join(rest)}")
         print(table(results[name]))
-    print(json.dumps({"arguments": rest, **hardware(), **results, "warm_seconds": [r["seconds"] for r in warm]}))
+    results["warm_start_seconds"] = [round(report["start_seconds"], 2) for report in warm]
+    print(json.dumps({"arguments": rest, **hardware(), "load_average": os.getloadavg()[0], **results}))
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
