@@ -30,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from gpu import draw_batch, needed_flops
 from jax import extend
+from jax.sharding import Mesh
 
 from spt_jax.config import default_config
 from spt_jax.data.loader import DialogueLoader
@@ -40,7 +41,7 @@ from spt_jax.models.loading import open_lm
 from spt_jax.models.random_lm import byte_tokenizer
 from spt_jax.models.weights import kernel_shape
 from spt_jax.parallel.mesh import make_mesh
-from spt_jax.parallel.rules import place_batch
+from spt_jax.parallel.rules import parameter_sharding, place_batch
 from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.description import describe, objective_of
 from spt_jax.training.experiment import make_loader, pack_dialogues
@@ -86,16 +87,22 @@ def host_calls(text: str) -> int:
     return len(re.findall(r'custom_call_target="[^"]*python[^"]*callback"|\boutfeed\(', text))
 
 
+def abstract_tree(decoder: DecoderConfig, mesh: Mesh) -> Any:
+    """The frozen tree of a float decoder as shapes with their shardings, to compile for without making weights."""
+
+    def one(leaf: Any) -> jax.ShapeDtypeStruct:
+        shape = kernel_shape(leaf)
+        return jax.ShapeDtypeStruct(shape, leaf.value.dtype, sharding=parameter_sharding(mesh, leaf.names, shape))
+
+    return jax.tree.map(one, abstract_params(decoder), is_leaf=lambda node: hasattr(node, "value"))
+
+
 def step_costs() -> dict[str, float]:
     """Of the step at OPT-125M's size, K = 4, P = 8, one batch of ConvAI2's proportions."""
     config, mesh = default_config(), make_mesh(devices=jax.devices()[:1])
     decoder = open_lm("shape:opt-125m").config
     model, optimizer = describe(config, decoder, mesh), make_optimizer(config.optimizer, 100)
-    params = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(kernel_shape(leaf), leaf.value.dtype),
-        abstract_params(decoder),
-        is_leaf=lambda node: hasattr(node, "value"),
-    )
+    params = abstract_tree(decoder, mesh)
     state = init_state(jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0))), optimizer, mesh)
     batch = draw_batch(ROWS, decoder.vocab_size)
     traced = make_train_step(model, objective_of(config), optimizer, mesh).trace(state, params, batch)

@@ -28,16 +28,15 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import jax.numpy as jnp
 import numpy as np
-from check import product_flops
+from check import abstract_tree, product_flops
 from gpu import draw_batch
 
 from spt_jax.config import default_config
-from spt_jax.models.decoder import abstract_params, random_params
+from spt_jax.models.decoder import random_params
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.loading import open_lm
-from spt_jax.models.weights import kernel_shape
 from spt_jax.parallel.mesh import make_mesh
-from spt_jax.parallel.rules import parameter_sharding, place_batch
+from spt_jax.parallel.rules import place_batch
 from spt_jax.training.description import describe, objective_of
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.step import init_state, make_train_step
@@ -102,58 +101,35 @@ def longer(batch: dict[str, np.ndarray], times: int) -> dict[str, np.ndarray]:
 
 def measure(point: Point, repeats: int) -> dict[str, float]:
     """Arithmetic and memory of the compiled step, a device's share; seconds too when it is repeated."""
+    traced, compiled, (state, params, batch) = _step(point)
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    products = product_flops(traced.jaxpr.jaxpr)
+    if point.devices > 1:
+        # The trace is of the whole step; what a device does of it is known to the compiler alone.
+        alone = _step(dataclasses.replace(point, devices=1))[1]
+        products *= compiled.cost_analysis()["flops"] / alone.cost_analysis()["flops"]
+    found = {"products": products, "temporary_bytes": float(memory.temp_size_in_bytes)}
+    if repeats:
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
+        weights = jax.device_put(random_params(decoder_of(point), jax.random.key(0)), shardings)
+        found["seconds"] = _seconds(compiled, state, weights, batch, repeats)
+    return found
+
+
+def _step(point: Point) -> tuple[Any, Any, tuple[Any, Any, Any]]:
+    """The step as traced and as compiled, with its arguments: state, abstract weights, batch."""
     decoder, config = decoder_of(point), default_config()
     config.bank.num_prompts, config.bank.prompt_length = point.prompts, point.prompt_length
     mesh = make_mesh(devices=jax.devices()[: point.devices])
     model, optimizer = describe(config, decoder, mesh), make_optimizer(config.optimizer, 100)
-    state = init_state(model.init(jax.random.key(0), _table(decoder)), optimizer, mesh)
+    # As much of a frozen tree as a bank from the vocabulary needs.
+    table = {"embed_tokens": jnp.ones((decoder.vocab_size, decoder.hidden_size), decoder.jax_dtype)}
+    state = init_state(model.init(jax.random.key(0), table), optimizer, mesh)
     batch = place_batch(mesh, longer(draw_batch(point.rows, decoder.vocab_size), point.tokens))
-    params = _abstract(decoder, mesh)
-    if repeats:
-        params = jax.device_put(random_params(decoder, jax.random.key(0)), jax.tree.map(lambda x: x.sharding, params))
-    step = make_train_step(model, objective_of(config), optimizer, mesh)
-    traced = step.trace(state, params, batch)
-    compiled = traced.lower().compile()
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    found = {
-        "products": product_flops(traced.jaxpr.jaxpr) / point.devices,
-        "temporary_bytes": float(memory.temp_size_in_bytes),
-    }
-    if point.devices > 1:
-        found["products"] *= _share(compiled, point)
-    if repeats:
-        found["seconds"] = _seconds(compiled, state, params, batch, repeats)
-    return found
-
-
-def _share(compiled: Any, point: Point) -> float:
-    """A device's arithmetic times devices, over the whole step's on one device: 1 where nothing is done twice."""
-    alone = dataclasses.replace(point, devices=1)
-    return compiled.cost_analysis()["flops"] * point.devices / _flops_alone(alone)
-
-
-def _flops_alone(point: Point) -> float:
-    decoder, config = decoder_of(point), default_config()
-    mesh = make_mesh(devices=jax.devices()[:1])
-    model, optimizer = describe(config, decoder, mesh), make_optimizer(config.optimizer, 100)
-    state = init_state(model.init(jax.random.key(0), _table(decoder)), optimizer, mesh)
-    batch = place_batch(mesh, draw_batch(point.rows, decoder.vocab_size))
-    step = make_train_step(model, objective_of(config), optimizer, mesh)
-    return step.lower(state, _abstract(decoder, mesh), batch).compile().cost_analysis()["flops"]
-
-
-def _table(decoder: DecoderConfig) -> dict[str, Any]:
-    """As much of a frozen tree as a bank from the vocabulary needs."""
-    return {"embed_tokens": jnp.ones((decoder.vocab_size, decoder.hidden_size), decoder.jax_dtype)}
-
-
-def _abstract(decoder: DecoderConfig, mesh: Any) -> Any:
-    def one(leaf: Any) -> jax.ShapeDtypeStruct:
-        shape = kernel_shape(leaf)
-        return jax.ShapeDtypeStruct(shape, leaf.value.dtype, sharding=parameter_sharding(mesh, leaf.names, shape))
-
-    return jax.tree.map(one, abstract_params(decoder), is_leaf=lambda node: hasattr(node, "value"))
+    arguments = (state, abstract_tree(decoder, mesh), batch)
+    traced = make_train_step(model, objective_of(config), optimizer, mesh).trace(*arguments)
+    return traced, traced.lower().compile(), arguments
 
 
 def _seconds(step: Callable[..., Any], state: Any, params: Any, batch: Any, repeats: int) -> float:
