@@ -32,7 +32,7 @@ LEARNING_RATES = {
     "prompt_tuning": (5e-3, 2e-2, 5e-2),
     "prefix_tuning": (5e-3, 2e-2, 5e-2),
     "p_tuning": (2e-4, 1e-3, 5e-3),
-    "lora": (3e-4, 1e-3, 3e-3),
+    "lora": (1e-3, 3e-3, 1e-2),
     "full": (1e-5, 3e-5, 1e-4),
     "spt": (5e-3, 2e-2, 5e-2),
 }
