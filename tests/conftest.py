@@ -36,6 +36,15 @@ def pytest_unconfigure() -> None:
         shutil.rmtree(cache, ignore_errors=True)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _programs_compiled_once() -> None:
+    """Tests of one run, in whichever process, compile a program once: many run the same one on other numbers."""
+    import jax
+
+    jax.config.update("jax_compilation_cache_dir", f"{os.environ['SPT_JAX_TESTS_CACHE']}/programs")
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+
+
 @pytest.fixture
 def cache_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An empty cache folder of the test's own, not made yet."""

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 import pytest
-from jax.experimental.compilation_cache import compilation_cache
 from tiny_run import TALK, train_arguments, walk
 
 from spt_jax.commands.restored import open_run
@@ -58,21 +55,6 @@ LEAVES = {
 LORA = {"lora.dropout": 0.1, "lora.targets": "('q_proj', 'down_proj')"}
 MESH = {"mesh.fsdp": 2, "mesh.tensor": 2}
 campaign = pytest.mark.campaign
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _programs_kept_between_doors(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A resumed run, and a door after another, would else compile the same programs again."""
-    kept = {"jax_compilation_cache_dir": str(tmp_path_factory.mktemp("compiled"))}
-    kept |= {"jax_persistent_cache_min_compile_time_secs": 0.0}
-    before = {name: getattr(jax.config, name) for name in kept}
-    for name, value in kept.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    yield
-    for name, value in before.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
 
 
 def run_of(name: str, kind: str, options: dict[str, Any] | None = None, *marks: Any) -> Any:
