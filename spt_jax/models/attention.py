@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import functools
+import itertools
+
 import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
 from spt_jax.models.decoder_config import DecoderConfig
+
+QUERY_BLOCK = 72
+"""About how many queries of an ordered row attend at once; measured in docs/performance.md."""
 
 
 @flax.struct.dataclass
@@ -85,6 +91,7 @@ def attention(
     *,
     scale: float | None = None,
     softcap: float | None = None,
+    ordered: bool = False,
 ) -> jax.Array:
     """Dot-product attention with grouped queries; the softmax is float32.
 
@@ -97,15 +104,44 @@ def attention(
         mask: bool ``[B, 1, T, C]``.
         scale: Multiplies the products; None for ``head_dim ** -0.5``.
         softcap: c in ``c · tanh(x / c)`` over the scaled products; None for none.
+        ordered: Whether query i never sees a key behind slot i, as in a whole row at once. Queries then go in blocks,
+            each with the keys up to its end alone, which leaves out most of what the mask would hide.
 
     Returns:
         ``[B, T, H, head_dim]``.
     """
-    if softcap is None:
-        return jax.nn.dot_product_attention(query, key, value, mask=mask, scale=scale, implementation="xla")
-    factor = query.shape[-1] ** -0.5 if scale is None else scale
-    grouped = rearrange(query, "b t (g r) d -> b t g r d", g=key.shape[2])
-    products = jnp.einsum("btgrd,bcgd->bgrtc", grouped, key, preferred_element_type=jnp.float32) * factor
-    products = jnp.where(mask[:, :, None], softcap * jnp.tanh(products / softcap), jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(products, axis=-1).astype(value.dtype)
-    return rearrange(jnp.einsum("bgrtc,bcgd->btgrd", weights, value), "b t g r d -> b t (g r) d")
+    # Heads before positions: products of matrices with one batch axis beside the rows are what XLA is fastest at.
+    query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
+    attend = functools.partial(_attend, scale=query.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap)
+    if ordered:
+        blocks = [
+            attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask[:, :, start:end, :end])
+            for start, end in _query_blocks(query.shape[2])
+        ]
+        attended = jnp.concatenate(blocks, axis=2)
+    else:
+        attended = attend(query, key, value, mask)
+    return jnp.swapaxes(attended, 1, 2)
+
+
+def _query_blocks(length: int) -> list[tuple[int, int]]:
+    """First slot and end of each block of queries: as equal as can be, about `QUERY_BLOCK` long."""
+    count = max(1, round(length / QUERY_BLOCK))
+    ends = [length * block // count for block in range(count + 1)]
+    return list(itertools.pairwise(ends))
+
+
+def _attend(
+    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None
+) -> jax.Array:
+    """`attention` with heads before positions: ``[B, H, T, head_dim]`` behind ``[B, num_key_value_heads, C, ...]``."""
+    repeats = query.shape[1] // key.shape[1]
+    # The heads of a group stand below one another as if they were further queries.
+    query = rearrange(query, "b (g r) t d -> b g (r t) d", r=repeats)
+    products = jnp.einsum("bgqd,bgcd->bgqc", query, key, preferred_element_type=jnp.float32) * scale
+    if softcap is not None:
+        products = softcap * jnp.tanh(products / softcap)
+    hidden = jnp.finfo(jnp.float32).min
+    weights = jax.nn.softmax(jnp.where(jnp.tile(mask, (1, 1, repeats, 1)), products, hidden), axis=-1)
+    attended = jnp.einsum("bgqc,bgcd->bgqd", weights.astype(value.dtype), value)
+    return rearrange(attended, "b g (r t) d -> b (g r) t d", r=repeats)

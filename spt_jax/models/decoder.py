@@ -100,7 +100,8 @@ class SelfAttention(nn.Module):
             value = write_slots(layer_cache[1], value, places.slot)
             layer_cache = (key, value)
         mask = _chosen(layer.kind, places.masks)
-        y = attention(query, key, value, mask, scale=c.attention_scale, softcap=c.attention_softcap)
+        ordered = layer_cache is None
+        y = attention(query, key, value, mask, scale=c.attention_scale, softcap=c.attention_softcap, ordered=ordered)
         axes = ("heads", "head_dim", "embed")
         return dense((c.hidden_size,), axes, 2, use_bias=c.output_bias, name="o_proj")(y), layer_cache
 
@@ -256,7 +257,8 @@ def decode(
         config: The decoder.
         params: The frozen tree.
         embeddings: ``[B, T, M]``.
-        positions: int ``[B, T]``, counted from the row's first real token (the soft prompt's first).
+        positions: int ``[B, T]``, counted from the row's first real token (the soft prompt's first). Real tokens stand
+            in their order.
         valid: bool ``[B, T]``, False on padding, on either side.
         cache: Keys and values of earlier tokens, with at least T free slots; None for a whole row at once.
         dropout: The LM's own dropout in training, on what each block's attention and MLP add to the residual stream, as
