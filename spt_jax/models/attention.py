@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
@@ -112,36 +113,89 @@ def attention(
     """
     # Heads before positions: products of matrices with one batch axis beside the rows are what XLA is fastest at.
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    attend = functools.partial(_attend, scale=query.shape[-1] ** -0.5 if scale is None else scale, softcap=softcap)
-    if ordered:
-        blocks = [
-            attend(query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask[:, :, start:end, :end])
-            for start, end in _query_blocks(query.shape[2])
-        ]
-        attended = jnp.concatenate(blocks, axis=2)
-    else:
-        attended = attend(query, key, value, mask)
-    return jnp.swapaxes(attended, 1, 2)
+    settings = _Settings(query.shape[-1] ** -0.5 if scale is None else scale, softcap, ordered)
+    return jnp.swapaxes(_attention(settings, query, key, value, mask), 1, 2)
 
 
-def _query_blocks(length: int) -> list[tuple[int, int]]:
-    """First slot and end of each block of queries: as equal as can be, about `QUERY_BLOCK` long."""
-    count = max(1, round(length / QUERY_BLOCK))
-    ends = [length * block // count for block in range(count + 1)]
-    return list(itertools.pairwise(ends))
+class _Settings(NamedTuple):
+    scale: float
+    softcap: float | None
+    ordered: bool
+
+    def blocks(self, queries: int, keys: int) -> list[tuple[slice, slice]]:
+        """Which queries attend at once, and to which keys: as equal as can be, about `QUERY_BLOCK` queries."""
+        if not self.ordered:
+            return [(slice(0, queries), slice(0, keys))]
+        count = max(1, round(queries / QUERY_BLOCK))
+        ends = [queries * block // count for block in range(count + 1)]
+        return [(slice(start, end), slice(0, end)) for start, end in itertools.pairwise(ends)]
 
 
-def _attend(
-    query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, *, scale: float, softcap: float | None
-) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attention(settings: _Settings, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
     """`attention` with heads before positions: ``[B, H, T, head_dim]`` behind ``[B, num_key_value_heads, C, ...]``."""
+    return _forward(settings, query, key, value, mask)[0]
+
+
+def _forward(
+    settings: _Settings, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+) -> tuple[jax.Array, Any]:
+    outputs, normalisers = [], []
+    for rows, columns in settings.blocks(query.shape[2], key.shape[2]):
+        products = _products(settings, query[:, :, rows], key[:, :, columns], mask[:, :, rows, columns])
+        top = products.max(axis=-1, keepdims=True)
+        weights = jnp.exp(products - top)
+        total = weights.sum(axis=-1, keepdims=True)
+        attended = _times("bgqc,bgcd->bgqd", weights, value[:, :, columns]) / total
+        outputs.append(_per_head(attended.astype(query.dtype), query.shape[1]))
+        normalisers.append(_per_head(top + jnp.log(total), query.shape[1]))
+    output, normaliser = jnp.concatenate(outputs, axis=2), jnp.concatenate(normalisers, axis=2)
+    return output, (query, key, value, mask, output, normaliser)
+
+
+def _backward(settings: _Settings, residuals: Any, cotangent: jax.Array) -> tuple[jax.Array | None, ...]:
+    """The weights of each block are computed again from the normalisers (arXiv 2205.14135): none of them is kept."""
+    query, key, value, mask, output, normaliser = residuals
     repeats = query.shape[1] // key.shape[1]
-    # The heads of a group stand below one another as if they were further queries.
-    query = rearrange(query, "b (g r) t d -> b g (r t) d", r=repeats)
-    products = jnp.einsum("bgqd,bgcd->bgqc", query, key, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        products = softcap * jnp.tanh(products / softcap)
-    hidden = jnp.finfo(jnp.float32).min
-    weights = jax.nn.softmax(jnp.where(jnp.tile(mask, (1, 1, repeats, 1)), products, hidden), axis=-1)
-    attended = jnp.einsum("bgqc,bgcd->bgqd", weights.astype(value.dtype), value)
-    return rearrange(attended, "b g (r t) d -> b (g r) t d", r=repeats)
+    through_total = jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1, keepdims=True)
+    queries, keys, values = [], jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
+    for rows, columns in settings.blocks(query.shape[2], key.shape[2]):
+        k, v, seen = key[:, :, columns], value[:, :, columns], mask[:, :, rows, columns]
+        products = _products(settings, query[:, :, rows], k, seen)
+        arriving, total, through = (_grouped(x[:, :, rows], repeats) for x in (cotangent, normaliser, through_total))
+        weights = jnp.exp(products - total)
+        values = values.at[:, :, columns].add(_times("bgqc,bgqd->bgcd", weights, arriving))
+        into = weights * (_times("bgqd,bgcd->bgqc", arriving, v) - through)
+        if settings.softcap is not None:
+            # What the mask hides has the least float here, whose square is infinite; its weight is 0 already.
+            into = into * (1.0 - jnp.square(jnp.maximum(products / settings.softcap, -1.0)))
+        into = into * settings.scale
+        queries.append(_per_head(_times("bgqc,bgcd->bgqd", into, k).astype(query.dtype), query.shape[1]))
+        keys = keys.at[:, :, columns].add(_times("bgqc,bgqd->bgcd", into, _grouped(query[:, :, rows], repeats)))
+    return jnp.concatenate(queries, axis=2), keys.astype(key.dtype), values.astype(value.dtype), None
+
+
+_attention.defvjp(_forward, _backward)
+
+
+def _products(settings: _Settings, query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:
+    """What the softmax is over: float32 ``[B, G, r · T, C]``, the least float where the mask hides."""
+    repeats = query.shape[1] // key.shape[1]
+    products = _times("bgqd,bgcd->bgqc", _grouped(query, repeats), key) * settings.scale
+    if settings.softcap is not None:
+        products = settings.softcap * jnp.tanh(products / settings.softcap)
+    return jnp.where(jnp.tile(mask, (1, 1, repeats, 1)), products, jnp.finfo(jnp.float32).min)
+
+
+def _times(subscripts: str, left: jax.Array, right: jax.Array) -> jax.Array:
+    """A product of matrices in the right one's type, summed in float32."""
+    return jnp.einsum(subscripts, left.astype(right.dtype), right, preferred_element_type=jnp.float32)
+
+
+def _grouped(x: jax.Array, repeats: int) -> jax.Array:
+    """The heads of a group below one another, as if they were further queries."""
+    return rearrange(x, "b (g r) t d -> b g (r t) d", r=repeats)
+
+
+def _per_head(x: jax.Array, heads: int) -> jax.Array:
+    return rearrange(x, "b g (r t) d -> b (g r) t d", r=heads // x.shape[1])

@@ -58,18 +58,37 @@ def test_attention_in_blocks_is_attention(length, heads, groups, padding, softca
         assert np.isfinite(ours).all()
 
 
-def test_gradients_in_blocks_are_those_at_once():
-    arrays, mask, real = row(LONG, 6, 2, "right")
-    cotangent = jnp.float32(np.random.default_rng(1).standard_normal(arrays[0].shape) * real[..., None, None])
+def of_softmax(query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array, softcap: float | None) -> jax.Array:
+    """Attention as a formula that jax differentiates by itself."""
+    key, value = (jnp.repeat(x, query.shape[2] // x.shape[2], axis=2) for x in (key, value))
+    products = jnp.einsum("bthd,bchd->bhtc", query, key) * SCALE
+    products = products if softcap is None else softcap * jnp.tanh(products / softcap)
+    weights = jax.nn.softmax(jnp.where(mask, products, -1e30), axis=-1)
+    return jnp.einsum("bhtc,bchd->bthd", weights, value)
 
-    def gradients(ordered: bool) -> tuple[jax.Array, ...]:
-        def total(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-            return jnp.sum(attention(query, key, value, mask, scale=SCALE, ordered=ordered) * cotangent)
 
-        return jax.grad(total, argnums=(0, 1, 2))(*in_float32(arrays))
+@pytest.mark.parametrize("ordered", [False, True])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("padding", ["left", "right"])
+def test_gradients_are_those_of_the_softmax(padding, softcap, ordered):
+    arrays, mask, real = row(LONG, 6, 2, padding)
+    cotangent = jnp.asarray(np.random.default_rng(1).standard_normal(arrays[0].shape) * real[..., None, None])
 
-    for blocks, whole in zip(gradients(True), gradients(False), strict=True):
-        np.testing.assert_allclose(blocks, whole, rtol=1e-4, atol=1e-5)
+    def ours(*qkv: jax.Array) -> jax.Array:
+        return jnp.sum(attention(*qkv, mask, scale=SCALE, softcap=softcap, ordered=ordered) * cotangent)
+
+    def wanted(*qkv: jax.Array) -> jax.Array:
+        return jnp.sum(of_softmax(*qkv, mask, softcap) * cotangent)
+
+    found, true = (jax.grad(f, argnums=(0, 1, 2))(*in_float32(arrays)) for f in (ours, wanted))
+    for a, b in zip(found, true, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=2e-5)
+
+
+def test_no_weights_are_kept_for_the_gradient():
+    arrays, mask, _ = row(LONG, 4, 4, "right")
+    kept = jax.eval_shape(lambda q, k, v: jax.vjp(lambda *x: attention(*x, mask), q, k, v)[1], *in_float32(arrays))
+    assert max(leaf.size for leaf in jax.tree.leaves(kept)) <= max(mask.size, arrays[0].size)
 
 
 def test_in_bfloat16_the_softmax_is_float32():
