@@ -27,6 +27,8 @@ from spt_jax.prompting.adapters import SoftPrompts
 from spt_jax.prompting.retriever import RetrieverConfig
 from spt_jax.prompting.selective_lm import SelectiveLM
 
+pytestmark = pytest.mark.first_python
+
 SMALL = random_llama().fields
 LLAMA2_7B = shape_fields("shape:llama2-7b")
 

@@ -13,6 +13,8 @@ from tiny_run import TALK, train_arguments, walk
 
 from spt_jax.commands.restored import open_run
 
+pytestmark = pytest.mark.first_python
+
 STEPS = 2
 LATEST = "--checkpoint=latest"
 BASICS = {

@@ -31,6 +31,8 @@ from spt_jax.generation.replies import cut_reply_official
 from spt_jax.prompting.losses import annealed_weights, contrastive_loss, selection_target
 from spt_jax.training.optimizer import make_optimizer
 
+pytestmark = pytest.mark.first_python
+
 BOUND = 1e-4
 MARGIN = 1e-3
 """Between the two best logits: below it float32 may choose either."""

@@ -30,6 +30,8 @@ from spt_jax.parallel.rules import parameter_sharding, place_batch, row_sharding
 from spt_jax.prompting.objective import Objective
 from spt_jax.training.step import init_state, make_train_step
 
+pytestmark = pytest.mark.first_python
+
 KINDS = ("int8", "int4")
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": {},
@@ -174,7 +176,9 @@ TOKENS = jnp.asarray(np.random.default_rng(6).integers(0, 128, (2, 7)), jnp.int3
 
 
 @pytest.mark.parametrize(
-    ("family", "kind"), [("llama", "int8"), ("qwen", "int4"), ("gemma", "int4"), ("gpt", "int8"), ("neox", "int4")]
+    ("family", "kind"),
+    [("llama", "int8"), ("qwen", "int4"), ("gemma", "int4")]
+    + [pytest.param(*case, marks=pytest.mark.campaign) for case in (("gpt", "int8"), ("neox", "int4"))],
 )
 def test_logits_and_prompt_gradients_equal_those_of_the_dequantised_weights(family: str, kind: str) -> None:
     remat = {"llama": "none", "qwen": "full"}.get(family, "dots")
@@ -276,7 +280,9 @@ def test_cached_generation_equals_that_before_the_dequantised_weights() -> None:
     assert found == expected and any(found)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("int8", "bfloat16"), ("int4", "float32")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [pytest.param("int8", "bfloat16", marks=pytest.mark.campaign), ("int4", "float32")]
+)
 def test_loading_layer_by_layer_equals_quantising_what_the_file_holds(kind: str, dtype: str, tmp_path: Path) -> None:
     files = random_llama(attention_bias=True)
     sources = (files.write_folder(tmp_path / "folder", shards=2), files.write_gguf(tmp_path / "m.gguf"))

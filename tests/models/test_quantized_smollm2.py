@@ -23,6 +23,8 @@ from spt_jax.models.loading import LanguageModel, load_lm
 from spt_jax.models.quantized import tree_bytes
 from spt_jax.models.random_lm import byte_tokenizer
 
+pytestmark = pytest.mark.first_python
+
 TRAIN, VALID = "train_self_original_no_cands.first10000turns", "valid_self_original_no_cands"
 ALLOWED = {"int8": 0.01, "int4": 0.15}
 """Nats a token, beside float32."""

@@ -26,6 +26,8 @@ from spt_jax.models.shapes import SHAPES, shape_fields
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import parameter_sharding
 
+pytestmark = pytest.mark.first_python
+
 # As the model cards and the files on the hub have them, without buffers; a tied head counts once. Gemma 3 from 4B on
 # is the text part alone.
 PARAMETERS = {

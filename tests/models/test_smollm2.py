@@ -18,7 +18,7 @@ from spt_jax.models.decoder_config import LayerKind, Rope
 from spt_jax.models.files.sources import resolve_source
 from spt_jax.models.loading import LanguageModel, load_lm, load_tokenizer
 
-pytestmark = pytest.mark.smollm2
+pytestmark = [pytest.mark.smollm2, pytest.mark.first_python]
 NEW_TOKENS = 20
 
 
