@@ -38,7 +38,7 @@ from spt_jax.prompting.selective_lm import (
     at_targets,
     batch_scores,
     join,
-    logits_chunk,
+    logit_chunks,
     target_hidden,
     target_turn_onehot,
     without_prompt,
@@ -262,7 +262,8 @@ def _TARGET_LOSSES(model: SelectiveLM, params: Any, trainable: Any, batch: Any, 
         hidden,
         at_targets(scores, target_turn_onehot(batch)),
         batch["target_ids"],
-        logits_chunk(model, hidden.shape[0], model.num_prompts, hidden.shape[1]),
+        batch["target_mask"],
+        logit_chunks(model, hidden.shape[0], model.num_prompts, hidden.shape[1]),
     )
 
 

@@ -56,20 +56,70 @@ def _chunk_losses(logits: jax.Array, scores: jax.Array | None, targets: jax.Arra
     return TargetLosses(nll, _cross_entropy(fused, targets))
 
 
-def _chunked(x: jax.Array, chunk: int) -> jax.Array:
-    """``[D, S, ...]`` to ``[S / chunk, D, chunk, ...]``."""
-    return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // chunk, chunk, *x.shape[2:]), 1, 0)
+def chunk_size(rows: int, num_prompts: int, positions: int, max_logit_rows: int, groups: int = 1) -> int:
+    """Target positions of each group of rows whose logits exist at once: ``groups · chunk · K <= max_logit_rows``.
+
+    At least 1, and so that the chunks of all positions are of nearly equal size.
+    """
+    flat = rows // groups * positions
+    most = max(1, min(flat, max_logit_rows // (num_prompts * groups)))
+    return -(-flat // -(-flat // most))
 
 
-def _unchunked(x: jax.Array) -> jax.Array:
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])
+class Chunks(NamedTuple):
+    """How target positions are projected: some at a time, those that hold no target not at all.
+
+    Attributes:
+        size: Positions of a group at once; see `chunk_size`.
+        groups: Into how many groups D is split. Positions are gathered within a group alone, so with as many groups as
+            devices share the rows, none of them leaves its device.
+    """
+
+    size: int
+    groups: int = 1
 
 
-def chunk_size(rows: int, num_prompts: int, positions: int, max_logit_rows: int) -> int:
-    """The largest divisor of `positions` whose chunk has at most `max_logit_rows` rows of logits (at least 1)."""
-    allowed = max(1, max_logit_rows // (rows * num_prompts))
-    return max(c for c in range(1, positions + 1) if positions % c == 0 and (c <= allowed or c == 1))
+def _in_chunks(run: Callable[..., Any], arrays: Any, mask: jax.Array, chunks: Chunks) -> Any:
+    """``run(arrays)`` in chunks of target positions, the real ones together.
+
+    Args:
+        run: Takes a tree like `arrays` with leaves ``[groups, chunk, ...]``; gives a tree of such leaves.
+        arrays: A tree of leaves ``[D, S, ...]``.
+        mask: ``[D, S]``, above 0 at real targets.
+        chunks: See `Chunks`.
+
+    Returns:
+        A tree of leaves ``[D, S, ...]``, 0 where the mask is.
+    """
+    groups, (rows, positions) = chunks.groups, mask.shape
+    flat = rows // groups * positions
+    count = -(-flat // chunks.size)
+    real = mask.reshape(groups, flat) > 0
+    order = jnp.argsort(~real, axis=1, stable=True)
+    beyond = ((0, 0), (0, count * chunks.size - flat))
+    order = jnp.pad(order, beyond, constant_values=flat)
+    needed = -(-real.sum(axis=1).max() // chunks.size)
+
+    def taken(x: jax.Array, places: jax.Array) -> jax.Array:
+        places = places.reshape(*places.shape, *[1] * (x.ndim - 2))
+        return jnp.take_along_axis(x, places, axis=1, mode="fill", fill_value=0)
+
+    def chunked(x: jax.Array) -> jax.Array:
+        x = taken(x.reshape(groups, flat, *x.shape[2:]), order)
+        return jnp.moveaxis(x.reshape(groups, count, chunks.size, *x.shape[2:]), 1, 0)
+
+    def unchunked(x: jax.Array) -> jax.Array:
+        x = jnp.moveaxis(x, 0, 1).reshape(groups, count * chunks.size, *x.shape[3:])
+        x = taken(x, jnp.argsort(order, axis=1, stable=True)[:, :flat])
+        return jnp.where(real.reshape(groups, flat, *[1] * (x.ndim - 2)), x, 0).reshape(rows, positions, *x.shape[2:])
+
+    def body(_: None, xs: Any) -> tuple[None, Any]:
+        number, part = xs
+        nothing = jax.tree.map(lambda y: jnp.zeros(y.shape, y.dtype), jax.eval_shape(run, part))
+        return None, jax.lax.cond(number < needed, run, lambda _: nothing, part)
+
+    _, made = jax.lax.scan(body, None, (jnp.arange(count), jax.tree.map(chunked, arrays)))
+    return jax.tree.map(unchunked, made)
 
 
 def target_losses(
@@ -78,7 +128,8 @@ def target_losses(
     hidden: jax.Array,
     scores: jax.Array | None,
     targets: jax.Array,
-    chunk: int,
+    mask: jax.Array,
+    chunks: Chunks,
 ) -> TargetLosses:
     """LM and fusion losses at every target position, without gradients.
 
@@ -88,36 +139,35 @@ def target_losses(
         hidden: ``[D, S, K, M]``, hidden states at the target positions under each prompt.
         scores: float32 ``[D, S, K]``, the scores of each position's turn; None leaves the fusion loss out.
         targets: int ``[D, S]``.
-        chunk: Positions projected at once (`chunk_size`); divides S. No more than ``D · chunk · K · V`` logits exist.
+        mask: ``[D, S]``, 0 where there is no target: such positions are not projected, and their losses are 0.
+        chunks: Which positions are projected at once; no more than ``groups · size · K · V`` logits exist.
 
     Returns:
         See `TargetLosses`.
     """
+    return _in_chunks(_chunk_of(project, head), (hidden, scores, targets), mask, chunks)
 
-    def body(_: None, xs: Any) -> tuple[None, TargetLosses]:
-        h, s, t = xs
-        return None, _chunk_losses(project(head, h), s, t)
 
-    xs = jax.tree.map(functools.partial(_chunked, chunk=chunk), (hidden, scores, targets))
-    _, losses = jax.lax.scan(body, None, xs)
-    return jax.tree.map(_unchunked, losses)
+def _chunk_of(project: Callable[[Any, jax.Array], jax.Array], head: Any) -> Callable[[Any], TargetLosses]:
+    return lambda xs: _chunk_losses(project(head, xs[0]), *xs[1:])
 
 
 def _weighted_sum(losses: TargetLosses, weights: TargetWeights) -> jax.Array:
     return jnp.sum(losses.nll * weights.lm) + jnp.sum(losses.fusion * weights.fusion)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 6))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 7))
 def _weighted(
     project: Callable[[Any, jax.Array], jax.Array],
     head: Any,
     hidden: jax.Array,
     scores: jax.Array | None,
     targets: jax.Array,
+    mask: jax.Array,
     weights: TargetWeights,
-    chunk: int,
+    chunks: Chunks,
 ) -> tuple[jax.Array, TargetLosses]:
-    losses = target_losses(project, head, hidden, scores, targets, chunk)
+    losses = target_losses(project, head, hidden, scores, targets, mask, chunks)
     return _weighted_sum(losses, weights), losses
 
 
@@ -127,54 +177,34 @@ def _weighted_forward(
     hidden: jax.Array,
     scores: jax.Array | None,
     targets: jax.Array,
+    mask: jax.Array,
     weights: TargetWeights,
-    chunk: int,
+    chunks: Chunks,
 ) -> tuple[tuple[jax.Array, TargetLosses], tuple[jax.Array, jax.Array | None]]:
-    def body(total: jax.Array, xs: Any) -> tuple[jax.Array, tuple[Any, ...]]:
+    def run(xs: Any) -> tuple[TargetLosses, Any]:
         h, s, t, w = xs
 
         def loss(h: jax.Array, s: jax.Array | None) -> tuple[jax.Array, TargetLosses]:
-            losses = _chunk_losses(project(head, h), s, t)
+            losses = _chunk_of(project, head)((h, s, t))
             return _weighted_sum(losses, w), losses
 
-        (value, losses), gradients = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(h, s)
-        return total + value, (losses, gradients)
+        gradients, losses = jax.grad(loss, argnums=(0, 1), has_aux=True)(h, s)
+        return losses, gradients
 
-    xs = jax.tree.map(functools.partial(_chunked, chunk=chunk), (hidden, scores, targets, weights))
-    total, (losses, gradients) = jax.lax.scan(body, jnp.zeros((), jnp.float32), xs)
-    return (total, jax.tree.map(_unchunked, losses)), jax.tree.map(_unchunked, gradients)
+    losses, gradients = _in_chunks(run, (hidden, scores, targets, weights), mask, chunks)
+    return (_weighted_sum(losses, weights), losses), gradients
 
 
 def _weighted_backward(
-    project: Any, chunk: int, gradients: tuple[jax.Array, Any], cotangents: tuple[jax.Array, TargetLosses]
+    project: Any, chunks: Chunks, gradients: tuple[jax.Array, Any], cotangents: tuple[jax.Array, TargetLosses]
 ) -> tuple[Any, ...]:
-    del project, chunk
+    del project, chunks
     hidden, scores = gradients
     scores = None if scores is None else scores * cotangents[0]
-    return None, (hidden * cotangents[0]).astype(hidden.dtype), scores, None, None
+    return None, (hidden * cotangents[0]).astype(hidden.dtype), scores, None, None, None
 
 
 _weighted.defvjp(_weighted_forward, _weighted_backward)
-
-
-def _recomputed(
-    project: Callable[[Any, jax.Array], jax.Array],
-    head: Any,
-    hidden: jax.Array,
-    scores: jax.Array | None,
-    targets: jax.Array,
-    weights: TargetWeights,
-    chunk: int,
-) -> tuple[jax.Array, TargetLosses]:
-    @jax.checkpoint
-    def body(total: jax.Array, xs: Any) -> tuple[jax.Array, TargetLosses]:
-        h, s, t, w = xs
-        losses = _chunk_losses(project(head, h), s, t)
-        return total + _weighted_sum(losses, w), losses
-
-    xs = jax.tree.map(functools.partial(_chunked, chunk=chunk), (hidden, scores, targets, weights))
-    total, losses = jax.lax.scan(body, jnp.zeros((), jnp.float32), xs)
-    return total, jax.tree.map(_unchunked, losses)
 
 
 def weighted_target_losses(
@@ -183,8 +213,9 @@ def weighted_target_losses(
     hidden: jax.Array,
     scores: jax.Array | None,
     targets: jax.Array,
+    mask: jax.Array,
     weights: TargetWeights,
-    chunk: int,
+    chunks: Chunks,
     head_trained: bool = False,
 ) -> tuple[jax.Array, TargetLosses]:
     """``Σ w_lm · nll + Σ w_fus · CE(Σ_k score_k · logits_k)``: METHOD 2 and 5 in one pass over the vocabulary.
@@ -199,18 +230,21 @@ def weighted_target_losses(
         hidden: ``[D, S, K, M]``; differentiable.
         scores: float32 ``[D, S, K]``; differentiable. None leaves the fusion loss out.
         targets: int ``[D, S]``.
+        mask: See `target_losses`; weights are 0 where it is.
         weights: See `TargetWeights`.
-        chunk: See `target_losses`.
+        chunks: See `target_losses`.
         head_trained: Whether `head` has a gradient.
 
     Returns:
         The weighted sum, a scalar, and the losses position by position (`TargetLosses`, no gradient).
     """
     if head_trained:
-        total, losses = _recomputed(project, head, hidden, scores, targets, weights, chunk)
-        return total, jax.lax.stop_gradient(losses)
-    weighted: Any = _weighted  # custom_vjp hides the signature from type checkers
-    total, losses = weighted(project, head, hidden, scores, targets, weights, chunk)
+        recomputed = jax.checkpoint(_chunk_of(project, head))
+        losses = _in_chunks(recomputed, (hidden, scores, targets), mask, chunks)
+        total = _weighted_sum(losses, weights)
+    else:
+        weighted: Any = _weighted  # custom_vjp hides the signature from type checkers
+        total, losses = weighted(project, head, hidden, scores, targets, mask, weights, chunks)
     return total, jax.lax.stop_gradient(losses)
 
 

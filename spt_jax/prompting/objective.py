@@ -32,7 +32,7 @@ from spt_jax.prompting.selective_lm import (
     SelectiveLM,
     at_targets,
     batch_contexts,
-    logits_chunk,
+    logit_chunks,
     retriever_scores,
     target_hidden,
     target_turn_onehot,
@@ -188,8 +188,9 @@ def losses_and_gradients(
             hidden,
             at_targets(fused, onehot) if objective.fusion_weight else None,
             part.batch["target_ids"],
+            part.batch["target_mask"],
             scaled,
-            logits_chunk(model, rows, num_prompts, positions),
+            logit_chunks(model, rows, num_prompts, positions),
             head_trained=isinstance(model.adapter, WholeModel),
         )
         lm = jnp.sum(losses.nll * part.weights.lm)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,7 +16,7 @@ from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_head, v
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.dropout import Dropout
 from spt_jax.prompting.adapters import Adapter, Conditions, LowRank, Nothing, Prefixes, SoftPrompts, Trainable
-from spt_jax.prompting.losses import chunk_size, target_losses
+from spt_jax.prompting.losses import Chunks, chunk_size, target_losses
 from spt_jax.prompting.prefixes import prefix_cache
 from spt_jax.prompting.retriever import Contexts, Retriever, RetrieverConfig
 
@@ -248,9 +249,15 @@ def batch_scores(model: SelectiveLM, params: FrozenTree, trainable: Trainable, b
     return retriever_scores(model, trainable, batch_contexts(model, params, batch))
 
 
-def logits_chunk(model: SelectiveLM, rows: int, num_prompts: int, positions: int) -> int:
-    """Target positions projected at once for a batch of `rows`; see `spt_jax.prompting.losses.chunk_size`."""
-    return chunk_size(rows, num_prompts, positions, model.max_logit_rows)
+def logit_chunks(model: SelectiveLM, rows: int, num_prompts: int, positions: int) -> Chunks:
+    """How a batch's target positions are projected, on the devices that own its rows."""
+    groups = 1
+    if model.row_sharding is not None:
+        axes = model.row_sharding.spec[0] if model.row_sharding.spec else None
+        shares = [axes] if isinstance(axes, str) else axes or ()
+        groups = math.prod(model.row_sharding.mesh.shape[axis] for axis in shares)
+        groups = groups if rows % groups == 0 else 1
+    return Chunks(chunk_size(rows, num_prompts, positions, model.max_logit_rows, groups), groups)
 
 
 def score_turns(model: SelectiveLM, params: FrozenTree, trainable: Trainable, batch: ArrayBatch) -> TurnScores:
@@ -275,7 +282,8 @@ def score_turns(model: SelectiveLM, params: FrozenTree, trainable: Trainable, ba
         hidden,
         None,
         batch["target_ids"],
-        logits_chunk(model, rows, num_prompts, positions),
+        batch["target_mask"],
+        logit_chunks(model, rows, num_prompts, positions),
     )
     scores = batch_scores(model, params, trainable, batch)
     return TurnScores(turn_means(losses.nll, onehot), scores, onehot.sum(axis=1))

@@ -17,9 +17,11 @@ from hypothesis import strategies as st
 
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.prompting.losses import (
+    Chunks,
     TargetWeights,
     annealed_weights,
     balance_loss,
+    chunk_size,
     noisy_target,
     target_losses,
     weighted_target_losses,
@@ -154,6 +156,7 @@ def test_without_a_weight_the_fusion_loss_is_not_computed():
 
 
 V, M, D, S, PROMPTS = 11, 6, 2, 8, 3
+MASK = jnp.asarray([[1, 0, 1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0, 1, 0]], jnp.float32)
 
 
 def arrays():
@@ -162,8 +165,8 @@ def arrays():
     hidden = jax.random.normal(keys[1], (D, S, PROMPTS, M))
     scores = jax.random.uniform(keys[2], (D, S, PROMPTS))
     targets = jax.random.randint(keys[3], (D, S), 0, V)
-    weights = TargetWeights(jax.random.uniform(keys[4], (D, S, PROMPTS)), jax.random.uniform(keys[5], (D, S)))
-    return head, hidden, scores, targets, weights
+    lm, fusion = jax.random.uniform(keys[4], (D, S, PROMPTS)), jax.random.uniform(keys[5], (D, S))
+    return head, hidden, scores, targets, TargetWeights(lm * MASK[..., None], fusion * MASK)
 
 
 def project(head, hidden):
@@ -179,19 +182,50 @@ def plain_total(head, hidden, scores, targets, weights):
     return jnp.sum(lm * weights.lm) + jnp.sum(fusion * weights.fusion)
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 8])
-def test_a_trained_heads_gradient_equals_plain_differentiation_of_all_logits(chunk):
+@pytest.mark.parametrize("head_trained", [False, True])
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("chunk", [1, 3, 4, 8])
+def test_gradients_in_chunks_equal_plain_differentiation_of_all_logits(chunk, groups, head_trained):
     head, hidden, scores, targets, weights = arrays()
+    chunks = Chunks(chunk, groups)
+    # What stands at padding is nobody's business, whatever it is.
+    dirty = jnp.where(MASK[..., None, None] > 0, hidden, jnp.nan)
 
     def total(head, hidden, scores):
-        return weighted_target_losses(project, head, hidden, scores, targets, weights, chunk, head_trained=True)
+        return weighted_target_losses(project, head, hidden, scores, targets, MASK, weights, chunks, head_trained)
 
-    (value, losses), gradients = jax.value_and_grad(total, argnums=(0, 1, 2), has_aux=True)(head, hidden, scores)
-    expected, theirs = jax.value_and_grad(plain_total, argnums=(0, 1, 2))(head, hidden, scores, targets, weights)
+    over = (0, 1, 2) if head_trained else (1, 2)
+    given = hidden if head_trained else dirty
+    (value, losses), gradients = jax.value_and_grad(total, argnums=over, has_aux=True)(head, given, scores)
+    expected, theirs = jax.value_and_grad(plain_total, argnums=over)(head, hidden, scores, targets, weights)
     assert float(value) == pytest.approx(float(expected), rel=1e-6)
     assert tiny.relative_difference(gradients, theirs) <= 1e-5
-    alone = target_losses(project, head, hidden, scores, targets, chunk)
+    alone = target_losses(project, head, given, scores, targets, MASK, chunks)
     assert tiny.relative_difference(losses, alone) <= 1e-6
+    assert not np.asarray(alone.nll)[np.asarray(MASK) == 0].any()
+    assert np.asarray(alone.nll)[np.asarray(MASK) > 0].all()
+
+
+@pytest.mark.parametrize(("chunk", "groups", "calls"), [(1, 1, 5), (2, 1, 3), (16, 1, 1), (1, 2, 4), (3, 2, 2)])
+def test_chunks_without_a_target_are_not_projected(chunk, groups, calls):
+    head, hidden, scores, targets, _ = arrays()
+    seen = []
+
+    def counted(head, hidden):
+        jax.debug.callback(lambda: seen.append(1))
+        return project(head, hidden)
+
+    jax.block_until_ready(target_losses(counted, head, hidden, scores, targets, MASK, Chunks(chunk, groups)))
+    jax.effects_barrier()
+    assert len(seen) == calls
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "groups", "size"),
+    [(8, 512, 1, 128), (8, 512, 4, 32), (8, 1, 1, 1), (8, 10**6, 1, 1024), (3, 512, 1, 128)],
+)
+def test_a_chunk_holds_no_more_logits_than_allowed(rows, most, groups, size):
+    assert chunk_size(rows, 4, 128, most, groups) == size
 
 
 @pytest.mark.parametrize("head_trained", [False, True])
@@ -200,7 +234,7 @@ def test_leaving_fusion_out_gives_the_gradients_of_fusion_with_a_weight_of_zero(
     unweighted = weights._replace(fusion=jnp.zeros_like(weights.fusion))
 
     def total(hidden, scores):
-        args = (targets, unweighted, 4, head_trained)
+        args = (targets, MASK, unweighted, Chunks(4), head_trained)
         return weighted_target_losses(project, head, hidden, scores, *args)[0]
 
     with_fusion = jax.value_and_grad(total)(hidden, scores)
