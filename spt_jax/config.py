@@ -32,7 +32,7 @@ def default_config() -> Config:
     c.model.quantization = "none"  # How the blocks' frozen kernels are kept: none, int8 or int4
     c.model.context_length = 0  # Tokens of context where RoPE depends on it (dynamic, LongRoPE); 0 for the trained one
     c.model.dropout = 0.0  # The frozen LM's own dropout in training (OPT was trained with 0.1)
-    c.model.remat = "none"  # What the backward pass recomputes: none, dots (all but matrix products) or full
+    c.model.remat = "auto"  # What the backward pass recomputes: none, dots (all but products), full; auto: what fits
     c.model.max_logit_rows = 512  # Rows of vocabulary logits that may exist at once; bounds memory, changes no result
 
     c.method = ConfigDict()

@@ -37,7 +37,7 @@ RULES: dict[str, Rule] = {
     "model.quantization": one_of("none", "int8", "int4"),
     "model.context_length": AT_LEAST_0,
     "model.dropout": FRACTION,
-    "model.remat": one_of("none", "dots", "full"),
+    "model.remat": one_of("auto", "none", "dots", "full"),
     "model.max_logit_rows": AT_LEAST_1,
     "method.kind": one_of(*METHODS),
     "method.hidden_size": AT_LEAST_0,

@@ -24,7 +24,7 @@ from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.loading import open_lm
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import parameter_sharding, replicated, row_devices
-from spt_jax.training.description import describe, objective_of
+from spt_jax.training.description import describe, objective_of, remat_of
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.step import TrainState, make_train_step
 
@@ -69,7 +69,7 @@ def get_config(name: str) -> Any:
 
 
 def real_decoder(name: str, config: Any) -> DecoderConfig:
-    opened = open_lm(f"shape:{SHAPES[name]}", dtype=config.model.dtype, remat=config.model.remat)
+    opened = open_lm(f"shape:{SHAPES[name]}", dtype=config.model.dtype, remat=remat_of(config))
     return opened.config
 
 

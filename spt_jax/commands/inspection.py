@@ -22,7 +22,7 @@ from spt_jax.models.loading import OpenedLM, open_lm
 from spt_jax.models.quantized import tree_bytes
 from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.models.weights import check_tensors
-from spt_jax.training.description import describe, front_length
+from spt_jax.training.description import describe, front_length, remat_of
 
 Facts = dict[str, Any]
 """Nested dicts and lists of text, numbers, truth values and None, as JSON has them."""
@@ -68,7 +68,7 @@ def inspect_lm(config: Config) -> Facts:
     opened = open_lm(
         config.model.source,
         dtype=config.model.dtype,
-        remat=config.model.remat,
+        remat=remat_of(config),
         revision=found.revision if on_hub else config.model.revision,
         context_length=config.model.context_length,
         quantization=config.model.quantization,

@@ -27,6 +27,21 @@ DOORS = {
 _HELP = ("-h", "-help", "--help")
 
 
+_SMALLER = (
+    "less is needed with a smaller data.batch or evaluation.batch (--batch), a larger optimizer.micro_batches, "
+    "model.remat = full, model.quantization, a smaller model.max_logit_rows, or more devices (mesh.fsdp); where "
+    "another process shares a GPU, see XLA_PYTHON_CLIENT_PREALLOCATE"
+)
+
+
+def _memory_is_full(error: Exception) -> bool:
+    """Whether XLA, or Python, found no memory; JAX need not have been imported to ask."""
+    return isinstance(error, MemoryError) or (
+        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
+        and ("RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error))
+    )
+
+
 def overview() -> str:
     """The help of the command itself."""
     doors = "\n".join(f"  {name:<10}{text}" for name, text in DOORS.items())
@@ -86,6 +101,12 @@ def main(arguments: Sequence[str]) -> int:
         return module.run(flag_values)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
+        return 2
+    except (RuntimeError, MemoryError) as error:
+        if not _memory_is_full(error):
+            raise
+        first = next(iter(str(error).splitlines()), "the host's memory is full")
+        print(f"{name}: out of memory ({first[:200]}); {_SMALLER}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)

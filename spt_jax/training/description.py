@@ -91,3 +91,8 @@ def objective_of(config: Config) -> Objective:
         balance_weight=o.balance_weight,
         prompts_per_step=o.prompts_per_step,
     )
+
+
+def remat_of(config: Config) -> str:
+    """The policy to load the LM with; ``auto`` is chosen when the train step is known, and matters to it alone."""
+    return "none" if config.model.remat == "auto" else config.model.remat

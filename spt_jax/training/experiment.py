@@ -32,7 +32,7 @@ from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import parameter_sharding, row_devices
 from spt_jax.progress import ProgressBar
 from spt_jax.prompting.selective_lm import SelectiveLM
-from spt_jax.training.description import describe, front_length
+from spt_jax.training.description import describe, front_length, remat_of
 
 SPLIT_SEED = 0
 """The development split belongs to the data: it stays the same whatever the run's seed."""
@@ -67,7 +67,7 @@ def open_experiment(config: Config) -> Experiment:
         lm = load_lm(
             config.model.source,
             dtype=config.model.dtype,
-            remat=config.model.remat,
+            remat=remat_of(config),
             revision=config.model.revision,
             context_length=config.model.context_length,
             quantization=config.model.quantization,

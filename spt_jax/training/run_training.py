@@ -25,6 +25,7 @@ from spt_jax.training.experiment import Experiment
 from spt_jax.training.initial import initial_trainable
 from spt_jax.training.loop import Evaluator, LoopOptions, Outcome, train
 from spt_jax.training.optimizer import make_optimizer
+from spt_jax.training.remat import device_memory, fitting_remat, with_remat
 from spt_jax.training.signals import StopSignal
 from spt_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 from spt_jax.training.tracking import open_trackers
@@ -83,16 +84,7 @@ def run_training(
             try:
                 outcome = train(
                     state,
-                    make_train_step(
-                        e.model,
-                        objective_of(config),
-                        prepared.optimizer,
-                        e.mesh,
-                        config.optimizer.micro_batches,
-                        seed=config.seed,
-                        total_steps=max(1, prepared.total_steps),
-                        shardings=prepared.shardings,
-                    ),
+                    _step(prepared, state, say),
                     e.lm.params,
                     prepared.loader.iterate,
                     partial(place_batch, e.mesh),
@@ -107,6 +99,32 @@ def run_training(
                 for tracker in trackers:
                     tracker.close()
     return outcome, prepared.total_steps
+
+
+def _step(prepared: _Preparation, state: TrainState, say: Callable[[str], None]) -> Any:
+    """The compiled step, with the rematerialisation that is asked for, or that fits."""
+    e, loader, config = prepared.experiment, prepared.loader, prepared.experiment.config
+
+    def step_of(policy: str) -> Any:
+        return make_train_step(
+            with_remat(e.model, policy),
+            objective_of(config),
+            prepared.optimizer,
+            e.mesh,
+            config.optimizer.micro_batches,
+            seed=config.seed,
+            total_steps=max(1, prepared.total_steps),
+            shardings=prepared.shardings,
+        )
+
+    policy = e.model.decoder.remat
+    limit = device_memory(e.mesh.local_devices[0])
+    if config.model.remat == "auto" and limit is not None and prepared.total_steps:
+        longest = next(step for step in range(loader.steps_per_epoch) if loader.shape(step) == loader.shapes[-1])
+        batch = place_batch(e.mesh, loader.batch(longest))
+        policy = fitting_remat(step_of, (state, e.lm.params, batch), limit)
+        say(f"model.remat = auto: {policy}, in {limit / 1e9:,.1f} GB a device")
+    return step_of(policy)
 
 
 @contextlib.contextmanager
