@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 
 from spt_jax.parallel.mesh import ROW_AXES
 
@@ -49,7 +49,7 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
-def row_devices(mesh: Mesh) -> int:
+def row_devices(mesh: Mesh | AbstractMesh) -> int:
     """In how many parts rows are split; the batch must be a multiple."""
     return int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
 

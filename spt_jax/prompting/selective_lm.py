@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,6 +14,7 @@ from einops import rearrange, repeat
 from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_head, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.dropout import Dropout
+from spt_jax.parallel.rules import row_devices
 from spt_jax.prompting.adapters import Adapter, Conditions, LowRank, Nothing, Prefixes, SoftPrompts, Trainable
 from spt_jax.prompting.losses import Chunks, chunk_size, target_losses
 from spt_jax.prompting.prefixes import prefix_cache
@@ -251,12 +251,8 @@ def batch_scores(model: SelectiveLM, params: FrozenTree, trainable: Trainable, b
 
 def logit_chunks(model: SelectiveLM, rows: int, num_prompts: int, positions: int) -> Chunks:
     """How a batch's target positions are projected, on the devices that own its rows."""
-    groups = 1
-    if model.row_sharding is not None:
-        axes = model.row_sharding.spec[0] if model.row_sharding.spec else None
-        shares = [axes] if isinstance(axes, str) else axes or ()
-        groups = math.prod(model.row_sharding.mesh.shape[axis] for axis in shares)
-        groups = groups if rows % groups == 0 else 1
+    devices = 1 if model.row_sharding is None else row_devices(model.row_sharding.mesh)
+    groups = devices if rows % devices == 0 else 1
     return Chunks(chunk_size(rows, num_prompts, positions, model.max_logit_rows, groups), groups)
 
 
