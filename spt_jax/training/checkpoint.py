@@ -13,6 +13,7 @@ import logging
 import math
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
@@ -87,6 +88,8 @@ class Checkpoints:
         # Orbax narrates every save, and prints a traceback of every failure that it raises as well.
         for narrator in ("absl", "asyncio"):
             logging.getLogger(narrator).setLevel(logging.CRITICAL)
+        # Its event loop stops at the first damaged file and forgets the reads that it has not begun.
+        warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
         self._failed_before = False
         # Orbax's manager stumbles over a damaged step as soon as it is made; reading needs none.
         self._manager = None if read_only else self._open()
