@@ -49,6 +49,8 @@ class Ours:
         config = default_config()
         config.bank.num_prompts, config.bank.prompt_length = NUM_PROMPTS, PROMPT_LENGTH
         config.optimizer.learning_rate, config.optimizer.clip_norm = data["learning_rate"], 0.0
+        # Logits of 64 positions under four prompts: as fast on two cores as the default's 128, in less memory.
+        config.model.max_logit_rows = 256
         for name, weight in data["objective"].items():
             config.objective[f"{name}_weight"] = weight
         self.mesh = make_mesh(devices=jax.devices()[:1])
@@ -58,7 +60,7 @@ class Ours:
             batch_size=batch,
             pad_id=self.pad_id,
             seed=0,
-            max_buckets=config.data.max_buckets,
+            bucket_lengths=data["bucket_lengths"],
             pair_texts=self.texts,
             bleu_threshold=BLEU_THRESHOLD,
             prefetch=config.data.prefetch,

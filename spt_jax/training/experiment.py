@@ -13,6 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from spt_jax.config import Config
+from spt_jax.data.buckets import MULTIPLE
 from spt_jax.data.chat_template import ChatTemplate
 from spt_jax.data.dialogue import Dialogue, DialogueSet, draw_fraction, split_by_persona
 from spt_jax.data.few_shot import FewShot, draw_demonstrations
@@ -74,8 +75,9 @@ def open_experiment(config: Config) -> Experiment:
             sharding_for=partial(parameter_sharding, mesh),
             progress=progress,
         )
-    # Rows are padded to multiples of 16; a context as long as a row must leave room for its reply.
-    longest = front_length(config) + -(-config.data.max_length // 16) * 16 + config.evaluation.max_new_tokens
+    # Rows are padded to such multiples; a context as long as a row must leave room for its reply.
+    padded = -(-config.data.max_length // MULTIPLE) * MULTIPLE
+    longest = front_length(config) + padded + config.evaluation.max_new_tokens
     if longest > lm.config.longest_row:
         raise UserError(
             f"bank.prompt_length + data.max_length + evaluation.max_new_tokens takes {longest} tokens, but the context "

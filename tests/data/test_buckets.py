@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spt_jax.data import Row, choose_buckets, pack
-from spt_jax.data.buckets import _best_bounds
+from spt_jax.data.buckets import _best_bounds, buckets_of_lengths
 from spt_jax.errors import UserError
 
 
@@ -28,7 +28,7 @@ def row_of(length: int, targets: int = 3, turns: int = 1) -> Row:
 ROWS = st.lists(st.builds(row_of, st.integers(1, 200), st.integers(1, 40), st.integers(1, 5)), min_size=1, max_size=40)
 
 
-@given(st.lists(st.integers(1, 9).map(lambda n: 16 * n), min_size=1, max_size=12), st.integers(1, 4))
+@given(st.lists(st.integers(1, 9).map(lambda n: 8 * n), min_size=1, max_size=12), st.integers(1, 4))
 def test_bounds_waste_least_among_all_choices(lengths, most):
     values = np.unique(lengths)
 
@@ -54,7 +54,7 @@ def test_every_row_is_dealt_once_to_a_batch_that_holds_it(rows, batch_size, max_
         assert (dealt < 0).sum() < batch_size
         for bucket, indices in batches:
             shape = buckets.shapes[bucket]
-            assert len(indices) == batch_size and shape.length % 16 == shape.targets % 16 == 0
+            assert len(indices) == batch_size and shape.length % 8 == shape.targets % 8 == 0
             for row in (rows[i] for i in indices if i >= 0):
                 assert len(row) <= shape.length
                 assert len(row.target_ids) <= shape.targets and len(row.turns) <= shape.turns
@@ -68,6 +68,25 @@ def test_no_further_bucket_where_padding_is_small_enough():
     assert len(choose_buckets(even, 8, 4).shapes) == 1
     two = [row_of(length) for length in [31] * 8 + [159] * 8]
     assert [shape.length for shape in choose_buckets(two, 8, 4).shapes] == [32, 160]
+
+
+@pytest.mark.parametrize(("repetitions", "buckets"), [(1, 1), (59, 1), (61, 2)])
+def test_a_further_bucket_must_save_eight_batches_an_epoch(repetitions, buckets):
+    # Of two batches, one of rows of 56 tokens and one of 64, the one bucket pads a sixteenth, so the second saves a
+    # fifteenth of the epoch's batches without padding: eight of 120.
+    rows = [row_of(length) for length in ([56] * 8 + [64] * 8) * repetitions]
+    found = choose_buckets(rows, 8, 4)
+    assert len(found.shapes) == buckets
+    assert found.padding_share == pytest.approx(0 if buckets == 2 else 1 / 16)
+
+
+def test_rows_go_into_the_shortest_of_given_buckets_and_none_is_made_for_no_row():
+    rows = [row_of(length) for length in (30, 17, 60, 56)]
+    found = buckets_of_lengths(rows, [16, 32, 56, 64, 128], 2)
+    assert [shape.length for shape in found.shapes] == [32, 56, 64]
+    assert [members.tolist() for members in found.members] == [[1, 0], [3], [2]]
+    with pytest.raises(UserError, match="60 tokens is longer than the longest bucket, 56"):
+        buckets_of_lengths(rows, [16, 56], 2)
 
 
 def test_bad_sizes_are_refused():
