@@ -148,20 +148,20 @@ def slope(values: list[int], costs: list[float]) -> float:
     return float(np.polyfit(np.log(values[upper]), np.log(costs[upper]), 1)[0])
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Prints a table a curve and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--curves", nargs="+", default=list(CURVES), choices=list(CURVES))
     parser.add_argument("--seconds", action="store_true", help="time the steps too")
     parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
-    arguments = parser.parse_args()
-    print(f"jax {jax.__version__}, Python {platform.python_version()}, {platform.machine()}, remat {arguments.remat}")
+    options = parser.parse_args(arguments)
+    print(f"jax {jax.__version__}, Python {platform.python_version()}, {platform.machine()}, remat {options.remat}")
     found: dict[str, Any] = {}
-    for name in arguments.curves:
+    for name in options.curves:
         values, theory = CURVES[name]
-        base = Point(remat=arguments.remat, rows=8 if name == "devices" else 4)
+        base = Point(remat=options.remat, rows=8 if name == "devices" else 4)
         points = [dataclasses.replace(base, **{name: value}) for value in values]
-        costs = [measure(point, 3 if arguments.seconds and name != "devices" else 0) for point in points]
+        costs = [measure(point, 3 if options.seconds and name != "devices" else 0) for point in points]
         slopes = {kind: slope(list(values), [cost[kind] for cost in costs]) for kind in costs[0]}
         found[name] = {"values": values, "costs": costs, "slopes": slopes}
         print(f"\n{name}: theory {theory}")

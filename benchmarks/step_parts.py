@@ -13,7 +13,6 @@ proportions. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import datetime
 import json
 import os
@@ -26,10 +25,11 @@ import jax
 import jax.numpy as jnp
 from gpu import draw_batch
 from load import hardware
+from train_step_setup import SHAPES, lm_fields
 
 from spt_jax.config import default_config
 from spt_jax.models.decoder import decode, random_params, vocabulary_head, vocabulary_logits
-from spt_jax.models.loading import open_lm
+from spt_jax.models.families.registry import family_of_hf
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import place_batch
 from spt_jax.prompting.losses import TargetWeights, weighted_target_losses
@@ -38,14 +38,11 @@ from spt_jax.training.description import describe, objective_of
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.step import init_state, make_train_step
 
-SMALL = {"hidden_size": 256, "intermediate_size": 1024, "num_layers": 6}
-SMALL |= {"num_attention_heads": 4, "num_key_value_heads": 4}
-
 
 def parts(shape: str, rows: int) -> dict[str, Callable[[], Any]]:
     """Calls that run the step and its parts once."""
-    decoder, config = open_lm("shape:opt-125m").config, default_config()
-    decoder = dataclasses.replace(decoder, **SMALL) if shape == "small" else decoder
+    fields, config = lm_fields(shape), default_config()
+    decoder = family_of_hf(fields, shape).config_from_hf(fields, shape)
     mesh = make_mesh(devices=jax.devices()[:1])
     model, optimizer = describe(config, decoder, mesh), make_optimizer(config.optimizer, 1000)
     params = random_params(decoder, jax.random.key(0))
@@ -90,13 +87,13 @@ def parts(shape: str, rows: int) -> dict[str, Callable[[], Any]]:
     }
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     """Measures, and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=("small", "opt-125m"), default="small")
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="small", help="sizes of the LM; tiny is for tests")
     parser.add_argument("--rows", type=int, default=8, help="dialogues of the batch")
     parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     if min(options.rows, options.rounds) < 1:
         parser.error("--rows and --rounds must be above 0")
     calls = parts(options.shape, options.rows)

@@ -52,6 +52,8 @@ SIZES = {"opt-125m": (16, 3, 1), "small": (32, 5, 2), "tiny": (4, 1, 1)}
 PUBLISHED = {"opt-125m": (0.061, 5.0), "small": (0.24, 3.8)}
 """The authors' own program on ConvAI2, 2 cores, float32, batch 2, padded to 512: turns a second and GB."""
 EXPLAINED = 0.15
+MULTIPLIERS = {"ours": "xla", "strong": "torch"}
+"""Whose matrix product each of these sides uses."""
 
 Start = Callable[..., contextlib.AbstractContextManager[Side]]
 """Starts a side: ``(side, folder, batch, threads, checking=False)``."""
@@ -102,28 +104,30 @@ def choose_batches(
 def measure(
     folder: Path, threads: int, start: Start, batches: Mapping[str, int], rounds: int, authors_steps: int
 ) -> tuple[dict[str, list[dict[str, float]]], dict[str, int], dict[str, float]]:
-    """`rounds` rounds in which the sides take turns; every other round in the opposite order.
+    """`rounds` rounds in which the sides take turns, each in a fresh process; every other round in the opposite order.
 
     Returns:
         Each side's runs, its peak memory in bytes, and the rate of a large matrix product under XLA and torch.
     """
     runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    with contextlib.ExitStack() as stack:
-        workers = {side: stack.enter_context(start(side, folder, batches[side], threads)) for side in SIDES}
-        for worker in workers.values():
-            worker.warm_up()
-        for number in range(rounds):
-            for side in SIDES if number % 2 == 0 else SIDES[::-1]:
-                found = workers[side].run(authors_steps if side == "authors" else 0)
-                runs[side].append(found)
-                print(
-                    f"round {number + 1} {side:<14} {found['turns']:>5.0f} turns in {found['seconds']:>7.2f} s: "
-                    f"{found['turns'] / found['seconds']:.3f} turns/s",
-                    flush=True,
-                )
-        memory = {side: getattr(worker, "peak_memory", 0) for side, worker in workers.items()}
-        # Last, since the product's operands would count.
-        products = {"xla": workers["ours"].product(), "torch": workers["strong"].product()}
+    memory = dict.fromkeys(SIDES, 0)
+    products: dict[str, float] = {}
+    for number in range(rounds):
+        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+            # Alone on the machine: beside the memory of the other sides, the one that needs most would be slowed most.
+            with start(side, folder, batches[side], threads) as worker:
+                worker.warm_up()
+                found = worker.run(authors_steps if side == "authors" else 0)
+                memory[side] = max(memory[side], getattr(worker, "peak_memory", 0))
+                if number == rounds - 1 and side in MULTIPLIERS:
+                    # Last, since the product's operands would count.
+                    products[MULTIPLIERS[side]] = worker.product()
+            runs[side].append(found)
+            print(
+                f"round {number + 1} {side:<14} {found['turns']:>5.0f} turns in {found['seconds']:>7.2f} s: "
+                f"{found['turns'] / found['seconds']:.3f} turns/s",
+                flush=True,
+            )
     return runs, memory, products
 
 

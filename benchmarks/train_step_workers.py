@@ -43,6 +43,8 @@ class Worker:
         command += ["--checking"] if checking else []
         count = str(threads)
         environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": count, "HF_HUB_OFFLINE": "1"}
+        # A round's process finds what that of the round before has compiled.
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
         self._side = side
         self.peak_memory = 0
         self._process = subprocess.Popen(
