@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from spt_jax.config import default_config
-from spt_jax.data.buckets import choose_buckets
+from spt_jax.data.buckets import Buckets, choose_buckets
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.packing import Row, pack
 from spt_jax.data.sources import read_dialogues
@@ -183,10 +183,10 @@ def of_a_long_epoch(turns: Turns, tokenizer: Tokenizer, count: int) -> Turns:
     return in_both_layouts([turns.dialogues[i] for middle in middles for i in middle], tokenizer, turns.cut)
 
 
-def bucket_lengths(rows: Sequence[Row], max_buckets: int) -> list[int]:
-    """T of the buckets that an epoch of `EPOCH` such rows has in batches of `GROUP`."""
+def long_epoch_buckets(rows: Sequence[Row], max_buckets: int) -> Buckets:
+    """The buckets that an epoch of `EPOCH` such rows has in batches of `GROUP`."""
     epoch = list(itertools.islice(itertools.cycle(rows), max(EPOCH, len(rows))))
-    return [shape.length for shape in choose_buckets(epoch, GROUP, max_buckets).shapes]
+    return choose_buckets(epoch, GROUP, max_buckets)
 
 
 def first_turns(turns: Turns, tokenizer: Tokenizer, count: int, dialogues: int = 3) -> Turns:
@@ -235,7 +235,8 @@ def prepare(folder: Path, options: Any) -> dict[str, Any]:
     fields = lm_fields(options.shape)
     tokenizer, name = tokenizer_of(options.tokenizer, fields["vocab_size"])
     found = read_turns(options.data, tokenizer)
-    lengths = bucket_lengths(found.packed, default_config().data.max_buckets)
+    buckets = long_epoch_buckets(found.packed, default_config().data.max_buckets)
+    lengths = [shape.length for shape in buckets.shapes]
     turns = of_a_long_epoch(found, tokenizer, options.dialogues)
     compared = first_turns(turns, tokenizer, options.turns)
     write_turns(folder / "timing.json", turns, tokenizer.pad_id, lengths)
@@ -244,4 +245,6 @@ def prepare(folder: Path, options: Any) -> dict[str, Any]:
     write_initial(folder, fields["hidden_size"])
     source = Path(options.data).name if Path(options.data).exists() else options.data
     vocabulary = Path(name).name if Path(name).is_dir() else name
-    return {"data": source, "tokenizer": vocabulary, **turns.figures, "compared_turns": len(compared.single)}
+    epoch = {"buckets_of_the_epoch": len(lengths), "padding_of_the_epoch": round(buckets.padding_share, 4)}
+    compared_turns = {"compared_turns": len(compared.single)}
+    return {"data": source, "tokenizer": vocabulary} | turns.figures | compared_turns | epoch
