@@ -30,7 +30,7 @@ echo "== format, lint, types, layers"
 
 # The tests compile many small programs, one thread each: two processes use two cores.
 echo "== tests, $(.venv/bin/python --version)"
-.venv/bin/python -m pytest -n 2 --dist loadfile "$@"
+.venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
 for argument in "$@"; do
   case "$argument" in --all | --real-models) ;; *) exit 0 ;; esac
 done
@@ -55,4 +55,4 @@ for argument in "$@"; do
 done
 # What takes longest has run above.
 echo "== torch-free tests, $("$environment/bin/python" --version)"
-"$environment/bin/python" -m pytest -n 2 --dist loadfile -m "not torch and not real_run and not first_python" "$@"
+"$environment/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not torch and not real_run and not first_python" "$@"

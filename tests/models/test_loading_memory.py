@@ -28,9 +28,12 @@ SLACK_MB = 300
 SMALL_SLACK_MB = 150
 """For 0.3 GB: half of the file, so that a loader which holds the file beside its result breaks the law."""
 
-pytestmark = pytest.mark.skipif(
-    not Path("/proc/self/clear_refs").exists(), reason="the peak of the resident set is read from Linux's /proc"
-)
+pytestmark = [
+    pytest.mark.first_python,
+    pytest.mark.skipif(
+        not Path("/proc/self/clear_refs").exists(), reason="the peak of the resident set is read from Linux's /proc"
+    ),
+]
 
 
 @pytest.fixture(scope="module")

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from llama_files import random_llama
 
+pytestmark = pytest.mark.first_python
+
 STEPS = 18
 CONFIG = """
 from spt_jax.config import default_config
