@@ -15,10 +15,10 @@ Float32 on the CPU, 2 threads, K = 4, P = 8, the paper's losses for OPT-125M, Ad
 The dialogues timed are such as share a batch in an epoch of ConvAI2's whole training set: groups of neighbours by
 length from equal parts of all lengths, and for us the buckets of that epoch. First the losses and gradients of all
 sides are compared on the same turns; if a loss differs by more than 1e-4 the program stops with no time measured. Then
-each side whose batch is free tries a few sizes and keeps the fastest, and the sides take turns: a round is one epoch
-over the same dialogues (of the authors' side a step or two). Only real turns count. Ratios are of medians. Memory is
-the peak of a side's process from its start to its last step. BLEU is computed beforehand for the rivals and by the
-loader for us. The last line is JSON.
+each side whose batch is free tries a few sizes and keeps the fastest, and the sides take turns, each alone in a fresh
+process: a round is one epoch over the same dialogues (of the authors' side a step or two). Only real turns count.
+Ratios are of medians. Memory is the peak of a side's process from its start to its last step. BLEU is computed
+beforehand for the rivals and by the loader for us. The last line is JSON.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ MOST_PADDING = 0.1
 WORTH = 8
 """Batches an epoch that a further bucket must save where padding is below that: what its compilation may cost.
 
-On two CPU cores that is about ten steps of a small LM and two of OPT-125M, on an H100 about a hundred, once for all
-epochs and all later runs that share a compilation cache.
+On two CPU cores a compilation takes about as long as two steps, on an H100 as a hundred, once for all epochs and all
+later runs that share a compilation cache.
 """
 
 
