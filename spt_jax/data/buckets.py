@@ -90,8 +90,7 @@ def choose_buckets(rows: Sequence[Row], batch_size: int, max_buckets: int) -> Bu
     Raises:
       UserError: no rows, or a number below 1.
     """
-    if not rows:
-        raise UserError("There are no rows to batch: the dialogues have no turn to learn from or to score.")
+    _check_rows(rows)
     if batch_size < 1 or max_buckets < 1:
         raise UserError(f"data.batch is {batch_size} and data.max_buckets {max_buckets}; both must be at least 1.")
     lengths = np.asarray([len(row) for row in rows])
@@ -115,12 +114,13 @@ def buckets_of_lengths(rows: Sequence[Row], bounds: Sequence[int], batch_size: i
       batch_size: D, rows of a batch.
 
     Raises:
-      UserError: A row is longer than the last bucket.
+      UserError: No rows, or a row is longer than the last bucket.
     """
+    _check_rows(rows)
     lengths = np.asarray([len(row) for row in rows])
     shortest, longest = int(lengths.min()), int(lengths.max())
-    if longest > bounds[-1]:
-        raise UserError(f"A row of {longest} tokens is longer than the longest bucket, {bounds[-1]}.")
+    if longest > max(bounds, default=0):
+        raise UserError(f"A row of {longest} tokens is longer than the longest bucket, {max(bounds, default=0)}.")
     bounds = [int(bounds[i]) for i in range(np.searchsorted(bounds, shortest), np.searchsorted(bounds, longest) + 1)]
     targets = np.asarray([len(row.target_ids) for row in rows])
     turns = np.asarray([len(row.turns) for row in rows])
@@ -134,6 +134,11 @@ def buckets_of_lengths(rows: Sequence[Row], bounds: Sequence[int], batch_size: i
     buckets = Buckets(shapes, tuple(np.split(order, ends[:-1])), 0.0)
     slots = sum(batch_size * bounds[bucket] for bucket, _ in buckets.deal(batch_size, None))
     return Buckets(shapes, buckets.members, 1 - float(lengths.sum()) / slots)
+
+
+def _check_rows(rows: Sequence[Row]) -> None:
+    if not rows:
+        raise UserError("There are no rows to batch: the dialogues have no turn to learn from or to score.")
 
 
 def _round_up(sizes: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ class DialogueLoader:
       pad_id: fills tokens and target ids; masked wherever it matters.
       seed: of the order.
       max_buckets: at most so many different batch shapes; fewer where that pays (`choose_buckets`).
-      bucket_lengths: row lengths of the buckets, ascending, instead of those that suit the rows best.
+      bucket_lengths: row lengths of the buckets, ascending, instead of those that `choose_buckets` finds.
       pair_texts: per row, per turn, the text whose BLEU decides about contrastive pairs; None leaves `similar` out.
       bleu_threshold: METHOD's Γ, 0..100: pairs above are similar.
       process_index: this host.
@@ -37,7 +37,7 @@ class DialogueLoader:
         authors' program (`training_contexts`); 0 for contexts alone.
 
     Raises:
-      UserError: no rows, or a number out of its range.
+      UserError: no rows, a number out of its range, or a row longer than the last of `bucket_lengths`.
     """
 
     def __init__(

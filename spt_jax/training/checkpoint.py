@@ -29,6 +29,9 @@ from spt_jax.errors import UserError
 Tree = Any
 METRIC = "perplexity"
 
+FORGOTTEN_READ = r"coroutine 'Store\._get_array_metadatas' was never awaited"
+"""What Python says of a read that Orbax meant to do when another one failed."""
+
 SMALL_FILES_BYTES = 256 * 1024
 """What a checkpoint takes on the disk beside its arrays: about forty files and folders."""
 
@@ -89,7 +92,7 @@ class Checkpoints:
         for narrator in ("absl", "asyncio"):
             logging.getLogger(narrator).setLevel(logging.CRITICAL)
         # Its event loop stops at the first damaged file and forgets the reads that it has not begun.
-        warnings.filterwarnings("ignore", r"coroutine .* was never awaited", RuntimeWarning)
+        warnings.filterwarnings("ignore", FORGOTTEN_READ, RuntimeWarning)
         self._failed_before = False
         # Orbax's manager stumbles over a damaged step as soon as it is made; reading needs none.
         self._manager = None if read_only else self._open()

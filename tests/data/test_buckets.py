@@ -87,6 +87,10 @@ def test_rows_go_into_the_shortest_of_given_buckets_and_none_is_made_for_no_row(
     assert [members.tolist() for members in found.members] == [[1, 0], [3], [2]]
     with pytest.raises(UserError, match="60 tokens is longer than the longest bucket, 56"):
         buckets_of_lengths(rows, [16, 56], 2)
+    with pytest.raises(UserError, match="longer than the longest bucket, 0"):
+        buckets_of_lengths(rows, [], 2)
+    with pytest.raises(UserError, match="no rows"):
+        buckets_of_lengths([], [16], 2)
 
 
 def test_bad_sizes_are_refused():
