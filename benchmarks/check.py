@@ -28,7 +28,8 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpu import draw_batch, needed_flops
+from drawn_batch import draw_batch
+from gpu import needed_flops
 from jax import extend
 from jax.sharding import Mesh
 

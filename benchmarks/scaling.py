@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from check import abstract_tree, product_flops
-from gpu import draw_batch
+from drawn_batch import draw_batch
 
 from spt_jax.config import default_config
 from spt_jax.models.decoder import random_params

@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from gpu import draw_batch
+from drawn_batch import draw_batch
 from load import hardware
 from train_step_setup import SHAPES, lm_fields
 

@@ -85,21 +85,25 @@ class Rival:
         folder: What `train_step_setup.py` wrote.
         batch: Rows of a step.
         checking: Whether the turns are those of the comparison of losses, not those that are timed.
+        device: ``"cpu"``, in float32, or ``"gpu"``, where the LM and the prompts are bfloat16.
     """
 
     attention = "sdpa"
     layout = "turn"
 
-    def __init__(self, folder: Path, batch: int, checking: bool = False) -> None:
+    def __init__(self, folder: Path, batch: int, checking: bool = False, device: str = "cpu") -> None:
         import transformers
 
+        self.on_gpu = device == "gpu"
+        self.dtype = torch.bfloat16 if self.on_gpu else torch.float32
+        torch.set_default_device("cuda" if self.on_gpu else "cpu")
         data = json.loads((folder / ("check.json" if checking else "timing.json")).read_text())
         self.folder = folder
         self.weights: dict[str, float] = data["objective"]
         self.similar = torch.tensor(data["similar"])
         self.lm: Any = transformers.OPTForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation=self.attention
-        )
+            folder, dtype=self.dtype, attn_implementation=self.attention
+        ).to(torch.get_default_device())
         self.lm.requires_grad_(False)
         first = {name: torch.tensor(array) for name, array in np.load(folder / "initial.npz").items()}
         width = first["bias"].shape[0]
@@ -130,13 +134,13 @@ class Rival:
     def context_means(self, batch: Batch) -> torch.Tensor:
         """``e_c = mean_t(lin(embed(c_t)))``, ``[U, M]``; a linear map commutes with the mean, a sum over a prefix."""
         with torch.no_grad():
-            sums = self.lm.get_input_embeddings()(batch.tokens).cumsum(dim=1)
+            sums = self.lm.get_input_embeddings()(batch.tokens).float().cumsum(dim=1)
             means = sums[batch.turn_rows, batch.context_lengths - 1] / batch.context_lengths[:, None]
-        return self.lin(means)
+        return self.lin(means.float())
 
     def scores(self, batch: Batch) -> torch.Tensor:
         """METHOD 1, ``[U, K]``."""
-        prompts = self.lin(self.bank()).mean(dim=1)
+        prompts = self.lin(self.bank().float()).mean(dim=1)
         cosine = cosine_similarity(self.context_means(batch)[:, None], prompts[None], dim=-1, eps=1e-8)
         return softplus(cosine, beta=10)
 
@@ -190,7 +194,8 @@ class Rival:
         losses = self.losses_and_gradients(self.batches)
         assert self.lin.weight.grad is not None and self.lin.bias.grad is not None
         gradients = {"bank": self.bank_gradient(), "kernel": self.lin.weight.grad.T, "bias": self.lin.bias.grad}
-        np.savez(self.folder / f"gradients_{self.name}.npz", **{key: x.numpy() for key, x in gradients.items()})
+        arrays = {key: x.float().cpu().numpy() for key, x in gradients.items()}
+        np.savez(self.folder / f"gradients_{self.name}.npz", **arrays)
         return losses
 
     def step(self, batch: Batch) -> dict[str, float]:
@@ -220,21 +225,32 @@ class Rival:
     def _timed(self, batches: Sequence[Batch]) -> dict[str, float]:
         begun, worked = time.perf_counter(), time.process_time()
         for batch in batches:
-            self.step(batch)
+            self.step(batch)  # reads the losses, so it is done when it returns
         return {
             "turns": sum(len(batch.names) for batch in batches),
             "seconds": time.perf_counter() - begun,
             "core_seconds": time.process_time() - worked,
         }
 
-    def product(self, size: int = 1024) -> float:
-        """FLOP/s of a square float32 matrix product, the best of ten."""
-        a, times = torch.randn(size, size), []
+    def product(self) -> float:
+        """FLOP/s of a large square matrix product, the best of ten."""
+        size = 8192 if self.on_gpu else 1024
+        a, times = torch.randn(size, size, dtype=self.dtype), []
         for _ in range(11):
+            self._wait()
             begun = time.perf_counter()
             a @ a
+            self._wait()
             times.append(time.perf_counter() - begun)
         return 2 * size**3 / min(times)
+
+    def _wait(self) -> None:
+        if self.on_gpu:
+            torch.cuda.synchronize()
+
+    def device_memory(self) -> int:
+        """Bytes, the most that was taken of the GPU; 0 on the CPU."""
+        return torch.cuda.max_memory_allocated() if self.on_gpu else 0
 
     @property
     def name(self) -> str:
@@ -254,6 +270,7 @@ class Authors(Rival):
         self.model: Any = peft.get_peft_model(self.lm, config, adapter_name="0")
         for k in range(1, self.num_prompts):
             self.model.add_adapter(str(k), config)
+        self.model.to(torch.get_default_device(), self.dtype)
         self.embeddings = [self.model.prompt_encoder[str(k)].embedding.weight for k in range(self.num_prompts)]
         with torch.no_grad():
             for embedding, prompt in zip(self.embeddings, bank, strict=True):
@@ -274,7 +291,7 @@ class Authors(Rival):
         return [collate(rows[start : start + batch], pad_id, PADDED) for start in range(0, len(rows), batch)]
 
     def context_means(self, batch: Batch) -> torch.Tensor:
-        mapped = self.lin(self.lm.get_input_embeddings()(batch.tokens))
+        mapped = self.lin(self.lm.get_input_embeddings()(batch.tokens).float())
         inside = torch.arange(batch.tokens.shape[1]) < batch.context_lengths[:, None]
         return (mapped[batch.turn_rows] * inside[..., None]).sum(dim=1) / batch.context_lengths[:, None]
 
@@ -287,7 +304,7 @@ class Authors(Rival):
 
         def target_nll(logits: torch.Tensor) -> torch.Tensor:
             nll = cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none", ignore_index=IGNORED)
-            return nll.reshape(labels.shape)[at]
+            return nll.reshape(labels.shape)[at].float()
 
         nll, logits = [], []
         for k in range(self.num_prompts):
@@ -295,6 +312,7 @@ class Authors(Rival):
             logits.append(self.model(input_ids=batch.tokens, attention_mask=mask, use_cache=False).logits)
             nll.append(target_nll(logits[k]))
         # A row is a turn, so its score is the row's.
+        scores = scores.to(logits[0].dtype)
         fused = scores[:, 0, None, None] * logits[0]
         for k in range(1, self.num_prompts):
             fused = fused + scores[:, k, None, None] * logits[k]
@@ -305,7 +323,7 @@ class Strong(Rival):
     """One forward pass of all K prompts, activations stored, logits at targets alone, fused attention."""
 
     def learn_prompts(self, bank: torch.Tensor) -> list[torch.nn.Parameter]:
-        self.prompts = torch.nn.Parameter(bank.clone())
+        self.prompts = torch.nn.Parameter(bank.to(self.dtype))
         return [self.prompts]
 
     def bank(self) -> torch.Tensor:
@@ -324,7 +342,7 @@ class Strong(Rival):
         # Padding stands behind, where causal attention hides it: without a mask the fused kernel is the causal one.
         hidden = self.lm.model.decoder(inputs_embeds=joined.flatten(0, 1), use_cache=False).last_hidden_state
         hidden = hidden.unflatten(0, (rows, k))[batch.target_rows, :, batch.target_positions + self.prompt_length]
-        logits = self.lm.lm_head(hidden)
+        logits = self.lm.lm_head(hidden).float()
         targets = batch.target_ids.repeat_interleave(k)
         nll = cross_entropy(logits.flatten(0, 1), targets, reduction="none").reshape(-1, k)
         fused = torch.einsum("nk,nkv->nv", scores[batch.target_turns], logits)

@@ -3,11 +3,12 @@
     python benchmarks/train_step.py --shape=opt-125m --data=valid_self_original_no_cands.txt --tokenizer=OPT_FOLDER
     python benchmarks/train_step.py --shape=small
 
-Float32 on the CPU, 2 threads, K = 4, P = 8, the paper's losses for OPT-125M, Adam. One random LM serves four sides:
+Float32 on the CPU, 2 threads, or with ``--device=gpu`` bfloat16 on a GPU; K = 4, P = 8, the paper's losses for
+OPT-125M, Adam. One random LM serves four sides:
 
 - ``ours``: packed dialogues through `spt_jax.data.loader` and `spt_jax.training.step`.
-- ``authors``: their way in torch, transformers and PEFT: turn rows padded to 512, 2 a step, K forward passes with
-  gradient checkpointing, eager attention, logits of the whole vocabulary at every position.
+- ``authors``: their way in torch, transformers and PEFT: turn rows padded to 512, 2 a step on the CPU, K forward passes
+  with gradient checkpointing, eager attention, logits of the whole vocabulary at every position.
 - ``strong``: turn rows by length, no padding beyond the batch, prompts folded into the batch, no checkpointing, fused
   attention, logits at target positions.
 - ``strong_packed``: the same on our packed rows.
@@ -26,6 +27,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import datetime
+import functools
 import importlib.metadata
 import json
 import os
@@ -39,33 +41,42 @@ from typing import Any
 
 import numpy as np
 from load import hardware
-from train_step_setup import SHAPES, prepare
+from train_step_setup import GROUP, PREPARED, SHAPES, prepare
 from train_step_workers import SIDES, Side, Worker
 
-ALLOWED_DIFFERENCE = 1e-4
+ALLOWED_DIFFERENCE = {"cpu": 1e-4, "gpu": 2e-2}
+"""Relative, of a loss: in float32, and in bfloat16."""
 AUTHORS_BATCH = 2
 LOSSES = ("lm", "selection", "contrastive", "fusion", "total")
-TRIED = {"ours": (4, 8, 16), "strong": (8, 16, 32), "strong_packed": (2, 4, 8)}
+TRIED = {
+    "cpu": {"ours": (4, 8, 16), "authors": (AUTHORS_BATCH,), "strong": (8, 16, 32), "strong_packed": (2, 4, 8)},
+    "gpu": {"ours": (32, 64), "authors": (8, 16, 32), "strong": (128, 256), "strong_packed": (32, 64)},
+}
 """Rows of a step that a side may choose from."""
 SIZES = {"opt-125m": (16, 3, 1), "small": (32, 5, 2), "tiny": (4, 1, 1)}
 """Dialogues, rounds, and the authors' steps a round, where they are not asked for."""
+GPU_SIZES = (128, 2, 8)
 PUBLISHED = {"opt-125m": (0.061, 5.0), "small": (0.24, 3.8)}
 """The authors' own program on ConvAI2, 2 cores, float32, batch 2, padded to 512: turns a second and GB."""
 EXPLAINED = 0.15
-MULTIPLIERS = {"ours": "xla", "strong": "torch"}
+RATIOS = {"authors": "ratio", "strong": "ratio_strong", "strong_packed": "ratio_strong_packed"}
+"""What the last line calls our speed over each of the others'."""
+MULTIPLIERS = {"ours": "xla", "authors": "torch"}
 """Whose matrix product each of these sides uses."""
 
 Start = Callable[..., contextlib.AbstractContextManager[Side]]
-"""Starts a side: ``(side, folder, batch, threads, checking=False)``."""
+"""Starts a side: ``(side, folder, batch, threads, checking=False, device="cpu")``."""
 
 
-def compare_losses(folder: Path, threads: int, start: Start) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
+def compare_losses(
+    folder: Path, threads: int, start: Start, sides: Sequence[str]
+) -> tuple[dict[str, dict[str, float]], dict[str, float]]:
     """Every side's losses on the same turns, and the largest relative difference of its gradients from ours."""
     losses = {}
-    for side in SIDES:
+    for side in sides:
         with start(side, folder, AUTHORS_BATCH, threads, checking=True) as worker:
             losses[side] = worker.check()
-    gradients = {side: dict(np.load(folder / f"gradients_{side}.npz")) for side in SIDES}
+    gradients = {side: dict(np.load(folder / f"gradients_{side}.npz")) for side in sides}
     ours = gradients["ours"]
     differences = {
         side: max(float(np.abs(found[x] - ours[x]).max() / np.abs(ours[x]).max()) for x in ours)
@@ -83,19 +94,26 @@ def loss_difference(losses: Mapping[str, Mapping[str, float]]) -> float:
 
 
 def choose_batches(
-    folder: Path, threads: int, start: Start, given: Mapping[str, int], dialogues: int
+    folder: Path, threads: int, start: Start, given: Mapping[str, int], dialogues: int, tried: Mapping[str, Any]
 ) -> dict[str, int]:
     """Rows of a step of every side: those given, else the fastest of those tried that the dialogues can fill."""
-    batches = {"authors": AUTHORS_BATCH, **given}
-    for side, sizes in TRIED.items():
+    batches = dict(given)
+    for side, sizes in tried.items():
         if side in batches:
+            continue
+        if len(sizes) == 1:
+            [batches[side]] = sizes
             continue
         speeds = {}
         for size in sizes:
-            if side != "strong" and size > dialogues:
+            if side in ("ours", "strong_packed") and size > dialogues:
                 continue
-            with start(side, folder, size, threads) as worker:
-                [speeds[size]] = rates([worker.probe()])
+            try:
+                with start(side, folder, size, threads) as worker:
+                    [speeds[size]] = rates([worker.probe()])
+            except RuntimeError as error:  # on a GPU the most rows may be too many; why is on standard error
+                print(f"{side:<14} {size:>3} rows a step: {error}", flush=True)
+                continue
             print(f"{side:<14} {size:>3} rows a step: {speeds[size]:.3f} turns/s", flush=True)
         batches[side] = max(speeds, key=lambda size: speeds[size])
     return batches
@@ -109,11 +127,12 @@ def measure(
     Returns:
         Each side's runs, its peak memory in bytes, and the rate of a large matrix product under XLA and torch.
     """
-    runs: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    memory = dict.fromkeys(SIDES, 0)
+    sides = [side for side in SIDES if side in batches]
+    runs: dict[str, list[dict[str, float]]] = {side: [] for side in sides}
+    memory = dict.fromkeys(sides, 0)
     products: dict[str, float] = {}
     for number in range(rounds):
-        for side in SIDES if number % 2 == 0 else SIDES[::-1]:
+        for side in sides if number % 2 == 0 else sides[::-1]:
             # Alone on the machine: beside the memory of the other sides, the one that needs most would be slowed most.
             with start(side, folder, batches[side], threads) as worker:
                 worker.warm_up()
@@ -205,9 +224,7 @@ def summary(
     found["versions"] |= {"python": platform.python_version(), **{name: installed.get(name) for name in more}}
     return {
         "shape": options.shape,
-        "ratio": speed["ours"] / speed["authors"],
-        "ratio_strong": speed["ours"] / speed["strong"],
-        "ratio_strong_packed": speed["ours"] / speed["strong_packed"],
+        **{RATIOS[side]: speed["ours"] / speed[side] for side in speed if side != "ours"},
         "max_loss_difference": loss_difference(losses),
         "max_gradient_difference": max(gradients.values()),
         "peak_memory": dict(memory),
@@ -220,7 +237,8 @@ def summary(
         "losses": losses["ours"],
         "turns": dict(turns),
         "threads": options.threads,
-        "dtype": "float32",
+        "device": options.device,
+        "dtype": options.dtype,
         "product_flops_per_second": dict(products),
         "load_average": os.getloadavg()[0],
         **found,
@@ -240,18 +258,26 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, help="times that every side is measured")
     parser.add_argument("--authors_steps", type=int, help="steps of the authors' side in a round")
     parser.add_argument("--threads", type=int, default=2, help="cores and threads of every side")
+    parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="ours and some of the others")
+    parser.add_argument("--folder", default="", help="what the sides share is kept here, and taken from here if it is")
+    parser.add_argument("--device", choices=tuple(TRIED), default="cpu", help="cpu in float32, or gpu in bfloat16")
     parser.add_argument("--batch", nargs="*", default=[], metavar="SIDE=ROWS", help="instead of trying a few sizes")
     options = parser.parse_args(arguments)
-    dialogues, rounds, steps = SIZES[options.shape]
+    dialogues, rounds, steps = SIZES[options.shape] if options.device == "cpu" else GPU_SIZES
+    options.dtype = "float32" if options.device == "cpu" else "bfloat16"
+    options.group = GROUP if options.device == "cpu" else max(TRIED["gpu"]["ours"])
     options.dialogues = options.dialogues or dialogues
     options.rounds, options.authors_steps = options.rounds or rounds, options.authors_steps or steps
+    free = [side for side, sizes in TRIED[options.device].items() if len(sizes) > 1]
     given = {}
     for text in options.batch:
         side, _, rows = text.partition("=")
-        if side not in TRIED or not rows.isdigit() or int(rows) < 1:
-            parser.error(f"--batch: {text!r} is not a side of {', '.join(TRIED)} with its rows, such as ours=8")
+        if side not in free or not rows.isdigit() or int(rows) < 1:
+            parser.error(f"--batch: {text!r} is not a side of {', '.join(free)} with its rows, such as ours=8")
         given[side] = int(rows)
     options.batch = given
+    if not {"ours", "authors"} <= set(options.sides):
+        parser.error("--sides: ours and authors are always among them")
     return options
 
 
@@ -261,21 +287,26 @@ def main(options: argparse.Namespace, start: Start = Worker) -> None:
     Raises:
         SystemExit: The losses differ by more than `ALLOWED_DIFFERENCE`.
     """
+    start = functools.partial(start, device=options.device)
     with tempfile.TemporaryDirectory(prefix="train_step-") as name:
-        folder = Path(name)
-        turns = prepare(folder, options)
-        print(f"{options.shape}, float32, {options.threads} threads, {turns}")
-        losses, gradients = compare_losses(folder, options.threads, start)
+        folder = Path(options.folder or name)
+        kept = folder / PREPARED
+        turns = json.loads(kept.read_text()) if kept.exists() else prepare(folder, options)
+        print(f"{options.shape}, {options.dtype}, {options.threads} threads, {turns}")
+        losses, gradients = compare_losses(folder, options.threads, start, options.sides)
         print(loss_table(losses, gradients), flush=True)
         difference = loss_difference(losses)
         print(f"largest relative difference of a loss: {difference:.1e}")
-        if not difference <= ALLOWED_DIFFERENCE:
-            sys.exit(f"The losses differ by {difference:.1e} (allowed: {ALLOWED_DIFFERENCE}), so no time is measured.")
-        batches = choose_batches(folder, options.threads, start, options.batch, turns["dialogues"])
+        allowed = ALLOWED_DIFFERENCE[options.device]
+        if not difference <= allowed:
+            sys.exit(f"The losses differ by {difference:.1e} (allowed: {allowed}), so no time is measured.")
+        dialogues = turns["dialogues"]
+        tried = {side: TRIED[options.device][side] for side in options.sides}
+        batches = choose_batches(folder, options.threads, start, options.batch, dialogues, tried)
         runs, memory, products = measure(folder, options.threads, start, batches, options.rounds, options.authors_steps)
     line = summary(options, turns, losses, gradients, batches, runs, memory, products)
     print(time_table(runs, memory, batches))
-    if options.shape in PUBLISHED:
+    if options.shape in PUBLISHED and options.device == "cpu":
         print(beside_published(options.shape, line["turns_per_second"]["authors"], memory["authors"], products))
     print(f"ours waited {line['input_wait']:.2%} of its time for the loader")
     print(json.dumps(line))

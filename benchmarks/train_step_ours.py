@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import time
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from train_step_setup import BLEU_THRESHOLD, NUM_PROMPTS, PROMPT_LENGTH, rows_of_json
 
@@ -38,11 +40,13 @@ class Ours:
         folder: What `train_step_setup.py` wrote.
         batch: Dialogues of a step.
         checking: Whether the turns are those of the comparison of losses, not those that are timed.
+        device: ``"cpu"``, in float32, or ``"gpu"``, where the LM is bfloat16.
     """
 
     name = "ours"
 
-    def __init__(self, folder: Path, batch: int, checking: bool = False) -> None:
+    def __init__(self, folder: Path, batch: int, checking: bool = False, device: str = "cpu") -> None:
+        self.on_gpu = device == "gpu"
         data = json.loads((folder / ("check.json" if checking else "timing.json")).read_text())
         self.folder, self.pad_id = folder, data["pad_id"]
         self.rows = rows_of_json(data["dialogue"])
@@ -51,7 +55,8 @@ class Ours:
         config.bank.num_prompts, config.bank.prompt_length = NUM_PROMPTS, PROMPT_LENGTH
         config.optimizer.learning_rate, config.optimizer.clip_norm = data["learning_rate"], 0.0
         # Logits of 64 positions under four prompts: as fast on two cores as the default's 128, in less memory.
-        config.model.max_logit_rows = 256
+        config.model.max_logit_rows = 4096 if self.on_gpu else 256
+        config.model.dtype = "bfloat16" if self.on_gpu else "float32"
         for name, weight in data["objective"].items():
             config.objective[f"{name}_weight"] = weight
         self.mesh = make_mesh(devices=jax.devices()[:1])
@@ -73,7 +78,7 @@ class Ours:
         # load_lm would want a tokenizer, and hash the files.
         fields = json.loads((folder / "config.json").read_text())
         family = family_of_hf(fields, str(folder))
-        decoder = family.config_from_hf(fields, str(folder))
+        decoder = dataclasses.replace(family.config_from_hf(fields, str(folder)), dtype=config.model.dtype)
         self.params = load_params(decoder, weights_of_folder(folder), family.hf_tensors)
         first = {name: np.asarray(array) for name, array in np.load(folder / "initial.npz").items()}
         self.trainable = {
@@ -157,9 +162,14 @@ class Ours:
         seconds, cores = time.perf_counter() - begun, time.process_time() - worked
         return {"turns": turns, "seconds": seconds, "core_seconds": cores, "wait": wait}
 
-    def product(self, size: int = 1024) -> float:
-        """FLOP/s of a square float32 matrix product, the best of ten."""
-        a, times = jax.random.normal(jax.random.key(0), (size, size)), []
+    def device_memory(self) -> int:
+        """Bytes, the most that was taken of the GPU; 0 on the CPU."""
+        return (jax.devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0) if self.on_gpu else 0
+
+    def product(self) -> float:
+        """FLOP/s of a large square matrix product, the best of ten."""
+        size, dtype = (8192, jnp.bfloat16) if self.on_gpu else (1024, jnp.float32)
+        a, times = jax.random.normal(jax.random.key(0), (size, size), dtype), []
         product = jax.jit(lambda x: x @ x)
         for _ in range(11):
             begun = time.perf_counter()

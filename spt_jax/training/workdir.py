@@ -36,6 +36,7 @@ MAY_CHANGE = (
     "model.source",
     "model.revision",
     "model.remat",
+    "model.attention",
     "model.max_logit_rows",
 )
 """Options, beside `FREE_SECTIONS`, that do not change what is learned; an LM is known by its weights, not its name."""

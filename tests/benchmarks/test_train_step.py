@@ -52,9 +52,11 @@ def in_this_process(program: ModuleType) -> Iterator[Any]:
     workers = importlib.import_module("train_step_workers")
 
     @contextlib.contextmanager
-    def start(side: str, folder: Path, batch: int, threads: int, checking: bool = False) -> Iterator[Any]:
+    def start(
+        side: str, folder: Path, batch: int, threads: int, checking: bool = False, device: str = "cpu"
+    ) -> Iterator[Any]:
         del threads
-        made = workers.make_side(side, folder, batch, checking)
+        made = workers.make_side(side, folder, batch, checking, device)
         assert all(callable(getattr(made, command)) for command in workers.COMMANDS)
         yield made
 
@@ -88,7 +90,7 @@ def test_a_side_with_another_loss_stops_the_program_before_any_time_is_measured(
             return self.losses
 
     @contextlib.contextmanager
-    def start(side: str, folder: Path, batch: int, threads: int, checking: bool = False) -> Iterator[Canned]:
+    def start(side: str, folder: Path, *_: int, checking: bool = False, device: str = "cpu") -> Iterator[Canned]:
         yield Canned(side, folder)
 
     monkeypatch.setattr(program, "prepare", lambda folder, options: {"dialogues": 4})

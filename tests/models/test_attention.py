@@ -108,3 +108,35 @@ def test_blocks_leave_out_what_the_mask_hides():
         return compiled.cost_analysis()["flops"]
 
     assert flops(True) < 0.68 * flops(False)
+
+
+def test_no_mask_means_causal():
+    arrays, _, _ = row(LONG, 6, 2, "right")
+    mask = np.tril(np.ones((LONG, LONG), bool))[None, None]
+    cotangent = jnp.asarray(np.random.default_rng(2).standard_normal(arrays[0].shape), jnp.float32)
+
+    def of(mask: Any) -> Any:
+        out, vjp = jax.vjp(lambda *qkv: attention(*qkv, mask, scale=SCALE, ordered=True), *in_float32(arrays))
+        return out, *vjp(cotangent)
+
+    for found, wanted in zip(of(None), of(jnp.asarray(mask)), strict=True):
+        np.testing.assert_array_equal(found, wanted)
+
+
+@pytest.mark.parametrize(("heads", "groups", "dim"), [(9, 3, 64), (8, 8, 80), (8, 8, 128)])
+def test_cudnn_attention_is_xlas(heads, groups, dim):
+    if jax.devices()[0].platform != "gpu":
+        pytest.skip("needs an NVIDIA GPU: JAX_PLATFORMS=cuda pytest tests/models/test_attention.py -k cudnn")
+    keys = jax.random.split(jax.random.key(dim), 4)
+    counts = (heads, groups, groups, heads)
+    q, k, v, cotangent = (
+        jax.random.normal(key, (4, 288, n, dim), jnp.bfloat16) for key, n in zip(keys, counts, strict=True)
+    )
+
+    def of(kernel: str) -> Any:
+        out, vjp = jax.vjp(lambda *qkv: attention(*qkv, None, kernel=kernel), q, k, v)
+        return [np.asarray(x, np.float32) for x in (out, *vjp(cotangent))]
+
+    differences = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(of("cudnn"), of("xla"), strict=True)]
+    print(differences)
+    assert max(differences) <= 2e-2

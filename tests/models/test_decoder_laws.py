@@ -224,3 +224,50 @@ def test_bfloat16_runs_near_float32_with_float32_logits() -> None:
 def test_a_bad_field_is_refused_with_what_is_allowed(change: dict, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         dataclasses.replace(CONFIG, **change)
+
+
+@every_decoder
+@pytest.mark.parametrize("width", [6, 14])
+def test_rows_padded_behind_need_not_say_where_they_end(config: DecoderConfig, width: int) -> None:
+    texts = [behind(PROMPTS[i], tokens, config) for i, tokens in enumerate(rows([width - 3, 1]))]
+    batch, positions, valid = padded(texts, width, "right")
+    everywhere = np.broadcast_to(np.arange(width), positions.shape)
+    wanted, _ = run(config, params_of(config), batch, positions, valid)
+    found, _ = run(config, params_of(config), batch, everywhere, None)
+    np.testing.assert_allclose(np.asarray(found)[valid], np.asarray(wanted)[valid], atol=2e-5)
+
+
+@every_decoder
+@pytest.mark.parametrize("form", [{"unrolled": True}, {"joint_projections": True}], ids=["unrolled", "joint"])
+def test_the_form_of_the_program_changes_neither_values_nor_gradients(config, form, monkeypatch) -> None:
+    monkeypatch.setattr("spt_jax.models.layers.JOINT_TOKENS", 0)
+    batch, positions, valid = padded([behind(PROMPTS[i], t, config) for i, t in enumerate(rows([11, 5]))], 14, "right")
+    weight = np.random.default_rng(5).normal(size=batch.shape) * valid[..., None]
+    params, programs = params_of(config), []
+
+    def value_and_grad(config: DecoderConfig) -> tuple[jax.Array, jax.Array]:
+        def loss(embeddings: jax.Array) -> jax.Array:
+            return jnp.sum(decode(config, params, embeddings, positions, valid)[0] * weight)
+
+        programs.append(str(jax.make_jaxpr(loss)(batch)))
+        return jax.jit(jax.value_and_grad(loss))(batch)
+
+    value, gradient = value_and_grad(config)
+    again, regradient = value_and_grad(dataclasses.replace(config, **form))
+    np.testing.assert_allclose(again, value, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(regradient, gradient, atol=1e-5 * float(np.abs(gradient).max()))
+    if "unrolled" in form:
+        assert [f"unroll={config.num_layers}" in program for program in programs] == [False, True]
+    else:
+        before, after = (program.count("dot_general") for program in programs)
+        assert after == before - 2 - config.gated_mlp  # of the three to heads, of the two that enter the MLP
+
+
+def test_few_tokens_are_projected_apart() -> None:
+    texts = [behind(PROMPTS[0], rows([11])[0])]
+    batch, positions, valid = padded(texts, 14, "right")
+    jaxprs = [
+        str(jax.make_jaxpr(lambda x, c=c: decode(c, PARAMS, x, positions, valid)[0])(batch))
+        for c in (CONFIG, dataclasses.replace(CONFIG, joint_projections=True))
+    ]
+    assert jaxprs[0] == jaxprs[1]

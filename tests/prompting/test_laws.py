@@ -219,3 +219,23 @@ def test_under_bfloat16_the_banks_gradient_is_summed_over_dialogues_in_float32()
 def test_selection_entropy_is_finite_at_small_temperatures():
     losses, _ = _run(tiny.packed("dialogue").batch(), dataclasses.replace(OBJECTIVE, score_temperature=1e-4))
     assert np.isfinite(float(losses.selection_entropy))
+
+
+@pytest.mark.parametrize("prompt_length", [4, 5])
+def test_rows_in_fused_attention_have_an_even_length_and_the_same_losses(prompt_length, monkeypatch):
+    plain = jax.nn.dot_product_attention
+    lengths = []
+
+    def in_place_of_cudnn(query, *rest, implementation, **options):
+        assert implementation == "cudnn"
+        lengths.append(query.shape[1])
+        return plain(query, *rest, implementation="xla", **options)
+
+    monkeypatch.setattr("jax.nn.dot_product_attention", in_place_of_cudnn)
+    model = dataclasses.replace(tiny.MODEL, adapter=SoftPrompts(3, prompt_length, stddev=0.5))
+    fused = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, attention_kernel="cudnn"))
+    batch = tiny.packed("dialogue").batch()
+    assert batch["tokens"].shape[1] % 2 == 0
+    wanted, found = (tiny.STEP(m, OBJECTIVE, tiny.params(), tiny.trainable(model), batch, 1) for m in (model, fused))
+    _assert_same(wanted, found, 1e-5)
+    assert set(lengths) == {batch["tokens"].shape[1] + prompt_length + prompt_length % 2}

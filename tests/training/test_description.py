@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
+from types import SimpleNamespace
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 import tiny
 
 from spt_jax.config import Config, default_config, flatten, set_option, validate
+from spt_jax.errors import UserError
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import row_sharding
 from spt_jax.prompting.adapters import Prefixes, SoftPrompts
 from spt_jax.prompting.objective import LM_ALONE
-from spt_jax.training.description import describe, front_length, objective_of
+from spt_jax.training.description import describe, front_length, objective_of, on_devices
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.step import init_state, make_train_step
 
@@ -177,3 +181,37 @@ ENCODER = {"retriever__kind": "transformer", "retriever__layers": 1, "retriever_
 def test_dropout_of_the_configuration_reaches_the_train_step(method, option):
     without = first_loss(**method)
     assert abs(first_loss(**method, **{option: 0.5}) - without) > 1e-4 * without
+
+
+def on_gpu(attention: str = "auto", tensor: int = 1, capability: str = "9.0", **fields: Any) -> Any:
+    """The decoder in the form for a GPU that is not here."""
+    device = SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability=capability)
+    mesh: Any = SimpleNamespace(devices=np.array([device], object), shape={"tensor": tensor})
+    decoder = dataclasses.replace(tiny.CONFIG, **({"dtype": "bfloat16", "head_dim": 64} | fields))
+    return on_devices(decoder, attention, mesh)
+
+
+def test_a_gpu_gets_fused_attention_unrolled_blocks_and_joint_projections():
+    found = on_gpu()
+    assert (found.attention_kernel, found.unrolled, found.joint_projections) == ("cudnn", True, True)
+    assert on_gpu(attention="xla").attention_kernel == "xla"
+    assert not on_gpu(tensor=2).joint_projections
+    assert on_devices(tiny.CONFIG, "auto", make_mesh()) == tiny.CONFIG
+
+
+@pytest.mark.parametrize(
+    ("why", "words"),
+    [
+        ({"dtype": "float32"}, "type is float32"),
+        ({"attention_softcap": 30.0}, "caps its attention logits"),
+        ({"head_dim": 60}, "60 wide"),
+        ({"head_dim": 264}, "up to 256"),
+        ({"head_dim": 136, "capability": "8.6"}, "up to 128"),
+        ({"capability": "7.5"}, "compute capability 8.0"),
+        ({"capability": "gfx942"}, "needs an NVIDIA GPU"),
+    ],
+)
+def test_where_cudnn_cannot_serve_xla_does_and_asking_for_it_is_refused(why, words):
+    assert on_gpu(**why).attention_kernel == "xla"
+    with pytest.raises(UserError, match=f"model.attention is cudnn, but .*{words}"):
+        on_gpu(attention="cudnn", **why)
