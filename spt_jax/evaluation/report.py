@@ -13,6 +13,7 @@ from typing import Any
 
 from spt_jax.atomic_file import write_atomically
 from spt_jax.evaluation.report_curves import curve_sections
+from spt_jax.evaluation.report_diagnostics import diagnostics_section
 from spt_jax.evaluation.report_page import details, page, section
 from spt_jax.evaluation.report_samples import sample_section
 from spt_jax.evaluation.report_selection import selection_section
@@ -26,7 +27,8 @@ class ReportInputs:
     Attributes:
       title: The page's heading.
       results: As results.json: ``columns`` {model: {figure: value}}, ``definitions`` {figure: sentence}, ``versions``
-        {library: version}, and optionally ``model``, ``hardware`` and others, each a mapping or a text.
+        {library: version}, and optionally ``diagnostics`` (as `diagnostics_section`), ``model``, ``hardware`` and
+        others, each a mapping or a text.
       metrics: Rows of metrics.jsonl: ``step`` and any of the logged names; values may be None or NaN.
       selection: One mapping a dialogue: ``dialogue`` (name), ``usage`` [K] (share of its turns that select each
         prompt), ``scores`` [K] and ``nll`` [K] (means over its turns).
@@ -57,6 +59,7 @@ def render_report(inputs: ReportInputs) -> str:
         body += [_headline(columns), _results(columns)]
     body += curve_sections(inputs.metrics)
     body += selection_section(inputs.selection, columns)
+    body += diagnostics_section(inputs.results.get("diagnostics", {}))
     body += sample_section(inputs.samples)
     if inputs.command:
         command = f"<pre><code>{html.escape(inputs.command)}</code></pre>"

@@ -147,7 +147,6 @@ class Retriever(nn.Module):
     hidden_size: int
     config: RetrieverConfig = RetrieverConfig()
 
-    @nn.compact
     def __call__(self, contexts: Contexts, prompts: jax.Array, deterministic: bool = True) -> jax.Array:
         """Scores; gradients reach the prompts too, through their side of the cosine.
 
@@ -160,12 +159,18 @@ class Retriever(nn.Module):
             Scores, float32 ``[D, N, K]``.
         """
         c = self.config
-        side = self._linear if c.kind == "linear" else self._transformer
-        context_means, prompt_means = side(contexts, prompts.astype(jnp.float32), deterministic)
-        cosine = cosine_similarity(context_means, prompt_means)
+        cosine = cosine_similarity(*self.vectors(contexts, prompts, deterministic))
         if c.context == "official" and c.activation == "softplus":
             return official_softplus_score(cosine)
         return SCORE_ACTIVATIONS[c.activation](cosine)
+
+    @nn.compact
+    def vectors(
+        self, contexts: Contexts, prompts: jax.Array, deterministic: bool = True
+    ) -> tuple[jax.Array, jax.Array]:
+        """What the cosine is between: contexts, float32 ``[D, N, M]``, and prompts ``[K, M]``; as `__call__`."""
+        side = self._linear if self.config.kind == "linear" else self._transformer
+        return side(contexts, prompts.astype(jnp.float32), deterministic)
 
     def _maps(self, side: str) -> bool:
         return self.config.sides in ("both", side)

@@ -238,12 +238,25 @@ def retriever_scores(
         contexts: See `batch_contexts`.
         dropout_key: In training, the key of the retriever's own dropout.
     """
-    bank = trainable["bank"]
-    prompts = bank["prompts"] if "prompts" in bank else bank["keys"][:, None]
-    variables = {"params": trainable.get("retriever", {})}
+    variables, prompts = _retriever_inputs(trainable)
     if dropout_key is None:
         return model.retriever.apply(variables, contexts, prompts)  # pyright: ignore[reportReturnType]
     return model.retriever.apply(variables, contexts, prompts, False, rngs={"dropout": dropout_key})  # pyright: ignore[reportReturnType]
+
+
+def retriever_vectors(
+    model: SelectiveLM, params: FrozenTree, trainable: Trainable, batch: ArrayBatch
+) -> tuple[jax.Array, jax.Array]:
+    """What the retriever compares: float32 ``[D, N, M]`` of a batch's contexts, and ``[K, M]`` of the bank."""
+    variables, prompts = _retriever_inputs(trainable)
+    contexts = batch_contexts(model, params, batch)
+    return model.retriever.apply(variables, contexts, prompts, method="vectors")  # pyright: ignore[reportReturnType]
+
+
+def _retriever_inputs(trainable: Trainable) -> tuple[dict[str, Any], jax.Array]:
+    bank = trainable["bank"]
+    prompts = bank["prompts"] if "prompts" in bank else bank["keys"][:, None]
+    return {"params": trainable.get("retriever", {})}, prompts
 
 
 def batch_scores(model: SelectiveLM, params: FrozenTree, trainable: Trainable, batch: ArrayBatch) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 from spt_jax.errors import UserError
 from spt_jax.progress import ProgressBar
 from spt_jax.training.checkpoint import Checkpoints
+from spt_jax.training.collapse import CollapseAlarm
 from spt_jax.training.signals import StopSignal
 from spt_jax.training.step import Metrics, TrainState
 from spt_jax.training.tracking import Tracker
@@ -91,6 +92,7 @@ def train(
         UserError: ``max_bad_steps`` updates in a row were not finite, or a checkpoint could not be written.
     """
     start = int(state.step)
+    alarm = CollapseAlarm()
     with ProgressBar("training", options.total_steps, start) as bar, _Watch(options, trackers) as watch:
         steps = batches(start, options.total_steps)
         for step in range(start, options.total_steps + 1):
@@ -102,7 +104,7 @@ def train(
             if step > start or step not in checkpoints.steps():
                 if due:
                     watch.finish(bar)
-                    perplexity = _evaluate(state, evaluators, trackers, step, bar)
+                    perplexity = _evaluate(state, evaluators, trackers, step, bar, alarm)
                     stopping = stop.requested
                 if due or stopping or step % options.save_every == 0:
                     watch.finish(bar)  # a step's metrics must be on disk before its checkpoint
@@ -119,13 +121,21 @@ def train(
 
 
 def _evaluate(
-    state: TrainState, evaluators: Sequence[Evaluator], trackers: Sequence[Tracker], step: int, bar: ProgressBar
+    state: TrainState,
+    evaluators: Sequence[Evaluator],
+    trackers: Sequence[Tracker],
+    step: int,
+    bar: ProgressBar,
+    alarm: CollapseAlarm,
 ) -> float | None:
     figures = {name: value for evaluator in evaluators for name, value in evaluator.run(state)}
     for tracker in trackers:
         tracker.log(step, figures)
     if PERPLEXITY in figures:
         bar.message(f"step {step}: development perplexity {figures[PERPLEXITY]:.3f}")
+    # A retriever that has learned nothing yet may well prefer one prompt.
+    if step and (sentence := alarm.sentence(figures)):
+        bar.message(f"step {step}: {sentence}")
     return figures.get(PERPLEXITY)
 
 

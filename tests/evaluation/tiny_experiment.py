@@ -18,6 +18,8 @@ from spt_jax.training.experiment import Experiment
 class Characters(tiny.CharacterEncoder):
     """`tiny.CharacterEncoder` both ways."""
 
+    text_vocab_size = tiny.CONFIG.vocab_size
+
     def decode(self, ids: Any) -> str:
         return "".join(chr(int(token)) for token in ids if token > 2)
 

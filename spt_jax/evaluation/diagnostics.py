@@ -1,0 +1,133 @@
+"""Everything that `selection.py` and `nearest_tokens.py` say of a run, as JSON for ``results.json`` and the report."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from spt_jax.data.loader import sequential_batches
+from spt_jax.data.packing import Row
+from spt_jax.evaluation.likelihood import Likelihoods
+from spt_jax.evaluation.nearest_tokens import nearest_tokens
+from spt_jax.evaluation.selection import persona_table, retriever_map, selection_figures
+from spt_jax.parallel.rules import place_batch, replicated, row_devices
+from spt_jax.prompting.adapters import Trainable
+from spt_jax.prompting.selective_lm import retriever_vectors
+from spt_jax.training.experiment import Experiment, pad_id_of
+
+MOST_DIALOGUES = 128
+"""On the map; more points hide one another."""
+MOST_PERSONAS = 24
+"""In the table of prompts and personas: those with the most turns."""
+NEAREST = 5
+
+
+def diagnose(
+    experiment: Experiment,
+    trainable: Trainable,
+    rows: Sequence[Row],
+    likelihoods: Likelihoods,
+    personas: Sequence[tuple[str, ...]],
+) -> dict[str, Any]:
+    """Diagnostics of a retriever over a bank of soft prompts; empty where there is nothing to select.
+
+    Args:
+        experiment: The LM and the model; the likelihoods' mesh.
+        trainable: What was learned.
+        rows: The packed rows of all dialogues.
+        likelihoods: Of every turn of them.
+        personas: The lines of each dialogue's persona.
+
+    Returns:
+        ``figures``: see `SELECTION_DEFINITIONS`. ``personas``: a list of ``lines``, ``turns``, ``nll`` and ``usage``
+        (K each). ``map``: ``contexts`` (``[x, y, selected, dialogue, turn]`` each), ``prompts`` and ``explained``; left
+        out in the official mode, where a context's vector depends on its batch. ``nearest_tokens``: K lists of P lists
+        of ``[text, cosine]``; for a bank of embeddings alone.
+    """
+    model = experiment.model
+    if model.retriever_config is None or model.num_prompts < 2:
+        return {}
+    found: dict[str, Any] = {
+        "figures": selection_figures(likelihoods, experiment.config.objective.score_temperature),
+        "personas": _personas(likelihoods, personas),
+    }
+    if not model.official:
+        found["map"] = _map(experiment, trainable, rows, likelihoods)
+    if "prompts" in trainable["bank"]:
+        found["nearest_tokens"] = _nearest(experiment, trainable["bank"]["prompts"])
+    return found
+
+
+def _personas(likelihoods: Likelihoods, personas: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
+    table = persona_table(likelihoods, personas)
+    most = sorted(range(len(table.personas)), key=lambda g: (-table.turns[g], g))[:MOST_PERSONAS]
+    return [
+        {
+            "lines": list(table.personas[g]),
+            "turns": int(table.turns[g]),
+            "nll": table.nll[:, g].tolist(),
+            "usage": table.usage[:, g].tolist(),
+        }
+        for g in most
+    ]
+
+
+@cache
+def _compiled(mesh: Mesh) -> Any:
+    return jax.jit(retriever_vectors, static_argnums=0, out_shardings=replicated(mesh))
+
+
+def _map(experiment: Experiment, trainable: Trainable, rows: Sequence[Row], likelihoods: Likelihoods) -> dict[str, Any]:
+    e, config = experiment, experiment.config
+    selected = {
+        (int(d), int(t)): int(k)
+        for d, t, k in zip(likelihoods.dialogue, likelihoods.turn, likelihoods.selected, strict=True)
+    }
+    shown = [rows[place * len(rows) // MOST_DIALOGUES] for place in range(MOST_DIALOGUES)]
+    shown = shown if len(rows) > MOST_DIALOGUES else list(rows)
+    devices = row_devices(e.mesh)
+    size = -(-min(config.evaluation.batch, len(shown)) // devices) * devices
+    vectors, names, prompts = [], [], None
+    share = size // jax.process_count()
+    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
+    batches = sequential_batches(
+        shown, batch_size=size, pad_id=pad_id_of(config, e.lm.tokenizer), max_buckets=config.data.max_buckets
+    )
+    for batch, _ in batches:
+        placed = place_batch(e.mesh, {name: array[mine] for name, array in batch.items()})
+        contexts, prompts = jax.device_get(_compiled(e.mesh)(e.model, e.lm.params, trainable, placed))
+        present = batch["turn_mask"] > 0
+        vectors.append(contexts[present])
+        dialogues = np.broadcast_to(batch["dialogue_ids"][:, None], present.shape)[present]
+        names += zip(dialogues.tolist(), batch["turn_ids"][present].tolist(), strict=True)
+    found = retriever_map(np.concatenate(vectors), np.asarray(prompts))
+    points = [
+        [round(float(x), 5), round(float(y), 5), selected[name], *name]
+        for (x, y), name in zip(found.contexts, names, strict=True)
+    ]
+    return {
+        "contexts": points,
+        "prompts": np.round(found.prompts, 5).tolist(),
+        "explained": found.explained.tolist(),
+    }
+
+
+def _nearest(experiment: Experiment, prompts: jax.Array) -> list[list[list[list[Any]]]]:
+    lm = experiment.lm
+
+    def spelled(token: int) -> str:
+        return lm.tokenizer.decode([token]) or f"token {token}"  # a special token has no text
+
+    found = nearest_tokens(lm.config, lm.params, prompts, NEAREST, lm.tokenizer.text_vocab_size)
+    return [
+        [
+            [[spelled(int(token)), round(float(cosine), 4)] for token, cosine in zip(*near, strict=True)]
+            for near in zip(ids, cosines, strict=True)
+        ]
+        for ids, cosines in zip(found.ids, found.cosines, strict=True)
+    ]
