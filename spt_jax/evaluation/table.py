@@ -39,11 +39,19 @@ ROWS = (
     Row("f1", "Token F1 (%)"),
     Row("bleu", "BLEU"),
     Row("rouge_l", "ROUGE-L (%)"),
+    Row("meteor", "METEOR (%)"),
+    Row("bert_f1", "BERTScore F1 (%)"),
     Row("dist_1", "DIST-1 (%)"),
     Row("dist_2", "DIST-2 (%)"),
+    Row("entropy_4", "Entropy of 4-grams (nats)"),
+    Row("self_bleu", "Self-BLEU", better="low"),
+    Row("persona_f1", "Persona F1 (%)"),
+    Row("persona_consistency", "Persona consistency C"),
+    Row("hits_1", "hits@1 (%)"),
+    Row("hits_1_total", "hits@1 by total nll (%)"),
     Row("usage", "Share of each prompt", better=None),
 )
-"""The rows of the paper-shaped table that the quickstart prints."""
+"""The rows of the table that the quickstart prints; those that no column has are left out."""
 
 
 @dataclass(frozen=True)

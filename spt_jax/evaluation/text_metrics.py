@@ -19,11 +19,11 @@ from spt_jax.errors import UserError
 from spt_jax.evaluation.bert_score import PAPERS_MODEL, BertScores, bert_scores
 from spt_jax.evaluation.diversity import distinct_ngrams, ngram_entropy, self_bleu
 from spt_jax.evaluation.meteor import meteor_scores
-from spt_jax.evaluation.metric_groups import EVERYDAY, chosen_groups, is_chosen
 from spt_jax.evaluation.nli import persona_consistency
 from spt_jax.evaluation.normalised import normalise
 from spt_jax.evaluation.persona_words import STOP_WORDS, persona_words
 from spt_jax.evaluation.wordnet import WordNetMissingError
+from spt_jax.metric_groups import EVERYDAY, chosen_groups, is_chosen
 
 _ROUGE_NAMES = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}
 
@@ -81,7 +81,7 @@ def text_metrics(
       predictions: Generated replies, one a turn; empty ones count (and score 0).
       references: The responses of the same turns.
       personas: The lines of the persona behind each reply; None leaves out what is measured against it.
-      metrics: Groups of figures (`spt_jax.evaluation.metric_groups`).
+      metrics: Groups of figures (`spt_jax.metric_groups`).
       bert_score_model: The encoder of BERTScore, as `spt_jax.evaluation.bert_score.bert_scores` takes it; one that is
         given asks for BERTScore. Empty for the paper's, where `metrics` ask for it.
       nli_model: The classifier of the consistency with the persona, as `spt_jax.evaluation.nli` takes it; one that is
@@ -103,7 +103,7 @@ def text_metrics(
         _add_meteor(found, predictions, references)
     if "bertscore" in groups:
         bert = bert_scores(predictions, references, bert_score_model or PAPERS_MODEL)
-        _add(found, bert_values(bert), bert, bert_score=bert.per_pair())
+        _add(found, bert_values(bert), bert, bert_score=[list(scores) for scores in bert.per_pair()])
     if "nli" in groups and personas is not None:
         nli = persona_consistency(predictions, personas, nli_model)
         _add(found, {"persona_consistency": float(nli.scores.mean())}, nli, persona_consistency=nli.scores.tolist())

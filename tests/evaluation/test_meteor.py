@@ -11,7 +11,7 @@ import nltk.data
 import numpy as np
 import pytest
 from nltk.translate.meteor_score import meteor_score
-from tiny_wordnet import write_wordnet
+from tiny_wordnet import readers_closed, write_wordnet
 
 from spt_jax.errors import UserError
 from spt_jax.evaluation import wordnet
@@ -33,14 +33,9 @@ def _nothing_found(cache_home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(wordnet, "DEBIAN", tmp_path / "debian")
     monkeypatch.delenv("WNSEARCHDIR", raising=False)
     monkeypatch.delenv("WNHOME", raising=False)
-    opened, readers = wordnet._open, []
-    monkeypatch.setattr(wordnet, "_open", lambda root: readers.append(opened(root)) or readers[-1])
-    wordnet._reader.cache_clear()
     wordnet._temporary.cache_clear()
-    yield
-    wordnet._reader.cache_clear()
-    for file in (file for reader in readers for file in reader._data_file_map.values()):
-        file.close()  # nltk keeps them open as long as its reader lives
+    with readers_closed():
+        yield
 
 
 def test_scores_are_nltks_with_the_same_database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 from spt_jax.errors import UserError
-from spt_jax.evaluation.metric_groups import ALWAYS, GROUPS, chosen_groups, is_chosen
 from spt_jax.evaluation.text_metrics import text_metrics
+from spt_jax.metric_groups import ALWAYS, GROUPS, chosen_groups, is_chosen
 
 REPLIES, RESPONSES, PERSONAS = ["i like dogs", "yes"], ["i like cats", "no"], [["i have dogs"], ["i sail"]]
 

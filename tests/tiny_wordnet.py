@@ -2,11 +2,29 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
+
+from spt_jax.evaluation import wordnet
 
 _NOUNS = (("dog", "hound"), ("kitchen",), ("film", "movie"))
 _VERBS = (("cook", "prepare"),)
 _HEAD = "  1 WordNet 3.0 Copyright 2006 by Princeton University.  All rights reserved.\n"
+
+
+@contextmanager
+def readers_closed() -> Iterator[None]:
+    """Closes the files of every reader that is made in the block: nltk keeps them open as long as its reader lives."""
+    made, make = [], wordnet._open
+    wordnet._reader.cache_clear()
+    with mock.patch.object(wordnet, "_open", lambda root: made.append(make(root)) or made[-1]):
+        yield
+    wordnet._reader.cache_clear()
+    for reader in made:
+        for file in reader._data_file_map.values():
+            file.close()
 
 
 def write_wordnet(folder: Path) -> Path:
