@@ -182,6 +182,24 @@ def test_a_context_that_lost_its_oldest_turns_is_the_one_that_candidates_follow(
     assert_same(found, expected[lost])
 
 
+class PlaceEncoder(tiny.CharacterEncoder):
+    """A token depends on everything before it, as those of a tokenizer may."""
+
+    def encode(self, texts):
+        return [[(ord(character) + place) % 125 + 3 for place, character in enumerate(text)] for text in texts]
+
+
+@pytest.mark.parametrize("limit", [110, 224])
+def test_the_response_among_the_candidates_has_the_tokens_of_its_row(limit: int) -> None:
+    rows = list(pack(DIALOGUES, PlaceEncoder(), layout="dialogue", max_length=limit).rows)
+    turns = ranked_turns(rows, DIALOGUES, WANTED, PlainTemplate(), PlaceEncoder())
+    assert len(turns) == len([turn for dialogue in DIALOGUES for turn in dialogue.turns if turn.candidates])
+    for turn in turns:
+        row = rows[turn.row]
+        targets = row.target_ids[row.target_turns == row.turns.tolist().index(turn.turn)]
+        assert [*turn.ids[turn.response], turn.end_id] == targets.tolist()
+
+
 def context_of(dialogue: int, turn: int, start: int) -> str:
     said = DIALOGUES[dialogue].turns[start:turn]
     middle = "".join(f" Q: {t.query} R: {t.response}" for t in said)
