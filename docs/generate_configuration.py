@@ -45,6 +45,10 @@ RELATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
         "`bank.init = text` needs `bank.init_text`.",
         {"bank.init": "text"},
     ),
+    (
+        "`nli` among `evaluation.metrics` needs `evaluation.nli`.",
+        {"evaluation.metrics": ("nli",)},
+    ),
 )
 """Rules that tie options together, each with values that break it."""
 

@@ -25,7 +25,7 @@ from spt_jax.errors import UserError
 LIMIT_VARIABLE = "SPT_JAX_CACHE_GB"
 """Gigabytes that the entries may take together; 0 keeps and reads none."""
 DEFAULT_LIMIT_GB = 8.0
-KINDS = ("weights", "rows", "hashes")
+KINDS = ("weights", "rows", "hashes", "wordnet")
 """Folders of entries; beside them JAX keeps its compiled programs, which know their own rules."""
 
 

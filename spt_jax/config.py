@@ -142,7 +142,9 @@ def default_config() -> Config:
     c.evaluation.max_new_tokens = 32  # Tokens of a reply at most
     c.evaluation.selection = "hard"  # What answers: hard (the best prompt), or soft (a score-weighted mixture)
     c.evaluation.selection_noise = 0.0  # Standard deviation of noise on the scores before the choice
-    c.evaluation.bertscore = ""  # Encoder of BERTScore: folder, hub id or package:NAME (extra: eval); empty for none
+    c.evaluation.metrics = ("default",)  # Groups of figures; default: all that take nothing but the replies and the LM
+    c.evaluation.bertscore = ""  # Encoder of BERTScore: folder, hub id or package:NAME (extra: eval); if set, computed
+    c.evaluation.nli = ""  # Classifier of entailment for the persona's consistency (extra: eval); if set, computed
     c.evaluation.replies = 0  # Turns that get a reply, spread evenly over the dialogues; 0 for every turn
     c.evaluation.samples = 6  # Turns whose replies under every prompt stand in report.html
 

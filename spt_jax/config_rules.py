@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+from spt_jax.metric_groups import EVERYDAY, GROUPS
+
 METHODS = ("spt", "prompt_tuning", "prefix_tuning", "p_tuning", "lora", "full", "zero_shot", "few_shot")
 """What `method.kind` may be."""
 
@@ -116,6 +118,10 @@ RULES: dict[str, Rule] = {
     "evaluation.max_new_tokens": AT_LEAST_1,
     "evaluation.selection": one_of("hard", "soft"),
     "evaluation.selection_noise": AT_LEAST_0,
+    "evaluation.metrics": Rule(
+        lambda value: bool(value) and all(name in (EVERYDAY, *GROUPS) for name in value),
+        "names of " + ", ".join((EVERYDAY, *GROUPS)),
+    ),
     "evaluation.replies": AT_LEAST_0,
     "evaluation.samples": AT_LEAST_0,
     "mesh.data": Rule(lambda value: value == -1 or value >= 1, "1 or more, or -1 for the rest"),
@@ -130,6 +136,7 @@ UNRULED: dict[str, str] = {
     "data.freeze_persona": "true or false",
     "data.freeze_context": "true or false",
     "evaluation.bertscore": "empty, or an encoder that bert-score loads",
+    "evaluation.nli": "empty, or a classifier that transformers loads",
     "retriever.share": "true or false",
     "data.development": "empty, or a source like data.train",
     "data.test": "empty, or a source like data.train",
@@ -158,6 +165,8 @@ def relations(config: Any) -> list[str]:
     if config.bank.init in ("file", "peft") and not config.bank.init_file:
         wanted = "a .npy, .npz or .safetensors file" if config.bank.init == "file" else "folders of PEFT adapters"
         problems.append(f"bank.init is {config.bank.init!r}, so bank.init_file must name {wanted}")
+    if "nli" in config.evaluation.metrics and not config.evaluation.nli:
+        problems.append("evaluation.metrics has nli, so evaluation.nli must name a classifier of entailment")
     if config.bank.init == "text" and not any(config.bank.init_text):
         problems.append("bank.init is 'text', so bank.init_text must hold a text, or one for each prompt")
     return problems + _method_relations(config) + _official_relations(config)

@@ -43,8 +43,12 @@ def write_run(
     bert_score: list[tuple[float, float, float]] | None = None,
     definitions: Mapping[str, str] | None = None,
     total_turns: int | None = None,
+    more: Mapping[str, list[Any]] | None = None,
 ) -> Path:
-    """Writes ``config.json``, ``results.json`` and ``predictions.jsonl``; perplexity in the results is 20."""
+    """Writes ``config.json``, ``results.json`` and ``predictions.jsonl``; perplexity in the results is 20.
+
+    `more` holds further fields of the predictions, a value a turn.
+    """
     folder.mkdir(parents=True)
     config = {"seed": seed, "method": {"kind": "spt"}, "evaluation": {"max_new_tokens": 32}, **(settings or {})}
     record = {"spt_jax": "0", "lm": {"name": "lm", "sha256": "0"}, "tokenizer": "t", "config": config}
@@ -62,6 +66,7 @@ def write_run(
             line |= {"selected": 1, "nll": [99.0, nll[i]], "target_tokens": len(response.split()) + 1}
         if bert_score is not None:
             line["bert_score"] = list(bert_score[i])
+        line |= {name: values[i] for name, values in (more or {}).items()}
         lines.append(json.dumps(line) + "\n")
     (folder / "config.json").write_text(json.dumps(record))
     (folder / "results.json").write_text(json.dumps(results))

@@ -27,6 +27,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "more than 0, up to 1": [0, 1.5],
     "names of projections": [(), (3,)],
     "texts": [(3,), ("a", None)],
+    RULES["evaluation.metrics"].allowed: [(), ("f1", "rogue"), (3,)],
 }
 
 

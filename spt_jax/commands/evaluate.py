@@ -7,6 +7,7 @@ Examples:
   spt-jax evaluate --workdir=runs/quickstart
   spt-jax evaluate --workdir=runs/quickstart --data=valid.txt --limit=100
   spt-jax evaluate --workdir=runs/quickstart --nobaselines --checkpoint=latest
+  spt-jax evaluate --workdir=runs/quickstart --metrics=default,meteor,hits --data=valid_self_original.txt
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 from absl import flags
 
 from spt_jax.errors import UserError
+from spt_jax.metric_groups import GROUPS, chosen_groups
 
 _SAMPLES_PRINTED = 3
 
@@ -30,7 +32,16 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("data", "", "Dialogues, in any format that data.train takes; else the run's data.test.", **fv)
     flags.DEFINE_integer("limit", 0, "Use the first so many dialogues; 0 for all.", lower_bound=0, **fv)
     flags.DEFINE_integer("batch", None, "Rows at once; else the run's evaluation.batch.", lower_bound=1, **fv)
+    flags.DEFINE_list(
+        "metrics",
+        None,
+        "Groups of figures, by commas; else the run's evaluation.metrics. default stands for all that take nothing but "
+        f"the replies and the LM ({', '.join(name for name, group in GROUPS.items() if group.everyday)}); by name "
+        f"alone: {', '.join(f'{name} (needs {group.needs})' for name, group in GROUPS.items() if group.needs)}.",
+        **fv,
+    )
     flags.DEFINE_string("bertscore", None, "Encoder of BERTScore; else the run's evaluation.bertscore.", **fv)
+    flags.DEFINE_string("nli", None, "Classifier of entailment; else the run's evaluation.nli.", **fv)
     flags.DEFINE_bool("baselines", True, "Also measure no soft prompt and the bank before training.", **fv)
     flags.DEFINE_bool("reuse", False, "Show the results that are there when they answer the same question.", **fv)
     flags.DEFINE_integer(
@@ -54,7 +65,6 @@ def run(flag_values: flags.FlagValues) -> int:
         raise UserError("--workdir is missing; give the working directory of a trained run")
     from spt_jax.atomic_file import check_writable
     from spt_jax.commands.restored import heldout_dialogues, open_run
-    from spt_jax.evaluation.bert_score import check_bert_score
     from spt_jax.evaluation.kept_results import kept_results, question
     from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
     from spt_jax.training.checkpoint import Checkpoints
@@ -62,10 +72,11 @@ def run(flag_values: flags.FlagValues) -> int:
 
     workdir = Path(given["workdir"])
     config, _, _ = read_config(workdir)
-    options = {name: given[name] for name in ("batch", "bertscore") if given[name] is not None}
+    options = {name: given[name] for name in ("batch", "bertscore", "nli") if given[name] is not None}
+    if given["metrics"] is not None:
+        options["metrics"] = tuple(given["metrics"])
     config.evaluation.update(options)
-    if config.evaluation.bertscore:
-        check_bert_score(config.evaluation.bertscore)
+    _check_scorers(config.evaluation)
     with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
         checkpoint = checkpoints.meta(given["checkpoint"])
     source, dialogues = heldout_dialogues(config, given["data"], given["limit"])
@@ -93,6 +104,20 @@ def run(flag_values: flags.FlagValues) -> int:
     return 0
 
 
+def _check_scorers(options: Any) -> None:
+    """Says before the work what would stop it at its end."""
+    from spt_jax.evaluation.bert_score import PAPERS_MODEL, check_bert_score
+    from spt_jax.evaluation.nli import check_nli
+
+    groups = chosen_groups(options.metrics)
+    if options.bertscore or "bertscore" in groups:
+        check_bert_score(options.bertscore or PAPERS_MODEL)
+    if options.nli:
+        check_nli(options.nli)
+    elif "nli" in groups:
+        raise UserError("the group of metrics 'nli' needs a classifier of entailment; --nli names it")
+
+
 def _show(results: dict[str, Any]) -> None:
     from rich.console import Console
 
@@ -100,6 +125,8 @@ def _show(results: dict[str, Any]) -> None:
 
     print(f"\n{results['turns']} turns scored, {results['replies']} of them answered")
     Console().print(rich_table(results["columns"]))
+    for note in results.get("notes", []):
+        print(note)
     for sample in results["samples"][:_SAMPLES_PRINTED]:
         selected = sample["selected"]
         who = f"soft prompt {selected}" if len(sample["replies"]) > 1 else "it"

@@ -95,7 +95,7 @@ def choose_buckets(rows: Sequence[Row], batch_size: int, max_buckets: int) -> Bu
         raise UserError(f"data.batch is {batch_size} and data.max_buckets {max_buckets}; both must be at least 1.")
     lengths = np.asarray([len(row) for row in rows])
     candidates = [
-        buckets_of_lengths(rows, bounds, batch_size) for bounds in _best_bounds(_round_up(lengths), max_buckets)
+        buckets_of_lengths(rows, bounds, batch_size) for bounds in best_bounds(_round_up(lengths), max_buckets)
     ]
     below = [buckets for buckets in candidates if buckets.padding_share < MOST_PADDING]
     if not below:
@@ -145,8 +145,12 @@ def _round_up(sizes: np.ndarray) -> np.ndarray:
     return -(-sizes // MULTIPLE) * MULTIPLE
 
 
-def _best_bounds(rounded: np.ndarray, max_buckets: int) -> list[list[int]]:
-    """For 1, 2, … max_buckets: the bucket lengths with the least sum of row lengths after padding.
+def best_bounds(rounded: np.ndarray, max_buckets: int) -> list[list[int]]:
+    """For 1, 2, … `max_buckets`: the bucket lengths, ascending, with the least sum of row lengths after padding.
+
+    Args:
+      rounded: the rows' lengths, each of which may be a bucket's.
+      max_buckets: at most so many.
 
     Lengths that no row has need no bucket, so the programme runs over the distinct rounded lengths alone.
     """

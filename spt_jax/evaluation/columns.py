@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -12,10 +12,14 @@ from jax.sharding import Mesh
 
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.packing import Row
-from spt_jax.data.template import turn_history
+from spt_jax.data.template import PlainTemplate, Template, turn_history
+from spt_jax.evaluation import hits
+from spt_jax.evaluation.candidate_scores import score_candidates
+from spt_jax.evaluation.candidates import RankedTurn, ranked_turns
 from spt_jax.evaluation.likelihood import Likelihoods, score_rows
 from spt_jax.evaluation.text_metrics import TextMetrics, text_metrics
 from spt_jax.generation.engine import GenerationEngine
+from spt_jax.metric_groups import EVERYDAY, chosen_groups, is_chosen
 from spt_jax.models.loading import LanguageModel
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.prompting.selective_lm import SelectiveLM, inference_conditions, mixed_prompts
@@ -37,14 +41,18 @@ class Column:
         answered: int ``[R]``, which turns (indices into `likelihoods`) have a reply.
         replies: The R replies, cut.
         metrics: Text metrics of the replies.
+        hits: Of the turns that were ranked; None where hits@1 was not asked for.
         figures: Name of a figure to its value, as in ``results.json``.
+        definitions: Name of a figure to one sentence.
     """
 
     likelihoods: Likelihoods
     answered: np.ndarray
     replies: list[str]
     metrics: TextMetrics
+    hits: hits.Hits | None
     figures: dict[str, Any]
+    definitions: dict[str, str]
 
 
 def turn_contexts(rows: Sequence[Row]) -> dict[tuple[int, int], list[int]]:
@@ -77,15 +85,17 @@ class ColumnEvaluator:
         max_buckets: Length buckets.
         max_new_tokens: Tokens of a reply at most.
         cut: The reply in a generated text.
+        template: How the rows were written; None for `PlainTemplate`.
         pad_id: Fills rows that are scored; None for the tokenizer's.
         end_id: What ends a reply, beside the tokenizer's stop tokens; None for nothing else.
-        learns_persona: Whether the persona is written, from the whole dialogue, instead of responses.
-        replies: How many turns get a reply, spread evenly; 0 for all.
+        replies: How many turns get a reply, and have their candidates ranked, spread evenly; 0 for all.
+        metrics: Groups of figures (`spt_jax.metric_groups`).
         selection: ``"hard"`` answers under the prompt with the best score, ``"soft"`` under the mixture of all prompts
             with the weights ``softmax_k(score / τ_sim)``.
         selection_noise: Standard deviation of normal noise on the scores before the choice.
         score_temperature: τ_sim of the mixture.
-        bert_score_model: Encoder of BERTScore; empty for none.
+        bert_score_model: Encoder of BERTScore; one that is given asks for it.
+        nli_model: Classifier of entailment; one that is given asks for the consistency with the persona.
         seed: Of the noise.
     """
 
@@ -100,14 +110,16 @@ class ColumnEvaluator:
         max_buckets: int,
         max_new_tokens: int,
         cut: Callable[[str], str],
+        template: Template | None = None,
         pad_id: int | None = None,
         end_id: int | None = None,
-        learns_persona: bool = False,
         replies: int = 0,
+        metrics: Iterable[str] = (EVERYDAY,),
         selection: str = "hard",
         selection_noise: float = 0.0,
         score_temperature: float = 1.0,
         bert_score_model: str = "",
+        nli_model: str = "",
         seed: int = 0,
     ) -> None:
         self._lm, self._mesh, self._dialogues, self._rows = lm, mesh, dialogues, rows
@@ -116,14 +128,42 @@ class ColumnEvaluator:
         self.answered = spread_evenly(len(self._contexts), replies)
         self._pad_id = lm.tokenizer.pad_id if pad_id is None else pad_id
         self._cut, self._end_ids = cut, [] if end_id is None else [end_id]
-        self._learns_persona = learns_persona
+        self._template = template or PlainTemplate()
+        self._learns_persona = self._template.learns_persona
         self._soft, self._noise, self._seed = selection == "soft", selection_noise, seed
-        self._temperature, self._bert_score_model = score_temperature, bert_score_model
+        self._temperature, self._groups = score_temperature, chosen_groups(metrics)
+        self._scorers = {"bert_score_model": bert_score_model, "nli_model": nli_model}
+        self._ranked, self._unranked = self._find_ranked() if "hits" in self._groups else ([], "")
 
     @property
     def turns(self) -> int:
         """How many turns are scored."""
         return len(self._contexts)
+
+    @property
+    def work(self) -> int:
+        """How many turns `run` tells of: those that are scored, answered and ranked."""
+        return self.turns + len(self.answered) + len(self._ranked)
+
+    def notes(self, column: Column) -> list[str]:
+        """A sentence for every figure of the column that was asked for and could not be computed."""
+        return [*column.metrics.notes, *([self._unranked] if self._unranked else [])]
+
+    def _find_ranked(self) -> tuple[list[RankedTurn], str]:
+        """The answered turns that can be ranked, and why there are none."""
+        if self._learns_persona:
+            return [], "hits@1 is left out: it ranks responses, and data.task = persona writes none."
+        if any(row.inference_prompt is not None for row in self._rows):
+            return [], "hits@1 is left out: the official mode, whose contexts depend on their batch, ranks nothing."
+        wanted = sorted(self._contexts)
+        keys = [wanted[u] for u in self.answered]
+        found = ranked_turns(self._rows, self._dialogues, keys, self._template, self._lm.tokenizer)
+        if found:
+            return found, ""
+        return [], (
+            "hits@1 is left out: no answered turn has candidates with its response among them; ConvAI2's files with "
+            "candidates (valid_self_original.txt) and JSON lines with 'candidates' have them."
+        )
 
     def reference(self, dialogue: int, turn: int) -> str:
         """What the dialogue has in the place of a reply: the response, or the persona where that is learned."""
@@ -174,16 +214,47 @@ class ColumnEvaluator:
         else:
             replies = writer.replies(keys, likelihoods.selected[self.answered].tolist(), on_batch)
         references = [self.reference(*key) for key in keys]
-        metrics = text_metrics(replies, references, bert_score_model=self._bert_score_model)
+        personas = None if self._learns_persona else [self._dialogues[d].persona for d, _ in keys]
+        metrics = text_metrics(replies, references, personas, metrics=self._groups, **self._scorers)
+        ranking = self._rank(model, trainable, likelihoods, on_turns) if self._ranked else None
         words = [len(self.reference(d, t).split()) for d, t in zip(likelihoods.dialogue, likelihoods.turn, strict=True)]
         figures = {
             "perplexity": likelihoods.perplexity,
             "perplexity_per_word": likelihoods.perplexity_per_word(words),
             "oracle_perplexity": likelihoods.oracle_perplexity,
+            **({} if ranking is None else ranking.values),
             # Without a retriever there is nothing to select.
             "usage": likelihoods.usage.tolist() if model.retriever_config else None,
         }
-        return Column(likelihoods, self.answered, replies, metrics, figures | dict(metrics.values))
+        figures = {name: value for name, value in figures.items() if is_chosen(name, self._groups)}
+        known = PERPLEXITY_DEFINITIONS | hits.DEFINITIONS
+        definitions = {name: known[name] for name in figures} | metrics.definitions
+        return Column(likelihoods, self.answered, replies, metrics, ranking, figures | metrics.values, definitions)
+
+    def _rank(
+        self, model: SelectiveLM, trainable: Trainable, likelihoods: Likelihoods, on_turns: Callable[[int], None]
+    ) -> hits.Hits:
+        pairs = zip(likelihoods.dialogue.tolist(), likelihoods.turn.tolist(), strict=True)
+        places = {key: u for u, key in enumerate(pairs)}
+        selected = likelihoods.selected
+        scores = score_candidates(
+            model,
+            inference_conditions(model, self._lm.params, trainable),
+            self._rows,
+            self._ranked,
+            [int(selected[places[turn.dialogue, turn.turn]]) for turn in self._ranked],
+            mesh=self._mesh,
+            batch_size=self._batch_size,
+            pad_id=self._pad_id,
+            max_buckets=self._max_buckets,
+            on_turns=on_turns,
+        )
+        return hits.rank(self._ranked, scores)
+
+    @property
+    def ranked(self) -> dict[tuple[int, int], int]:
+        """The place in `Column.hits` of every turn (dialogue, turn) that was ranked."""
+        return {(turn.dialogue, turn.turn): place for place, turn in enumerate(self._ranked)}
 
     def writer(self, model: SelectiveLM, trainable: Trainable) -> ReplyWriter:
         """What replies under the conditions that were learned."""

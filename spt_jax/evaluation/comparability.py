@@ -10,6 +10,7 @@ import numpy as np
 from spt_jax.errors import UserError, nearest
 from spt_jax.evaluation.bert_score import bert_scores
 from spt_jax.evaluation.evaluated_runs import EvaluatedRun, RunGroup, differing_settings, turn_name
+from spt_jax.evaluation.resampling import KEPT
 
 _FEW_DIALOGUES = 20
 _TURNS_SCORED = 1024  # at once by BERTScore, which keeps the hidden states of all their texts
@@ -87,6 +88,22 @@ def bert_of_runs(
         return [None] * len(runs), {}, {}
     definitions = having[0].results.get("definitions", {}) if having else {}
     return [run.bert_score for run in runs], {k: v for k, v in definitions.items() if k.startswith("bert_")}, {}
+
+
+def kept_of_runs(runs: Sequence[EvaluatedRun], notes: list[str]) -> list[dict[str, np.ndarray]]:
+    """What each run's evaluation kept for its replies, without figures that two of them defined differently.
+
+    Args:
+        runs: On the same turns.
+        notes: Takes a sentence for each figure that is left out.
+    """
+    differing = []
+    for name in KEPT:
+        sentences = {run.results.get("definitions", {}).get(name, "") for run in runs if name in run.kept}
+        if len(sentences) > 1:
+            differing.append(name)
+            notes.append(f"{name} is left out, for it was computed in different ways: {' / '.join(sorted(sentences))}")
+    return [{name: values for name, values in run.kept.items() if name not in differing} for run in runs]
 
 
 def _scored_anew(

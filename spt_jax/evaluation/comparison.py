@@ -7,9 +7,18 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from spt_jax.evaluation.comparability import bert_of_runs, check_comparable, find_baseline, remarks, same_tokens
+from spt_jax.evaluation.comparability import (
+    bert_of_runs,
+    check_comparable,
+    find_baseline,
+    kept_of_runs,
+    remarks,
+    same_tokens,
+)
+from spt_jax.evaluation.diversity import ngram_entropy, self_bleu
 from spt_jax.evaluation.evaluated_runs import EvaluatedRun, RunGroup, group_by_seed
 from spt_jax.evaluation.resampling import (
+    DIST,
     FIGURES,
     CorpusStatistics,
     bootstrap,
@@ -22,25 +31,11 @@ from spt_jax.evaluation.resampling import (
     percentile_interval,
     randomised_differences,
 )
-from spt_jax.evaluation.table import Row
+from spt_jax.evaluation.table import FURTHER_COLUMNS, PAPER_COLUMNS, PERPLEXITY, Row
 from spt_jax.evaluation.text_metrics import metric_definitions, metric_versions, pair_figures
 
-PAPER_COLUMNS = (
-    Row("f1", "F1"),
-    Row("bleu", "BLEU"),
-    Row("rouge_1", "ROUGE-1"),
-    Row("rouge_2", "ROUGE-2"),
-    Row("rouge_l", "ROUGE-L"),
-    Row("bert_f1", "BERT F1"),
-    Row("bert_p", "BERT P"),
-    Row("bert_r", "BERT R"),
-    Row("dist_1", "DIST-1"),
-    Row("dist_2", "DIST-2"),
-)
-"""The ten columns of the paper's table; `mean_change` is the mean over them."""
-
-PERPLEXITY = Row("perplexity", "Perplexity", better="low")
-_JACKKNIFED = ("dist_1", "dist_2")
+SET_FIGURES = ("entropy_4", "self_bleu")
+"""Of all replies together, and no sums over dialogues: they have neither interval nor test."""
 
 Interval = tuple[float, float]
 
@@ -169,13 +164,16 @@ def compare_runs(
     bert, definitions, versions = bert_of_runs(runs, bert_score_model, notes, on_step)
     vocabulary: dict[str, int] = {}
     statistics: dict[str, CorpusStatistics] = {}
-    for run, scores in zip(runs, bert, strict=True):
-        pairs = pair_figures(run.predictions, run.references)
+    sets: dict[str, dict[str, float]] = {}
+    for run, scores, kept in zip(runs, bert, kept_of_runs(runs, notes), strict=True):
+        pairs = pair_figures(run.predictions, run.references, run.personas)
+        likelihoods = {"nll": run.nll, "target_tokens": run.target_tokens}
         statistics[run.name] = corpus_statistics(
-            pairs, run.dialogue, vocabulary, bert_score=scores, nll=run.nll, target_tokens=run.target_tokens
+            pairs, run.dialogue, vocabulary, bert_score=scores, kept=kept, **likelihoods
         )
+        sets[run.name] = {"entropy_4": ngram_entropy(pairs.words), "self_bleu": self_bleu(pairs.words)}
         on_step(1)
-    measured = _Measured([statistics[run.name] for run in runs], [run.name for run in runs], samples, seed)
+    measured = _Measured([statistics[run.name] for run in runs], [run.name for run in runs], sets, samples, seed)
     rows = [_row(found, measured) for found in groups]
     if len(rows) > 1:
         comparable = same_tokens(groups, base, notes)
@@ -185,7 +183,8 @@ def compare_runs(
                 untested = () if comparable[i] else ("perplexity",)
                 rows[i] = _against(row, rows[base], groups[i], groups[base], measured, shared, untested)
             on_step(len(row.seeds))
-    columns = tuple(c for c in (*PAPER_COLUMNS, PERPLEXITY) if any(c.key in row.figures for row in rows))
+    known = (*PAPER_COLUMNS, PERPLEXITY, *FURTHER_COLUMNS)
+    columns = tuple(c for c in known if any(c.key in row.figures for row in rows))
     dialogues = measured.statistics[0].dialogues
     notes += [*remarks(groups, dialogues), *_limits(rows, base, samples)]
     definitions = runs[0].results.get("definitions", {}) | metric_definitions() | definitions
@@ -205,10 +204,17 @@ def compare_runs(
 
 
 class _Measured:
-    """Figures ``[R, 11]``, bootstrap ``[R, B, 11]`` and jackknife ``[R, D, 11]`` of R runs."""
+    """Figures ``[R, F]``, bootstrap ``[R, B, F]`` and jackknife ``[R, D, F]`` of R runs, and their `SET_FIGURES`."""
 
-    def __init__(self, statistics: list[CorpusStatistics], names: list[str], samples: int, seed: int) -> None:
-        self.statistics, self.samples, self.seed = statistics, samples, seed
+    def __init__(
+        self,
+        statistics: list[CorpusStatistics],
+        names: list[str],
+        sets: dict[str, dict[str, float]],
+        samples: int,
+        seed: int,
+    ) -> None:
+        self.statistics, self.sets, self.samples, self.seed = statistics, sets, samples, seed
         self._place = {name: place for place, name in enumerate(names)}
         self._figures = np.stack([observed(run) for run in statistics])
         self._bootstrap = bootstrap(statistics, samples, seed)
@@ -218,18 +224,18 @@ class _Measured:
         return [self._place[run.name] for run in runs]
 
     def figures(self, runs: Sequence[EvaluatedRun]) -> np.ndarray:
-        """[11], mean over runs."""
+        """[F], mean over runs."""
         return self._figures[self.places(runs)].mean(axis=0)
 
     def without(self, runs: Sequence[EvaluatedRun]) -> np.ndarray:
-        """[D, 11], mean over runs."""
+        """[D, F], mean over runs."""
         return self._without[self.places(runs)].mean(axis=0)
 
     def interval(self, runs: Sequence[EvaluatedRun]) -> np.ndarray:
-        """[2, 11]: percentiles of the bootstrap; DIST by the jackknife."""
+        """[2, F]: percentiles of the bootstrap; DIST by the jackknife."""
         interval = percentile_interval(self._bootstrap[self.places(runs)].mean(axis=0))
         jackknifed = jackknife_interval(self.figures(runs), self.without(runs))
-        places = [FIGURES.index(name) for name in _JACKKNIFED]
+        places = [FIGURES.index(name) for name in DIST]
         interval[:, places] = jackknifed[:, places]
         return interval
 
@@ -237,11 +243,11 @@ class _Measured:
 def _row(group: RunGroup, measured: _Measured) -> ComparedRow:
     seeds = []
     for run in group.runs:
-        figures = _named(measured.figures([run]))
+        figures = _named(measured.figures([run])) | measured.sets[run.name]
         if "perplexity" not in figures and isinstance(known := run.figures.get("perplexity"), int | float):
             figures["perplexity"] = float(known)
         seeds.append(SeedFigures(run.name, run.seed, figures, _intervals(measured.interval([run]))))
-    names = [name for name in FIGURES if all(name in seed.figures for seed in seeds)]
+    names = [name for name in (*FIGURES, *SET_FIGURES) if all(name in seed.figures for seed in seeds)]
     table = np.asarray([[seed.figures[name] for name in names] for seed in seeds])
     spread = dict(zip(names, table.std(axis=0, ddof=1).tolist(), strict=True)) if len(seeds) > 1 else {}
     return ComparedRow(

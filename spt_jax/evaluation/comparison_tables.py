@@ -98,7 +98,7 @@ def explanations(comparison: Comparison) -> list[str]:
         + (f" of {comparison.data}." if comparison.data else "."),
         f"[a, b]: 95 % interval over dialogues, the trained models given: percentiles of {comparison.samples} "
         "bootstrap resamples of whole dialogues; for DIST and the mean change ±1.96 standard errors of the jackknife "
-        "over dialogues.",
+        "over dialogues. Entropy-4 and self-BLEU have neither interval nor test.",
     ]
     if any(row.spread for row in comparison.rows):
         lines.append("±: standard deviation over seeds; the figure is their mean.")
@@ -110,7 +110,7 @@ def explanations(comparison: Comparison) -> list[str]:
         )
         lines.append(
             f"{_CHANGE}: mean over the paper's ten columns of 100 (x / b - 1), b the figure of {comparison.baseline}; "
-            "perplexity is not among them."
+            "no other figure is among them."
         )
     return [*lines, *comparison.notes]
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from spt_jax.config import flatten
 from spt_jax.errors import UserError
+from spt_jax.evaluation.resampling import KEPT
 
 MEASURED = "after training"
 _BESIDE_THE_METHOD = ("seed", "tracking.")
@@ -33,6 +34,9 @@ class EvaluatedRun:
         nll: float64 ``[U]``, mean nats a target token under the selected prompt; None where the record lacks it.
         target_tokens: int64 ``[U]``, end-of-sequence included; None where the record lacks them.
         bert_score: float64 ``[U, 3]``, precision, recall and F1 as fractions; None where evaluation did not ask for it.
+        personas: U personas, each its lines; None where the record lacks them.
+        kept: Names of `spt_jax.evaluation.resampling.KEPT` to what evaluation kept for each reply, float64 ``[U]``;
+            those that every reply has.
         results: ``results.json``.
     """
 
@@ -46,6 +50,8 @@ class EvaluatedRun:
     nll: np.ndarray | None
     target_tokens: np.ndarray | None
     bert_score: np.ndarray | None
+    personas: list[list[str]] | None
+    kept: dict[str, np.ndarray]
     results: dict[str, Any]
 
     @property
@@ -102,6 +108,12 @@ def read_run(name: str) -> EvaluatedRun:
         nll=None if None in selected_nll else np.asarray(selected_nll, np.float64),
         target_tokens=None if None in tokens else np.asarray(tokens, np.int64),
         bert_score=np.asarray(bert, np.float64) if all(complete) else None,
+        personas=[row["persona"] for row in rows] if all("persona" in row for row in rows) else None,
+        kept={
+            name: np.asarray([row[name] for row in rows], np.float64)
+            for name in KEPT
+            if all(isinstance(row.get(name), int | float) for row in rows)
+        },
         results=results,
     )
 

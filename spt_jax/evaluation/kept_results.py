@@ -30,7 +30,7 @@ def question(
         "config": config.to_dict(),
         "trainable": checkpoint["digests"]["trainable"],
         "lm": checkpoint["lm"],
-        "dialogues": [(d.persona, [(t.query, t.response) for t in d.turns]) for d in dialogues],
+        "dialogues": [(d.persona, [(t.query, t.response, t.candidates) for t in d.turns]) for d in dialogues],
         "baselines": baselines,
         "replies": replies,
     }
@@ -38,11 +38,16 @@ def question(
 
 
 def kept_results(workdir: Path, asked: str) -> dict[str, Any] | None:
-    """``results.json`` when it and its companions answer the question `asked`; else None."""
+    """``results.json`` when it and its companions answer the question `asked`; else None.
+
+    Results that lack a figure which was asked for do not: what was missing on the machine may be there now.
+    """
     if not all((workdir / name).is_file() for name in ("results.json", "predictions.jsonl", "report.html")):
         return None
     try:
         results = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
     except ValueError:
         return None
-    return results if isinstance(results, dict) and results.get("question") == asked else None
+    if not isinstance(results, dict) or results.get("notes"):
+        return None
+    return results if results.get("question") == asked else None

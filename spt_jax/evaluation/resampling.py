@@ -8,20 +8,26 @@ n-gram's resamples are the OR of its units' rows.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from spt_jax.evaluation.text_metrics import PairFigures, corpus_bleu
 
-MEANS = ("f1", "rouge_1", "rouge_2", "rouge_l", "bert_f1", "bert_p", "bert_r")
-FIGURES = (*MEANS, "bleu", "dist_1", "dist_2", "perplexity")
-"""The order of the last axis of every array of figures here; a figure that is not known is NaN."""
+KEPT = {"meteor": 100.0, "persona_consistency": 1.0, "hits_1": 100.0, "hits_1_total": 100.0}
+"""Means of what ``predictions.jsonl`` keeps for each pair, with the factor to the unit of the figure."""
+MEANS = ("f1", "rouge_1", "rouge_2", "rouge_l", "bert_f1", "bert_p", "bert_r", "persona_f1", *KEPT)
+DIST = ("dist_1", "dist_2", "dist_3")
+FIGURES = (*MEANS, "bleu", *DIST, "perplexity")
+"""The F figures, the order of the last axis of every array of figures here; one that is not known is NaN."""
 
-_NGRAMS = (1, 2)
-_PAIRS, _MEANS, _BLEU, _TOTALS, _NATS, _TOKENS = 0, slice(1, 8), slice(8, 18), slice(18, 20), 20, 21
-_WIDTH = 22
+_PAIRS, _MEANS = 0, slice(1, 1 + len(MEANS))
+_BLEU = slice(_MEANS.stop, _MEANS.stop + 10)
+_TOTALS = slice(_BLEU.stop, _BLEU.stop + len(DIST))
+_NATS, _TOKENS = _TOTALS.stop, _TOTALS.stop + 1
+_WIDTH = _TOTALS.stop + 2
+_WORD_BITS = 21
 _CHUNK = 1024  # resamples at once: a few tens of megabytes for a thousand dialogues
 
 
@@ -30,10 +36,10 @@ class CorpusStatistics:
     """What every figure of a run follows from, over D dialogues.
 
     Attributes:
-        sums: float64 ``[D, 22]``, sums over a dialogue's replies: pairs, means in percent, BLEU's counts, n-grams for
-            n = 1, 2, nats, target tokens. NaN where not known.
-        types: For n = 1, 2: int64 ``[E]``, the n-gram of each (n-gram, dialogue) that occurs.
-        holders: For n = 1, 2: int64 ``[E]``, its dialogue's place.
+        sums: float64 ``[D, W]``, W sums over a dialogue's replies: pairs, means, BLEU's counts, n-grams for n = 1, 2
+            and 3, nats, target tokens. NaN where not known.
+        types: For n = 1, 2, 3: int64 ``[E]``, the n-gram of each (n-gram, dialogue) that occurs.
+        holders: For n = 1, 2, 3: int64 ``[E]``, its dialogue's place.
     """
 
     sums: np.ndarray
@@ -54,6 +60,7 @@ def corpus_statistics(
     bert_score: np.ndarray | None = None,
     nll: np.ndarray | None = None,
     target_tokens: np.ndarray | None = None,
+    kept: Mapping[str, np.ndarray] | None = None,
 ) -> CorpusStatistics:
     """Sums a run's pairs over their dialogues.
 
@@ -64,6 +71,7 @@ def corpus_statistics(
         bert_score: float ``[U, 3]``, precision, recall, F1 as fractions.
         nll: float ``[U]``, mean nats a target token.
         target_tokens: int ``[U]``.
+        kept: Names of `KEPT` to ``[U]``, as ``predictions.jsonl`` has them.
     """
     places = np.unique(dialogue, return_inverse=True)[1].reshape(-1)
     per_pair = np.full((len(places), _WIDTH), np.nan)
@@ -71,12 +79,13 @@ def corpus_statistics(
     means = dict(pairs.means)
     if bert_score is not None:
         means |= dict(zip(("bert_p", "bert_r", "bert_f1"), 100.0 * np.asarray(bert_score).T, strict=True))
+    means |= {name: KEPT[name] * np.asarray(values, np.float64) for name, values in (kept or {}).items()}
     for column, name in enumerate(MEANS):
         if name in means:
             per_pair[:, _MEANS.start + column] = means[name]
     per_pair[:, _BLEU] = pairs.bleu
     lengths = np.asarray([len(words) for words in pairs.words], np.int64)
-    per_pair[:, _TOTALS] = np.maximum(lengths[:, None] - np.arange(2), 0)
+    per_pair[:, _TOTALS] = np.maximum(lengths[:, None] - np.arange(len(DIST)), 0)
     if nll is not None and target_tokens is not None:
         per_pair[:, _NATS], per_pair[:, _TOKENS] = nll * target_tokens, target_tokens
     sums = np.zeros((int(places.max()) + 1, _WIDTH))
@@ -90,10 +99,13 @@ def _incidence(
 ) -> tuple[tuple[np.ndarray, ...], tuple[np.ndarray, ...]]:
     ids = np.asarray([vocabulary.setdefault(word, len(vocabulary)) for text in words for word in text], np.int64)
     pair = np.repeat(np.arange(len(lengths)), lengths)
-    inside = pair[1:] == pair[:-1]  # bigrams do not cross replies
-    bigrams = (ids[:-1] << 32 | ids[1:])[inside]
     types, holders = [], []
-    for ngrams, owner in ((ids, pair), (bigrams, pair[:-1][inside])):
+    for n in range(1, len(DIST) + 1):
+        first = max(0, len(ids) - n + 1)
+        inside = pair[:first] == pair[n - 1 :]  # n-grams do not cross replies
+        # 21 bits a word: three fit into 63, and no corpus has two million distinct words.
+        ngrams = sum(ids[k : first + k] << _WORD_BITS * (n - 1 - k) for k in range(n))
+        ngrams, owner = np.asarray(ngrams, np.int64)[inside], pair[:first][inside]
         kinds, number = np.unique(ngrams, return_inverse=True)
         count = int(places.max()) + 1
         once = np.unique(number.reshape(-1) * count + places[owner])
@@ -139,11 +151,11 @@ class DistinctCounter:
 
 
 def figures_of(sums: np.ndarray, distinct: np.ndarray) -> np.ndarray:
-    """Corpus figures, float64 ``[B, 11]`` in the order of `FIGURES`.
+    """Corpus figures, float64 ``[B, F]`` in the order of `FIGURES`.
 
     Args:
-        sums: float64 ``[B, 22]``, the sum of `CorpusStatistics.sums` over each of B corpora's dialogues.
-        distinct: float64 ``[B, 2]``, each corpus's distinct words and pairs of words.
+        sums: float64 ``[B, W]``, the sum of `CorpusStatistics.sums` over each of B corpora's dialogues.
+        distinct: float64 ``[B, 3]``, each corpus's distinct words, pairs and triples of words.
     """
     with np.errstate(invalid="ignore", divide="ignore"):
         means = sums[:, _MEANS] / sums[:, [_PAIRS]]
@@ -155,7 +167,7 @@ def figures_of(sums: np.ndarray, distinct: np.ndarray) -> np.ndarray:
 
 
 def observed(run: CorpusStatistics) -> np.ndarray:
-    """The figures of the run itself, float64 ``[11]``."""
+    """The figures of the run itself, float64 ``[F]``."""
     distinct = [float(len(np.unique(types))) for types in run.types]
     return figures_of(run.sums.sum(axis=0)[None], np.asarray([distinct]))[0]
 
@@ -169,7 +181,7 @@ def bootstrap_counts(dialogues: int, samples: int, seed: int) -> Iterator[np.nda
 
 
 def bootstrap(runs: Sequence[CorpusStatistics], samples: int, seed: int = 0) -> np.ndarray:
-    """Figures of resamples of dialogues, the same ones for every run (paired): float64 ``[runs, samples, 11]``.
+    """Figures of resamples of dialogues, the same ones for every run (paired): float64 ``[runs, samples, F]``.
 
     The DIST of a resample is no estimate of the run's: a dialogue that is drawn twice brings its n-grams once. Its
     interval is `jackknife_interval`'s.
@@ -179,7 +191,7 @@ def bootstrap(runs: Sequence[CorpusStatistics], samples: int, seed: int = 0) -> 
 
 
 def leave_one_out(runs: Sequence[CorpusStatistics]) -> np.ndarray:
-    """Figures without one dialogue, for each of D dialogues in turn: float64 ``[runs, D, 11]``."""
+    """Figures without one dialogue, for each of D dialogues in turn: float64 ``[runs, D, F]``."""
     dialogues = runs[0].dialogues
     places = np.arange(dialogues)
     blocks = ((places[:, None] != places[low : low + _CHUNK]).astype(np.int64) for low in range(0, dialogues, _CHUNK))
@@ -187,7 +199,7 @@ def leave_one_out(runs: Sequence[CorpusStatistics]) -> np.ndarray:
 
 
 def _resampled(runs: Sequence[CorpusStatistics], blocks: Iterable[np.ndarray]) -> Iterator[np.ndarray]:
-    """Figures ``[runs, B, 11]`` of blocks of resamples, each int64 ``[D, B]``: how often each dialogue counts."""
+    """Figures ``[runs, B, F]`` of blocks of resamples, each int64 ``[D, B]``: how often each dialogue counts."""
     counters = [
         [DistinctCounter(t, h, run.dialogues) for t, h in zip(run.types, run.holders, strict=True)] for run in runs
     ]
@@ -215,7 +227,7 @@ def randomised_differences(
         seed: Of the draws.
 
     Returns:
-        float64 ``[samples, 11]``.
+        float64 ``[samples, F]``.
     """
     runs = [*first, *second]
     dialogues, sides = runs[0].dialogues, len(runs)
@@ -225,7 +237,7 @@ def randomised_differences(
             np.concatenate([run.holders[n] + r * dialogues for r, run in enumerate(runs)]),
             sides * dialogues,
         )
-        for n in range(len(_NGRAMS))
+        for n in range(len(DIST))
     ]
     sums = np.concatenate([run.sums for run in runs]).T
     generator = np.random.default_rng([seed, 1])

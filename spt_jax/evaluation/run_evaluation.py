@@ -19,7 +19,8 @@ from spt_jax.config import Config
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.template import PlainTemplate, Template
 from spt_jax.errors import UserError
-from spt_jax.evaluation.columns import PERPLEXITY_DEFINITIONS, Column, ColumnEvaluator, ReplyWriter, spread_evenly
+from spt_jax.evaluation.columns import Column, ColumnEvaluator, ReplyWriter, spread_evenly
+from spt_jax.evaluation.diagnostics import diagnose
 from spt_jax.evaluation.report import ReportInputs, write_report
 from spt_jax.generation.replies import cut_reply_official
 from spt_jax.progress import ProgressBar
@@ -88,13 +89,15 @@ def evaluate_run(
         max_new_tokens=options.max_new_tokens,
         cut=cut_reply_official if model.official else template.cut,
         pad_id=pad_id_of(config, experiment.lm.tokenizer),
+        template=template,
         end_id=template.end_id(experiment.lm.tokenizer),
-        learns_persona=template.learns_persona,
         replies=options.replies if replies is None else replies,
         selection=options.selection,
         selection_noise=options.selection_noise,
         score_temperature=config.objective.score_temperature,
+        metrics=options.metrics,
         bert_score_model=options.bertscore,
+        nli_model=options.nli,
         seed=config.seed,
     )
     banks = {AFTER: (model, trainable)}
@@ -103,14 +106,16 @@ def evaluate_run(
         banks = {NO_PROMPT: (without_prompt(model), {}), **before, **banks}
     columns: dict[str, Column] = {}
     for name, (model, tree) in banks.items():
-        with ProgressBar(f"evaluating, {name}", evaluator.turns + len(evaluator.answered)) as bar:
+        with ProgressBar(f"evaluating, {name}", evaluator.work) as bar:
             columns[name] = evaluator.run(model, tree, bar.advance)
     after = columns[AFTER]
     chosen = spread_evenly(len(after.answered), options.samples) if options.samples else np.array([], np.int64)
     writer = evaluator.writer(model, trainable)
     samples = _samples(evaluator, writer, model.num_prompts, columns, dialogues, chosen)
+    personas = [dialogue.persona for dialogue in dialogues]
+    diagnostics = diagnose(experiment, trainable, rows, after.likelihoods, personas)
     return Evaluation(
-        _results(experiment, columns, evaluator),
+        _results(experiment, columns, evaluator) | {"diagnostics": diagnostics},
         _predictions(evaluator, columns, dialogues),
         samples,
         _selection(after, dialogues),
@@ -118,14 +123,15 @@ def evaluate_run(
 
 
 def _results(experiment: Experiment, columns: dict[str, Column], evaluator: ColumnEvaluator) -> dict[str, Any]:
-    metrics = columns[AFTER].metrics
+    after = columns[AFTER]
     device = jax.devices()[0]
     return {
         "columns": {name: column.figures for name, column in columns.items()},
         "turns": evaluator.turns,
         "replies": len(evaluator.answered),
-        "definitions": PERPLEXITY_DEFINITIONS | dict(metrics.definitions),
-        "versions": dict(metrics.versions) | {name: metadata.version(name) for name in PACKAGES},
+        "definitions": after.definitions,
+        "notes": evaluator.notes(after),
+        "versions": after.metrics.versions | {name: metadata.version(name) for name in PACKAGES},
         "model": experiment.lm.identity.to_dict(),
         "hardware": {
             "devices": f"{jax.device_count()} × {device.device_kind}",
@@ -140,7 +146,7 @@ def _predictions(
     evaluator: ColumnEvaluator, columns: dict[str, Column], dialogues: Sequence[Dialogue]
 ) -> list[dict[str, Any]]:
     after = columns[AFTER]
-    bert = after.metrics.bert_score
+    ranked = evaluator.ranked
     predictions = []
     for place, u in enumerate(after.answered):
         d, t = int(after.likelihoods.dialogue[u]), int(after.likelihoods.turn[u])
@@ -157,9 +163,16 @@ def _predictions(
                 "nll": after.likelihoods.nll[u].tolist(),
                 "target_tokens": int(after.likelihoods.tokens[u]),
             }
-            | ({"bert_score": list(bert[place])} if bert else {})
+            | {name: found[place] for name, found in after.metrics.per_pair.items()}
+            | _hit(after, ranked.get((d, t)))
         )
     return predictions
+
+
+def _hit(column: Column, place: int | None) -> dict[str, bool]:
+    if column.hits is None or place is None:
+        return {}
+    return {"hits_1": bool(column.hits.by_mean[place]), "hits_1_total": bool(column.hits.by_total[place])}
 
 
 def _samples(

@@ -39,11 +39,46 @@ ROWS = (
     Row("f1", "Token F1 (%)"),
     Row("bleu", "BLEU"),
     Row("rouge_l", "ROUGE-L (%)"),
+    Row("meteor", "METEOR (%)"),
+    Row("bert_f1", "BERTScore F1 (%)"),
     Row("dist_1", "DIST-1 (%)"),
     Row("dist_2", "DIST-2 (%)"),
+    Row("entropy_4", "Entropy of 4-grams (nats)"),
+    Row("self_bleu", "Self-BLEU", better="low"),
+    Row("persona_f1", "Persona F1 (%)"),
+    Row("persona_consistency", "Persona consistency C"),
+    Row("hits_1", "hits@1 (%)"),
+    Row("hits_1_total", "hits@1 by total nll (%)"),
     Row("usage", "Share of each prompt", better=None),
 )
-"""The rows of the paper-shaped table that the quickstart prints."""
+"""The rows of the table that the quickstart prints; those that no column has are left out."""
+
+PAPER_COLUMNS = (
+    Row("f1", "F1"),
+    Row("bleu", "BLEU"),
+    Row("rouge_1", "ROUGE-1"),
+    Row("rouge_2", "ROUGE-2"),
+    Row("rouge_l", "ROUGE-L"),
+    Row("bert_f1", "BERT F1"),
+    Row("bert_p", "BERT P"),
+    Row("bert_r", "BERT R"),
+    Row("dist_1", "DIST-1"),
+    Row("dist_2", "DIST-2"),
+)
+"""The ten columns of the paper's table; `spt_jax.evaluation.comparison.mean_change` is the mean over them."""
+
+PERPLEXITY = Row("perplexity", "Perplexity", better="low")
+FURTHER_COLUMNS = (
+    Row("dist_3", "DIST-3"),
+    Row("entropy_4", "Entropy-4"),
+    Row("self_bleu", "Self-BLEU", better="low"),
+    Row("meteor", "METEOR"),
+    Row("persona_f1", "Persona F1"),
+    Row("persona_consistency", "Persona C"),
+    Row("hits_1", "hits@1"),
+    Row("hits_1_total", "hits@1, total"),
+)
+"""Figures beside the paper's, each where the runs have it."""
 
 
 @dataclass(frozen=True)

@@ -1,25 +1,30 @@
-"""Figures of merit of generated replies against references: token F1, BLEU, ROUGE, DIST, BERTScore.
+"""Figures of merit of generated replies: against references, against the persona, and of the replies among themselves.
 
-Everything the corpus libraries do, they do (sacrebleu, rouge-score, bert-score); the two token F1s and DIST are short
-enough to be exact here. Every figure travels with its definition and the versions that computed it.
+Everything the corpus libraries do, they do (sacrebleu, rouge-score, nltk, bert-score); what is counted here is short
+enough to be exact. Every figure travels with its definition and the versions that computed it.
 """
 
 from __future__ import annotations
 
 import importlib.metadata
-import re
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from sacrebleu.metrics.bleu import BLEU, BLEUScore
 
 from spt_jax.errors import UserError
-from spt_jax.evaluation.bert_score import BertScores, bert_scores
+from spt_jax.evaluation.bert_score import PAPERS_MODEL, BertScores, bert_scores
+from spt_jax.evaluation.diversity import distinct_ngrams, ngram_entropy, self_bleu
+from spt_jax.evaluation.meteor import meteor_scores
+from spt_jax.evaluation.nli import persona_consistency
+from spt_jax.evaluation.normalised import normalise
+from spt_jax.evaluation.persona_words import STOP_WORDS, persona_words
+from spt_jax.evaluation.wordnet import WordNetMissingError
+from spt_jax.metric_groups import EVERYDAY, chosen_groups, is_chosen
 
-_PUNCTUATION = re.compile(r"[!-/:-@\[-`{-~]")  # the 32 marks of ASCII, as ParlAI lists them
-_ARTICLES = re.compile(r"\b(?:a|an|the)\b")
 _ROUGE_NAMES = {"rouge1": "rouge_1", "rouge2": "rouge_2", "rougeL": "rouge_l"}
 
 
@@ -28,17 +33,21 @@ class TextMetrics:
     """Figures of a set of replies, with what they mean.
 
     Attributes:
-      values: Name -> figure. In percent, except ``bleu_brevity_penalty`` (a factor), ``reply_words`` (words a reply),
-        ``empty_replies`` and ``pairs`` (counts).
+      values: Name -> figure. In percent, except ``bleu_brevity_penalty`` (a factor), ``entropy_4`` (nats),
+        ``persona_consistency`` (persona lines), ``reply_words`` (words a reply), ``empty_replies`` and ``pairs``
+        (counts).
       definitions: Name -> one sentence, for every name in `values`.
       versions: Library -> version, for every library that computed a figure.
-      bert_score: Of each pair, in order, as fractions (precision, recall, F1); empty where it was not asked for.
+      per_pair: What a costly scorer found for each pair, in order, as ``predictions.jsonl`` keeps it: ``bert_score``
+        (precision, recall and F1 as fractions), ``meteor`` (a fraction), ``persona_consistency``.
+      notes: A sentence for every figure that was asked for and could not be computed here.
     """
 
     values: dict[str, float]
     definitions: dict[str, str]
     versions: dict[str, str]
-    bert_score: list[tuple[float, float, float]] = field(default_factory=list)
+    per_pair: dict[str, list[Any]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -57,41 +66,80 @@ class PairFigures:
     words: list[list[str]]
 
 
-def text_metrics(predictions: Sequence[str], references: Sequence[str], bert_score_model: str = "") -> TextMetrics:
-    """All text figures of `predictions` against `references`, pair by pair in the same order.
+def text_metrics(
+    predictions: Sequence[str],
+    references: Sequence[str],
+    personas: Sequence[Sequence[str]] | None = None,
+    *,
+    metrics: Iterable[str] = (EVERYDAY,),
+    bert_score_model: str = "",
+    nli_model: str = "",
+) -> TextMetrics:
+    """The text figures of `predictions` against `references`, pair by pair in the same order.
 
     Args:
       predictions: Generated replies, one a turn; empty ones count (and score 0).
       references: The responses of the same turns.
-      bert_score_model: The encoder of BERTScore, as `spt_jax.evaluation.bert_score.bert_scores` takes it; without one,
-        BERTScore is left out.
+      personas: The lines of the persona behind each reply; None leaves out what is measured against it.
+      metrics: Groups of figures (`spt_jax.metric_groups`).
+      bert_score_model: The encoder of BERTScore, as `spt_jax.evaluation.bert_score.bert_scores` takes it; one that is
+        given asks for BERTScore. Empty for the paper's, where `metrics` ask for it.
+      nli_model: The classifier of the consistency with the persona, as `spt_jax.evaluation.nli` takes it; one that is
+        given asks for that score.
 
     Raises:
-      UserError: There are no pairs, the two have different lengths, or the encoder cannot be used.
+      UserError: There are no pairs, the numbers of texts differ, a group does not exist, or an encoder or a classifier
+        cannot be used.
     """
-    pairs = pair_figures(predictions, references)
+    groups = chosen_groups(metrics) | ({"bertscore"} if bert_score_model else set()) | ({"nli"} if nli_model else set())
+    if "nli" in groups and not nli_model:
+        raise UserError("the group of metrics 'nli' needs a classifier of entailment; evaluation.nli names it")
+    pairs = pair_figures(predictions, references, personas)
+    values = {name: float(scores.mean()) for name, scores in pairs.means.items()} | _corpus_values(pairs, groups)
+    values = {name: value for name, value in values.items() if is_chosen(name, groups)}
+    known = metric_definitions()
+    found = TextMetrics(values, {name: known[name] for name in values}, metric_versions())
+    if "meteor" in groups:
+        _add_meteor(found, predictions, references)
+    if "bertscore" in groups:
+        bert = bert_scores(predictions, references, bert_score_model or PAPERS_MODEL)
+        _add(found, bert_values(bert), bert, bert_score=[list(scores) for scores in bert.per_pair()])
+    if "nli" in groups and personas is not None:
+        nli = persona_consistency(predictions, personas, nli_model)
+        _add(found, {"persona_consistency": float(nli.scores.mean())}, nli, persona_consistency=nli.scores.tolist())
+    return found
+
+
+def _corpus_values(pairs: PairFigures, groups: Iterable[str]) -> dict[str, float]:
+    """The figures that are no means over pairs; self-BLEU only where it is asked for, as it takes the longest."""
     bleu = corpus_bleu(pairs.bleu.sum(axis=0))
-    means = {name: float(values.mean()) for name, values in pairs.means.items()}
-    values = {
-        "f1": means["f1"],
-        "f1_parlai": means["f1_parlai"],
+    return {
         "bleu": float(bleu.score),
         "bleu_brevity_penalty": float(bleu.bp),
         **{f"bleu_precision_{n}": float(value) for n, value in enumerate(bleu.precisions, start=1)},
-        **{name: means[name] for name in _ROUGE_NAMES.values()},
-        "dist_1": distinct_ngrams(pairs.words, 1),
-        "dist_2": distinct_ngrams(pairs.words, 2),
+        **{f"dist_{n}": distinct_ngrams(pairs.words, n) for n in (1, 2, 3)},
+        "entropy_4": ngram_entropy(pairs.words, 4),
+        **({"self_bleu": self_bleu(pairs.words)} if "self_bleu" in groups else {}),
         "reply_words": sum(map(len, pairs.words)) / len(pairs.words),
-        "empty_replies": float(sum(not tokens for tokens in pairs.words)),
+        "empty_replies": float(sum(not words for words in pairs.words)),
         "pairs": float(len(pairs.words)),
     }
-    definitions, versions = metric_definitions(), metric_versions()
-    if not bert_score_model:
-        return TextMetrics(values, definitions, versions)
-    bert = bert_scores(predictions, references, bert_score_model)
-    return TextMetrics(
-        values | bert_values(bert), definitions | bert.definitions, versions | bert.versions, bert.per_pair()
-    )
+
+
+def _add_meteor(found: TextMetrics, predictions: Sequence[str], references: Sequence[str]) -> None:
+    try:
+        meteor = meteor_scores(predictions, references)
+    except WordNetMissingError as error:
+        found.notes.append(f"METEOR is left out: {error}.")
+        return
+    _add(found, {"meteor": 100.0 * float(meteor.scores.mean())}, meteor, meteor=meteor.scores.tolist())
+
+
+def _add(found: TextMetrics, values: dict[str, float], scorer: Any, **per_pair: list[Any]) -> None:
+    found.values.update(values)
+    found.definitions.update(scorer.definitions)
+    found.versions.update(scorer.versions)
+    found.per_pair.update(per_pair)
 
 
 def bert_values(scores: BertScores) -> dict[str, float]:
@@ -103,15 +151,18 @@ def bert_values(scores: BertScores) -> dict[str, float]:
     }
 
 
-def pair_figures(predictions: Sequence[str], references: Sequence[str]) -> PairFigures:
+def pair_figures(
+    predictions: Sequence[str], references: Sequence[str], personas: Sequence[Sequence[str]] | None = None
+) -> PairFigures:
     """What each pair contributes to the figures of the corpus.
 
     Args:
       predictions: N generated replies; empty ones count (and score 0).
       references: The N responses of the same turns.
+      personas: The lines of the persona behind each reply; None leaves out what is measured against it.
 
     Raises:
-      UserError: There are no pairs, or the two have different lengths.
+      UserError: There are no pairs, or the numbers of texts differ.
     """
     if isinstance(predictions, str) or isinstance(references, str):
         raise UserError("The predictions and the references are each a list of texts, not one text.")
@@ -122,11 +173,16 @@ def pair_figures(predictions: Sequence[str], references: Sequence[str]) -> PairF
         )
     if not predictions:
         raise UserError("There are no replies to score: give at least one prediction with its reference.")
+    if personas is not None and len(personas) != len(predictions):
+        raise UserError(f"Each prediction needs its persona: there are {len(personas)} for {len(predictions)}.")
     means = {
         "f1": _percents(token_f1, predictions, references),
         "f1_parlai": _percents(token_f1_parlai, predictions, references),
         **_rouge(predictions, references),
     }
+    if personas is not None:
+        found = 100.0 * np.asarray([persona_words(*pair) for pair in zip(predictions, personas, strict=True)])
+        means |= dict(zip(("persona_recall", "persona_precision", "persona_f1"), found.T, strict=True))
     return PairFigures(means, _bleu_statistics(predictions, references), [text.split() for text in predictions])
 
 
@@ -143,31 +199,13 @@ def token_f1(prediction: str, reference: str) -> float:
 
 def token_f1_parlai(prediction: str, reference: str) -> float:
     """`token_f1` after ParlAI's normalisation: lower case, punctuation to spaces, the words a, an, the removed."""
-    return _multiset_f1(_normalise(prediction).split(), _normalise(reference).split())
-
-
-def distinct_ngrams(texts: Sequence[Sequence[str]], n: int) -> float:
-    """DIST-n of a corpus (arXiv 1510.03055): distinct n-grams over all n-grams of all `texts`, in percent.
-
-    n-grams do not cross texts; a corpus without any has 0.
-
-    Raises:
-      UserError: `n` is below 1.
-    """
-    if n < 1:
-        raise UserError(f"DIST-n counts n-grams of at least one word; n is {n}.")
-    ngrams = [tuple(words[i : i + n]) for words in texts for i in range(len(words) - n + 1)]
-    return 100.0 * len(set(ngrams)) / len(ngrams) if ngrams else 0.0
+    return _multiset_f1(normalise(prediction).split(), normalise(reference).split())
 
 
 def _multiset_f1(prediction: Sequence[str], reference: Sequence[str]) -> float:
     common = (Counter(prediction) & Counter(reference)).total()
     # 2PR / (P + R) with P = common / |prediction|, R = common / |reference|.
     return 2.0 * common / (len(prediction) + len(reference)) if common else 0.0
-
-
-def _normalise(text: str) -> str:
-    return _ARTICLES.sub(" ", _PUNCTUATION.sub(" ", text.lower()))
 
 
 def _percents(score: Callable[[str, str], float], predictions: Sequence[str], references: Sequence[str]) -> np.ndarray:
@@ -205,18 +243,22 @@ def _rouge(predictions: Sequence[str], references: Sequence[str]) -> dict[str, n
 
 
 def metric_versions() -> dict[str, str]:
-    """Library -> version, for the libraries behind every text figure but BERTScore."""
+    """Library -> version, for the libraries behind the text figures that need no further data."""
     return {name: importlib.metadata.version(name) for name in ("sacrebleu", "rouge-score")}
 
 
 def metric_definitions() -> dict[str, str]:
-    """Name -> one sentence, for every text figure but BERTScore."""
+    """Name -> one sentence, for every text figure that needs no further data."""
     signature, versions = _bleu_signature(), metric_versions()
     f1 = (
         "F1 of the multisets of whitespace tokens of reply and reference, mean over pairs, percent; 0 if none is common"
     )
     rouge = (
         f"F-measure by rouge-score {versions['rouge-score']} without stemming (lower case, ASCII letters and digits)"
+    )
+    persona = (
+        f"sets of words after ParlAI's normalisation without stop words (a list of {len(STOP_WORDS)}), "
+        "as the knowledge R/P/F1 of arXiv 1902.04911; mean over pairs, percent; 0 if none is common"
     )
     precisions = {
         f"bleu_precision_{n}": f"Share of the replies' {n}-grams found in their references, clipped and smoothed as in "
@@ -234,6 +276,15 @@ def metric_definitions() -> dict[str, str]:
         "rouge_l": f"ROUGE-L: {rouge}, longest common subsequence, mean over pairs, percent.",
         "dist_1": "Distinct words over all words of all replies (whitespace tokens, arXiv 1510.03055), percent.",
         "dist_2": "Distinct pairs of adjacent words over all such pairs of all replies (arXiv 1510.03055), percent.",
+        "dist_3": "Distinct triples of adjacent words over all such triples, as DIST-2 (arXiv 1510.03055), percent.",
+        "entropy_4": "Entropy of the 4-grams of all replies together (whitespace tokens, arXiv 1809.05972), nats; it "
+        "grows with the number of replies.",
+        "self_bleu": "Self-BLEU (arXiv 1802.01886): BLEU of each reply with all the others as references (whitespace "
+        "tokens, n-grams up to 4, equal weights, brevity penalty, 0.1 for no match: nltk's sentence_bleu with "
+        "smoothing method 1), mean over all replies, percent; the lower, the more varied.",
+        "persona_recall": f"Share of the persona's content words that the reply uses; {persona}.",
+        "persona_precision": f"Share of the reply's content words that are the persona's; {persona}.",
+        "persona_f1": f"Harmonic mean of a reply's persona recall and precision; {persona}.",
         "reply_words": "Mean length of a reply in whitespace words, empty replies included.",
         "empty_replies": "Number of replies without a word after the cut.",
         "pairs": "Number of replies scored, each against one reference.",

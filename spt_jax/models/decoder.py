@@ -209,6 +209,7 @@ class Decoder(nn.Module):
         valid: jax.Array | None,
         cache: KVCache | None,
         dropout: Dropout | None = None,
+        visible: jax.Array | None = None,
     ) -> tuple[jax.Array, KVCache | None]:
         """See `decode`."""
         c = self.config
@@ -229,6 +230,9 @@ class Decoder(nn.Module):
             extended = cache.extended(positions, valid)
             seen = (extended.positions, extended.valid)
             masks = tuple(causal_mask(positions, *seen, kind.window) for kind in c.layer_kinds)
+        if visible is not None:
+            assert valid is not None, "what is seen is said of rows whose padding is told"
+            masks = tuple(mask & visible[:, None] for mask in masks if mask is not None)
         slot, pairs = (None, None) if cache is None else (cache.length, (cache.key, cache.value))
         x, pairs = self.layers(x, pairs, self._layers(dropout), Places(masks, tables, slot))
         x = self.final_norm(x) if c.final_norm else x
@@ -280,6 +284,7 @@ def decode(
     valid: jax.Array | None,
     cache: KVCache | None = None,
     dropout: Dropout | None = None,
+    visible: jax.Array | None = None,
 ) -> tuple[jax.Array, KVCache | None]:
     """Hidden states after the last norm.
 
@@ -296,13 +301,16 @@ def decode(
             OPT and GPT-2 are trained, and on what enters the first block where `DecoderConfig.embedding_dropout` says
             so. Every layer, place, row and feature has its own draw. Dropout of attention probabilities (GPT-2's
             ``attn_pdrop``; 0 in OPT) is left out. None, or a rate of 0, for none.
+        visible: bool ``[B, T, C]``, C slots of the cache (T without one): which of what its position lets a token see
+            it may see, so that alternatives stand side by side in a row, each at the positions it would have alone;
+            None for all.
 
     Returns:
         Hidden states ``[B, T, M]`` and the cache with these tokens added (None when there was none). Values at invalid
         positions are finite and meaningless.
     """
     dropout = None if dropout is None or dropout.rate == 0 else dropout
-    return Decoder(config).apply({"params": params}, embeddings, positions, valid, cache, dropout)  # pyright: ignore[reportReturnType]
+    return Decoder(config).apply({"params": params}, embeddings, positions, valid, cache, dropout, visible)  # pyright: ignore[reportReturnType]
 
 
 def vocabulary_head(params: FrozenTree) -> FrozenTree:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from tiny_run import TALK, walk, write_dialogues
+from tiny_wordnet import readers_closed, write_wordnet
 
 from spt_jax.commands.main import main
 from spt_jax.data.template import PlainTemplate
@@ -194,3 +196,31 @@ def test_without_a_run_or_a_checkpoint_the_doors_say_so(trained, copy_of, tmp_pa
     assert main([door, f"--workdir={copy_of}", *more]) == 2
     assert "config.json cannot be read" in capsys.readouterr().err
     assert not (tmp_path / "o").exists()
+
+
+def test_metrics_are_chosen_by_name(copy_of, capsys, monkeypatch):
+    monkeypatch.setenv("WNSEARCHDIR", str(write_wordnet(copy_of.parent / "dict")))
+    with readers_closed():
+        walk("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=2", "--limit=1", "--metrics=f1,meteor")
+    figures = results_of(copy_of)["columns"]["after training"]
+    assert set(figures) == {"f1", "f1_parlai", "meteor", "usage", "pairs", "empty_replies"}
+    assert "METEOR (%)" in capsys.readouterr().out
+
+
+def test_what_cannot_be_computed_is_told_and_the_rest_is_there(copy_of, capsys):
+    walk("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=2", "--limit=1", "--metrics=default,hits")
+    assert "hits@1 is left out: no answered turn has candidates" in capsys.readouterr().out
+    assert "self_bleu" in results_of(copy_of)["columns"]["after training"]
+
+
+@pytest.mark.parametrize(
+    ("flag", "sentence"),
+    [
+        ("--metrics=f1,rogue", r"no group of metrics 'rogue'; allowed: default, .*\. Did you mean 'rouge'\?"),
+        ("--metrics=nli", "'nli' needs a classifier of entailment; --nli names it"),
+        ("--metrics=", "no metric is asked for"),
+    ],
+)
+def test_wrong_metrics_are_told_before_the_work(copy_of, capsys, flag, sentence):
+    assert main(["evaluate", f"--workdir={copy_of}", flag]) == 2
+    assert re.search(sentence, capsys.readouterr().err)

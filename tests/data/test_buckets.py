@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spt_jax.data import Row, choose_buckets, pack
-from spt_jax.data.buckets import _best_bounds, buckets_of_lengths
+from spt_jax.data.buckets import best_bounds, buckets_of_lengths
 from spt_jax.errors import UserError
 
 
@@ -35,7 +35,7 @@ def test_bounds_waste_least_among_all_choices(lengths, most):
     def waste(bounds) -> int:
         return sum(min(bound for bound in bounds if bound >= length) - length for length in lengths)
 
-    found = _best_bounds(np.asarray(lengths), most)
+    found = best_bounds(np.asarray(lengths), most)
     assert [len(bounds) for bounds in found] == list(range(1, min(most, len(values)) + 1))
     for bounds in found:
         choices = itertools.combinations(values[:-1], len(bounds) - 1)

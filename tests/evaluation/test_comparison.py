@@ -17,7 +17,15 @@ from rich.console import Console
 from spt_jax.errors import UserError
 from spt_jax.evaluation import comparability
 from spt_jax.evaluation.bert_score import BertScores
-from spt_jax.evaluation.comparison import PAPER_COLUMNS, Comparison, compare_runs, mean_change, relative_changes
+from spt_jax.evaluation.comparison import (
+    FURTHER_COLUMNS,
+    PAPER_COLUMNS,
+    SET_FIGURES,
+    Comparison,
+    compare_runs,
+    mean_change,
+    relative_changes,
+)
 from spt_jax.evaluation.comparison_tables import csv_text, explanations, html_text, json_value, latex_text, rich_tables
 from spt_jax.evaluation.evaluated_runs import read_run
 from spt_jax.evaluation.text_metrics import text_metrics
@@ -94,7 +102,8 @@ def test_rows_are_means_over_seeds_with_each_seeds_own_figures(runs: list[Path])
             own = text_metrics(run.predictions, run.references).values
             for key in set(own) & set(seed.figures):
                 assert seed.figures[key] == pytest.approx(own[key]), key
-                assert seed.intervals[key][0] <= own[key] <= seed.intervals[key][1], key
+                if key not in SET_FIGURES:
+                    assert seed.intervals[key][0] <= own[key] <= seed.intervals[key][1], key
         for key, value in row.figures.items():
             over_seeds = [seed.figures[key] for seed in row.seeds]
             assert value == pytest.approx(np.mean(over_seeds))
@@ -120,6 +129,57 @@ def test_perplexity_is_of_the_selected_prompt_over_target_tokens_else_that_of_th
     assert any(note.startswith("The perplexity of bare-seed0 is that of results.json") for note in found.notes)
 
 
+def kept_by(run: int) -> dict[str, list]:
+    rng = np.random.default_rng(run)
+    hit = rng.random(len(TURNS)) < 0.3
+    return {
+        "persona": [["i love my dog", "we sing blue bread"]] * len(TURNS),
+        "meteor": rng.random(len(TURNS)).tolist(),
+        "persona_consistency": rng.integers(-2, 3, len(TURNS)).tolist(),
+        "hits_1": hit.tolist(),
+        "hits_1_total": (~hit).tolist(),
+    }
+
+
+def test_figures_beside_the_papers_are_compared_where_the_runs_have_them(tmp_path: Path) -> None:
+    names = {"meteor": "by nltk", "persona_consistency": "C", "hits_1": "a", "hits_1_total": "b"}
+    for place, name in enumerate("ab"):
+        texts = replies(TURNS, 0.3 + 0.4 * place, place)
+        write_run(tmp_path / name, TURNS, texts, definitions=names, more=kept_by(place))
+    found = compared(tmp_path / "a", tmp_path / "b")
+    further = {column.key for column in FURTHER_COLUMNS}
+    assert further <= {column.key for column in found.columns}
+    for place, row in enumerate(found.rows):
+        run, kept = read_run(str(tmp_path / "ab"[place])), kept_by(place)
+        own = text_metrics(run.predictions, run.references, kept["persona"]).values
+        assert {key: row.figures[key] for key in further & set(own)} == pytest.approx(
+            {k: own[k] for k in further & set(own)}
+        )
+        assert row.figures["meteor"] == pytest.approx(100 * np.mean(kept["meteor"]))
+        assert row.figures["persona_consistency"] == pytest.approx(np.mean(kept["persona_consistency"]))
+        assert row.figures["hits_1"] == pytest.approx(100 * np.mean(kept["hits_1"]))
+        assert row.figures["hits_1_total"] == pytest.approx(100 - row.figures["hits_1"])
+        assert set(row.intervals) >= further - set(SET_FIGURES) and not set(row.intervals) & set(SET_FIGURES)
+    assert set(found.rows[1].p) >= further - set(SET_FIGURES) and not set(found.rows[1].p) & set(SET_FIGURES)
+    assert further <= set(found.definitions)
+    without = write_run(tmp_path / "c", TURNS, replies(TURNS, 0.3, 5))
+    beside = compared(tmp_path / "a", without)
+    assert {"meteor", "persona_f1", "hits_1"} <= set(beside.rows[0].figures)
+    assert not {"meteor", "persona_f1", "hits_1"} & (set(beside.rows[1].figures) | set(beside.rows[1].p))
+
+
+def test_figures_that_were_computed_in_different_ways_are_left_out_with_a_sentence(tmp_path: Path) -> None:
+    for place, name in enumerate("ab"):
+        definitions = {"meteor": f"METEOR with WordNet 3.{place}", "hits_1": "the same"}
+        write_run(tmp_path / name, TURNS, replies(TURNS, 0.3, 1), definitions=definitions, more=kept_by(place))
+    found = compared(tmp_path / "a", tmp_path / "b")
+    assert all("meteor" not in row.figures and "hits_1" in row.figures for row in found.rows)
+    assert any(
+        note.startswith("meteor is left out, for it was computed in different ways: METEOR with WordNet 3.0 / METEOR")
+        for note in found.notes
+    )
+
+
 def test_identical_runs_have_no_change_and_p_1(tmp_path: Path) -> None:
     texts, bert = replies(TURNS, 0.3, 1), [(0.5, 0.25, 0.375)] * len(TURNS)
     names = {"bert_f1": "by an encoder"}
@@ -130,7 +190,7 @@ def test_identical_runs_have_no_change_and_p_1(tmp_path: Path) -> None:
     assert (found.baseline, other.mean_change, other.mean_change_interval) == ("a", 0.0, (0.0, 0.0))
     assert set(other.change.values()) == {0.0}
     assert set(other.p.values()) == set(other.p_holm.values()) == {1.0}
-    assert len(other.p) == 11
+    assert len(other.p) == 12
     assert other.figures["bert_f1"] == 37.5
     assert found.definitions["bert_f1"] == "by an encoder"
 
@@ -138,7 +198,7 @@ def test_identical_runs_have_no_change_and_p_1(tmp_path: Path) -> None:
 def test_a_much_better_run_is_significant_and_its_mean_change_is_that_of_its_figures(runs: list[Path]) -> None:
     found = compared(*runs)
     base, better, _ = found.rows
-    assert better.p_holm["f1"] == pytest.approx(8 / (SAMPLES + 1))
+    assert better.p_holm["f1"] == pytest.approx(9 / (SAMPLES + 1))
     assert all(better.p[key] <= better.p_holm[key] for key in better.p)
     assert better.mean_change == pytest.approx(mean_change(better.figures, base.figures)[0])
     assert better.mean_change_interval is not None

@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import sacrebleu
-from evaluated_folders import references, replies
+from evaluated_folders import WORDS, references, replies
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import chisquare, norm
 
 from spt_jax.evaluation.resampling import (
     FIGURES,
+    KEPT,
     CorpusStatistics,
     DistinctCounter,
     bootstrap,
@@ -30,12 +31,13 @@ from spt_jax.evaluation.text_metrics import PairFigures, pair_figures, text_metr
 TURNS = references(30)
 RESPONSES = [response for _, _, response in TURNS]
 DIALOGUE = np.asarray([dialogue for dialogue, _, _ in TURNS])
-TEXT_FIGURES = ("f1", "bleu", "rouge_1", "rouge_2", "rouge_l", "dist_1", "dist_2")
+TEXT_FIGURES = ("f1", "bleu", "rouge_1", "rouge_2", "rouge_l", "dist_1", "dist_2", "dist_3", "persona_f1")
+PERSONAS = [[" ".join(WORDS[dialogue % 5 :: 5])] for dialogue in DIALOGUE]
 DRAWS = 20
 
 
 def statistics_of(texts: list[str], vocabulary: dict[str, int]) -> CorpusStatistics:
-    return corpus_statistics(pair_figures(texts, RESPONSES), DIALOGUE, vocabulary)
+    return corpus_statistics(pair_figures(texts, RESPONSES, PERSONAS), DIALOGUE, vocabulary)
 
 
 def synthetic(means: np.ndarray) -> CorpusStatistics:
@@ -52,7 +54,8 @@ def synthetic(means: np.ndarray) -> CorpusStatistics:
 def recomputed(texts: list[str], chosen: list[int]) -> np.ndarray:
     """By the corpus functions themselves, on a corpus of the chosen dialogues written out."""
     places = [i for dialogue in chosen for i in np.flatnonzero(dialogue == DIALOGUE)]
-    metrics = text_metrics([texts[i] for i in places], [RESPONSES[i] for i in places]).values
+    chosen_texts = [[source[i] for i in places] for source in (texts, RESPONSES, PERSONAS)]
+    metrics = text_metrics(*chosen_texts).values
     assert (
         metrics["bleu"]
         == sacrebleu.corpus_bleu([texts[i] for i in places], [[RESPONSES[i] for i in places]], force=True).score
@@ -76,16 +79,21 @@ def test_resampled_figures_equal_recomputation_on_the_same_resample() -> None:
     np.testing.assert_allclose(columns(observed(run)), recomputed(texts, list(range(30))), rtol=1e-12)
 
 
-def test_perplexity_and_bert_score_are_sums_over_all_turns() -> None:
+def test_what_evaluations_keep_is_a_sum_over_all_turns_too() -> None:
     rng = np.random.default_rng(0)
     nll, tokens, bert = rng.random(len(TURNS)), rng.integers(1, 9, len(TURNS)), rng.random((len(TURNS), 3))
     pairs = pair_figures(replies(TURNS, 0.3, 1), RESPONSES)
-    run = corpus_statistics(pairs, DIALOGUE, {}, bert_score=bert, nll=nll, target_tokens=tokens)
+    kept = {name: rng.random(len(TURNS)) for name in KEPT}
+    run = corpus_statistics(pairs, DIALOGUE, {}, bert_score=bert, nll=nll, target_tokens=tokens, kept=kept)
     figures = dict(zip(FIGURES, observed(run), strict=True))
     assert figures["perplexity"] == pytest.approx(np.exp((nll * tokens).sum() / tokens.sum()))
     assert [figures[name] for name in ("bert_p", "bert_r", "bert_f1")] == pytest.approx(100 * bert.mean(axis=0))
+    assert [figures[name] for name in KEPT] == pytest.approx([KEPT[name] * kept[name].mean() for name in KEPT])
     bare = dict(zip(FIGURES, observed(corpus_statistics(pairs, DIALOGUE, {})), strict=True))
-    assert {name for name, value in bare.items() if np.isnan(value)} == {"perplexity", "bert_p", "bert_r", "bert_f1"}
+    assert {name for name, value in bare.items() if np.isnan(value)} == {
+        *("perplexity", "bert_p", "bert_r", "bert_f1", "persona_f1"),
+        *KEPT,
+    }
 
 
 def test_permuted_figures_equal_recomputation_for_every_exchange_of_two_dialogues() -> None:
@@ -93,14 +101,15 @@ def test_permuted_figures_equal_recomputation_for_every_exchange_of_two_dialogue
     keep = DIALOGUE < 2
     a, b = replies(TURNS, 0.9, 1), replies(TURNS, 0.1, 2)
     responses = [r for r, kept in zip(RESPONSES, keep, strict=True) if kept]
+    personas = [p for p, kept in zip(PERSONAS, keep, strict=True) if kept]
     vocabulary: dict[str, int] = {}
 
     def run(texts: list[str]) -> CorpusStatistics:
         kept = [text for text, k in zip(texts, keep, strict=True) if k]
-        return corpus_statistics(pair_figures(kept, responses), DIALOGUE[keep], vocabulary)
+        return corpus_statistics(pair_figures(kept, responses, personas), DIALOGUE[keep], vocabulary)
 
     def figures(texts: list[str]) -> np.ndarray:
-        values = text_metrics([t for t, k in zip(texts, keep, strict=True) if k], responses).values
+        values = text_metrics([t for t, k in zip(texts, keep, strict=True) if k], responses, personas).values
         return np.asarray([values[name] for name in TEXT_FIGURES])
 
     draws = columns(randomised_differences([run(a)], [run(b)], 200))

@@ -4,11 +4,16 @@ import dataclasses
 import json
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import tiny
 from tiny_experiment import experiment
 
+from spt_jax.data.persona_task import PersonaTemplate
 from spt_jax.errors import UserError
+from spt_jax.evaluation import columns
+from spt_jax.evaluation.candidate_scores import CandidateScores
+from spt_jax.evaluation.kept_results import kept_results
 from spt_jax.evaluation.run_evaluation import AFTER, BEFORE, NO_PROMPT, Evaluation, evaluate_run, write_results
 from spt_jax.prompting.adapters import SoftPrompts
 
@@ -24,9 +29,9 @@ def evaluation(setting) -> Evaluation:
 
 
 def test_columns_stand_in_the_order_of_the_story(evaluation):
-    columns = evaluation.results["columns"]
-    assert list(columns) == [NO_PROMPT, BEFORE, AFTER]
-    assert len({column["perplexity"] for column in columns.values()}) == 3
+    found = evaluation.results["columns"]
+    assert list(found) == [NO_PROMPT, BEFORE, AFTER]
+    assert len({column["perplexity"] for column in found.values()}) == 3
     assert (evaluation.results["turns"], evaluation.results["replies"]) == (10, 4)
 
 
@@ -113,3 +118,72 @@ def test_files_hold_what_was_found(setting, evaluation, tmp_path):
 def test_every_figure_shown_is_defined(evaluation):
     figures = set(evaluation.results["columns"][AFTER])
     assert figures <= set(evaluation.results["definitions"]) | {"replies", "empty_replies"}
+
+
+def with_candidates(texts=("no", "so it is")):
+    """The tiny dialogues, each turn with its response among three candidates."""
+    return [
+        dataclasses.replace(
+            dialogue,
+            turns=tuple(dataclasses.replace(turn, candidates=(*texts, turn.response)) for turn in dialogue.turns),
+        )
+        for dialogue in tiny.DIALOGUES
+    ]
+
+
+def test_figures_are_those_of_the_groups_asked_for():
+    found = evaluate_run(experiment(metrics=("f1", "length")), tiny.trainable(), None, tiny.DIALOGUES[:1])
+    assert set(found.results["columns"][AFTER]) == {"f1", "f1_parlai", "reply_words", "empty_replies", "pairs", "usage"}
+    assert set(found.results["definitions"]) == set(found.results["columns"][AFTER])
+
+
+def test_the_persona_is_measured_by_default_and_not_where_it_is_what_is_written(evaluation):
+    assert {"persona_f1", "self_bleu", "entropy_4", "dist_3"} <= set(evaluation.results["columns"][AFTER])
+    found = evaluate_run(experiment(), tiny.trainable(), None, tiny.DIALOGUES[:2], template=PersonaTemplate())
+    assert "persona_f1" not in found.results["columns"][AFTER]
+
+
+def test_candidates_of_the_answered_turns_are_ranked_on_request():
+    setting = experiment(metrics=("hits",))
+    found = evaluate_run(setting, tiny.trainable(), tiny.trainable(seed=5), with_candidates(), replies=4)
+    figures, predictions = found.results["columns"], found.predictions
+    assert list(figures) == [NO_PROMPT, BEFORE, AFTER]
+    assert all(column["hits_turns"] == 4 for column in figures.values())
+    assert figures[AFTER]["hits_1"] == 100 * sum(p["hits_1"] for p in predictions) / 4
+    assert figures[AFTER]["hits_1_total"] == 100 * sum(p["hits_1_total"] for p in predictions) / 4
+    assert found.results["notes"] == []
+    assert "mean nll a token" in found.results["definitions"]["hits_1"]
+    alone = evaluate_run(setting, tiny.trainable(), None, with_candidates(()), replies=4)
+    assert alone.results["columns"][AFTER]["hits_1"] == 100
+
+
+def test_the_candidates_are_scored_under_the_prompt_that_answers(monkeypatch):
+    asked = []
+
+    def scores(model, conditions, rows, turns, selected, **_):
+        asked.append({(turn.dialogue, turn.turn): k for turn, k in zip(turns, selected, strict=True)})
+        return [CandidateScores(np.zeros(len(turn.ids)), np.ones(len(turn.ids))) for turn in turns]
+
+    monkeypatch.setattr(columns, "score_candidates", scores)
+    setting = experiment(metrics=("hits",), replies=6, selection_noise=5.0)
+    found = evaluate_run(setting, tiny.trainable(), None, with_candidates())
+    assert asked == [{(p["dialogue"], p["turn"]): p["selected"] for p in found.predictions}]
+    assert len(set(asked[0].values())) > 1
+    assert found.results["columns"][AFTER]["hits_ties"] == 6
+
+
+@pytest.mark.parametrize(
+    ("dialogues", "template", "sentence"),
+    [
+        (tiny.DIALOGUES, None, "no answered turn has candidates"),
+        (with_candidates(), PersonaTemplate(), "data.task = persona writes none"),
+    ],
+)
+def test_what_cannot_be_ranked_is_said_in_a_sentence(dialogues, template, sentence, tmp_path):
+    setting = experiment(metrics=("default", "hits"))
+    found = evaluate_run(setting, tiny.trainable(), None, dialogues, template=template, replies=2)
+    [note] = found.results["notes"]
+    assert note.startswith("hits@1 is left out: ") and sentence in note
+    assert "hits_1" not in found.results["columns"][AFTER] and "f1" in found.results["columns"][AFTER]
+    write_results(tmp_path, found, setting.config, source="x", step=3, chat="c", question="q")
+    assert kept_results(tmp_path, "q") is None
