@@ -6,6 +6,7 @@ import html
 import json
 import math
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import Any
 from spt_jax.atomic_file import write_atomically
 from spt_jax.evaluation.report_curves import curve_sections
 from spt_jax.evaluation.report_diagnostics import diagnostics_section
+from spt_jax.evaluation.report_dialogues import dialogues_section
 from spt_jax.evaluation.report_page import details, page, section
 from spt_jax.evaluation.report_samples import sample_section
 from spt_jax.evaluation.report_selection import selection_section
@@ -34,6 +36,8 @@ class ReportInputs:
         prompt), ``scores`` [K] and ``nll`` [K] (means over its turns).
       samples: ``persona`` [lines], ``history`` [utterances, the user's last], ``reference``, ``selected`` (prompt),
         ``replies`` [K texts], ``no_prompt`` (text).
+      dialogues: ``number``, ``name``, ``persona`` [lines] and ``turns``: each with ``query``, ``reference``, and where
+        it was answered ``reply`` and ``selected``; some with ``replies`` [K texts] and ``no_prompt``.
       config: The run's configuration, nested.
       command: The exact command that opens the chat.
     """
@@ -43,6 +47,7 @@ class ReportInputs:
     metrics: Sequence[Mapping[str, Any]] = ()
     selection: Sequence[Mapping[str, Any]] = ()
     samples: Sequence[Mapping[str, Any]] = ()
+    dialogues: Sequence[Mapping[str, Any]] = ()
     config: Mapping[str, Any] = field(default_factory=dict)
     command: str = ""
 
@@ -61,6 +66,7 @@ def render_report(inputs: ReportInputs) -> str:
     body += selection_section(inputs.selection, columns)
     body += diagnostics_section(inputs.results.get("diagnostics", {}))
     body += sample_section(inputs.samples)
+    body += dialogues_section(inputs.dialogues)
     if inputs.command:
         command = f"<pre><code>{html.escape(inputs.command)}</code></pre>"
         body.append(section("Talk to it", command, note="The command that opens a conversation with this checkpoint:"))
@@ -87,7 +93,7 @@ def _subtitle(results: Mapping[str, Any]) -> str:
         value = results.get(key)
         if isinstance(value, Mapping):
             # The first few facts identify the run; the rest is in the details below.
-            facts += [f"{_words(name)} {_plain(entry)}" for name, entry in list(value.items())[:3]]
+            facts += [f"{_words(name)} {_brief(entry)}" for name, entry in list(value.items())[:3] if entry]
         elif value:
             facts.append(_plain(value))
     text = (
@@ -190,6 +196,12 @@ def _plain(value: Any) -> str:
     if isinstance(value, float):
         return MISSING if math.isnan(value) else f"{value:.6g}"
     return json.dumps(value, ensure_ascii=False, default=str)
+
+
+def _brief(value: Any) -> str:
+    """A hash by its beginning: enough to tell two apart."""
+    text = _plain(value)
+    return f"{text[:12]}…" if re.fullmatch(r"[0-9a-f]{40,64}", text) else text
 
 
 def _words(name: Any) -> str:

@@ -33,9 +33,8 @@ def diagnostics_section(diagnostics: Mapping[str, Any]) -> list[str]:
     if figures := diagnostics.get("figures"):
         parts.append(_figures(figures))
     if found := diagnostics.get("map"):
-        title = "What the retriever compares"
-        picture = map_chart(title, found["contexts"], found["prompts"], found["explained"])
-        parts.append(wide_figure(picture, WIDTH, title))
+        picture = map_chart("What the retriever compares", found["contexts"], found["prompts"], found["explained"])
+        parts.append(f'<figure style="margin: 16px 0; max-width: {WIDTH:g}px">{picture}</figure>')
     if personas := diagnostics.get("personas"):
         parts += _personas(personas)
     if nearest := diagnostics.get("nearest_tokens"):
@@ -73,7 +72,7 @@ def _personas(personas: Sequence[Mapping[str, Any]]) -> list[str]:
         rows,
         names,
         bounds=(min(flat), max(flat)),
-        legend="the persona's mean nll less this prompt's",
+        legend="mean nll of all less this prompt's",
         marks=best,
         mark_legend="the persona's best prompt",
     )

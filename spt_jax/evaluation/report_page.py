@@ -38,7 +38,7 @@ section {
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(190px, 1fr)); gap: 14px; margin-top: 18px; }
 .tile { background: var(--card); border: 1px solid var(--grid); border-radius: 10px; padding: 14px 18px; }
 .tile.lead { background: var(--accent-soft); border-color: var(--accent); }
-.tile b { display: block; font-size: 1.5rem; line-height: 1.3; font-weight: 650; white-space: nowrap;
+.tile b { display: block; font-size: 1.35rem; line-height: 1.3; font-weight: 650; text-wrap: balance;
   font-variant-numeric: tabular-nums; }
 .tile span { color: var(--muted); font-size: .88rem; }
 .scroll { overflow-x: auto; }
@@ -53,7 +53,8 @@ tbody th { font-weight: 400; }
 .figures td.best { font-weight: 700; color: var(--accent); }
 tbody tr:last-child > * { border-bottom: 0; }
 .charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 380px), 1fr)); gap: 20px 28px; }
-figure { margin: 0; min-width: 0; }
+figure { margin: 0; min-width: 0; max-width: 560px; }
+header p { overflow-wrap: anywhere; }
 svg { display: block; width: 100%; height: auto; }
 .wide svg { width: var(--width); max-width: none; }
 .wide + .wide { margin-top: 18px; }
@@ -63,6 +64,7 @@ article { border-top: 1px solid var(--grid); padding-top: 16px; margin-top: 16px
   max-width: 85%; overflow-wrap: anywhere; }
 .turn.own { margin-left: auto; background: var(--accent-soft); }
 .turn small { display: block; color: var(--muted); font-size: .75rem; }
+.said { margin: 0 0 10px auto; width: fit-content; max-width: 85%; }
 .replies { margin-top: 12px; }
 .replies th { width: 11em; white-space: nowrap; }
 .replies td { overflow-wrap: anywhere; }

@@ -27,26 +27,36 @@ def _sample(number: int, sample: Mapping[str, Any]) -> str:
     persona = "".join(f"<li>{html.escape(str(line))}</li>" for line in sample.get("persona") or ())
     history = list(sample.get("history") or ())
     # The user spoke last, so the speakers alternate backwards from the end.
-    turns = "".join(_turn(str(text), own=(len(history) - index) % 2 == 0) for index, text in enumerate(history))
-    rows = [
-        _reply(f"prompt {prompt}", reply, selected=prompt == sample.get("selected"))
-        for prompt, reply in enumerate(sample.get("replies") or ())
-    ]
-    if sample.get("no_prompt") is not None:
-        rows.append(_reply("no soft prompt", sample["no_prompt"]))
-    if sample.get("reference") is not None:
-        rows.append(_reply("reference", sample["reference"]))
+    sides = ("user (Q)", "model's side (R)")
+    turns = "".join(
+        bubble(text, sides[own], own=own)
+        for text, own in ((text, (len(history) - index) % 2 == 0) for index, text in enumerate(history))
+    )
+    table = reply_table(
+        sample.get("replies") or (), sample.get("selected"), sample.get("no_prompt"), sample.get("reference")
+    )
     return (
         f"<article>\n<h3>Dialogue {number}</h3>\n"
         + (f'<p class="muted">Persona</p><ul class="persona">{persona}</ul>' if persona else "")
         + turns
-        + f'<table class="replies"><caption>Replies</caption><tbody>{"".join(rows)}</tbody></table>\n</article>'
+        + f"{table}\n</article>"
     )
 
 
-def _turn(text: str, own: bool) -> str:
-    speaker, style = ("model's side (R)", "turn own") if own else ("user (Q)", "turn")
-    return f'<div class="{style}"><small>{speaker}</small>{html.escape(text)}</div>'
+def bubble(text: Any, speaker: str, *, own: bool) -> str:
+    """An utterance, on the right where it is the model's `own` side's."""
+    style = "turn own" if own else "turn"
+    return f'<div class="{style}"><small>{html.escape(speaker)}</small>{html.escape(str(text))}</div>'
+
+
+def reply_table(replies: Sequence[Any], selected: int | None, no_prompt: Any = None, reference: Any = None) -> str:
+    """Every prompt's reply to one context, the selected one marked; the LM's alone and the reference where given."""
+    rows = [_reply(f"prompt {k}", reply, selected=k == selected) for k, reply in enumerate(replies)]
+    if no_prompt is not None:
+        rows.append(_reply("no soft prompt", no_prompt))
+    if reference is not None:
+        rows.append(_reply("reference", reference))
+    return f'<table class="replies"><caption>Replies</caption><tbody>{"".join(rows)}</tbody></table>'
 
 
 def _reply(name: str, text: Any, selected: bool = False) -> str:

@@ -22,6 +22,7 @@ from spt_jax.errors import UserError
 from spt_jax.evaluation.columns import Column, ColumnEvaluator, ReplyWriter, spread_evenly
 from spt_jax.evaluation.diagnostics import diagnose
 from spt_jax.evaluation.report import ReportInputs, write_report
+from spt_jax.evaluation.told_dialogues import told_dialogues
 from spt_jax.generation.replies import cut_reply_official
 from spt_jax.progress import ProgressBar
 from spt_jax.prompting.adapters import Trainable
@@ -42,12 +43,14 @@ class Evaluation:
         predictions: One object a reply, in file order, as ``predictions.jsonl``.
         samples: A few turns with the replies under every prompt, as the report shows them.
         selection: One object a dialogue: which prompts its turns select.
+        dialogues: For the report's browser, see `told_dialogues`.
     """
 
     results: dict[str, Any]
     predictions: list[dict[str, Any]]
     samples: list[dict[str, Any]]
     selection: list[dict[str, Any]]
+    dialogues: list[dict[str, Any]]
 
 
 def evaluate_run(
@@ -114,11 +117,13 @@ def evaluate_run(
     samples = _samples(evaluator, writer, model.num_prompts, columns, dialogues, chosen)
     personas = [dialogue.persona for dialogue in dialogues]
     diagnostics = diagnose(experiment, trainable, rows, after.likelihoods, personas)
+    predictions = _predictions(evaluator, columns, dialogues)
     return Evaluation(
         _results(experiment, columns, evaluator) | {"diagnostics": diagnostics},
-        _predictions(evaluator, columns, dialogues),
+        predictions,
         samples,
         _selection(after, dialogues),
+        [] if template.learns_persona else told_dialogues(dialogues, predictions, samples),
     )
 
 
@@ -195,6 +200,8 @@ def _samples(
     samples = []
     for i, (place, u, (d, t)) in enumerate(zip(chosen, turns, keys, strict=True)):
         sample = {
+            "dialogue": d,
+            "turn": t,
             "persona": list(dialogues[d].persona),
             "history": evaluator.history(d, t),
             "reference": evaluator.reference(d, t),
@@ -271,6 +278,7 @@ def write_results(
         metrics=_logged(workdir),
         selection=evaluation.selection,
         samples=evaluation.samples,
+        dialogues=evaluation.dialogues,
         config=config.to_dict(),
         command=chat,
     )

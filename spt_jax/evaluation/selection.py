@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from spt_jax.data.dialogue import persona_key
 from spt_jax.evaluation.likelihood import Likelihoods
 
 SELECTION_DEFINITIONS = {
@@ -47,7 +48,7 @@ def selection_figures(likelihoods: Likelihoods, score_temperature: float) -> dic
 def entropy(probabilities: np.ndarray) -> np.ndarray:
     """Over the last axis, nats."""
     logs = np.log(np.where(probabilities > 0, probabilities, 1.0))
-    return -np.sum(probabilities * logs, axis=-1)
+    return np.abs(np.sum(probabilities * logs, axis=-1))  # a sum of no positive number; 0 rather than -0
 
 
 def _per_token(values: np.ndarray, tokens: np.ndarray) -> float:
@@ -71,18 +72,18 @@ class PersonaTable(NamedTuple):
 
 
 def persona_table(likelihoods: Likelihoods, personas: Sequence[tuple[str, ...]]) -> PersonaTable:
-    """Turns gathered by persona; the order of a persona's lines makes no other persona.
+    """Turns gathered by persona, as `spt_jax.data.dialogue.persona_key` tells personas apart.
 
     Args:
         likelihoods: Of U turns.
         personas: The lines of each dialogue's persona.
     """
-    groups: dict[tuple[str, ...], int] = {}
+    groups: dict[frozenset[str], int] = {}
     names: list[tuple[str, ...]] = []
     member = np.empty(len(likelihoods.turn), np.int64)
     for place, dialogue in enumerate(likelihoods.dialogue.tolist()):
         lines = personas[dialogue]
-        key = tuple(sorted(lines))
+        key = persona_key(lines)
         if key not in groups:
             groups[key] = len(names)
             names.append(lines)

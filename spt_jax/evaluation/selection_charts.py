@@ -77,7 +77,7 @@ def heat_map(
         parts.append(label(x, base + 14, _ellipsis(columns[column], 4), size=10, text_anchor="middle"))
     parts.append(_legend(_LEFT, base + 28, legend, _shown(bounds[0], percent), _shown(bounds[1], percent), mark_legend))
     description = f"Rows are {len(values)} prompts, columns {len(columns)} dialogues. Colour: {legend}."
-    return figure(width, base + 46, title, description, *parts)
+    return figure(width, base + (64 if mark_legend else 46), title, description, *parts)
 
 
 def usage_bars(title: str, usage: Mapping[str, Sequence[float]]) -> str:
@@ -134,7 +134,7 @@ def _cell(x: float, y: float, size: float, depth: float | None, text: str, toolt
 
 
 def _legend(x: float, y: float, text: str, low: str, high: str, mark_legend: str) -> str:
-    parts = [label(x, y + 10, low, size=11)]
+    left, parts = x, [label(x, y + 10, low, size=11)]
     x += text_width(low, 11) + 6
     for step in range(_LEGEND_STEPS):
         box = {"x": x + 16 * step, "y": y, "width": 15, "height": 12}
@@ -143,9 +143,9 @@ def _legend(x: float, y: float, text: str, low: str, high: str, mark_legend: str
     x += 16 * _LEGEND_STEPS + 6
     parts.append(label(x, y + 10, f"{high} · {text}", size=11))
     if mark_legend:
-        x += text_width(f"{high} · {text}", 11) + 14
-        parts.append(element("circle", cx=x, cy=y + 6, r=2.6, fill=TEXT))
-        parts.append(label(x + 8, y + 10, mark_legend, size=11))
+        # On a line of its own, so that both are whole on a narrow page.
+        parts.append(element("circle", cx=left + 3, cy=y + 24, r=2.6, fill=TEXT))
+        parts.append(label(left + 11, y + 28, mark_legend, size=11))
     return element("g", *parts)
 
 
