@@ -1,0 +1,125 @@
+"""What an evaluation has found so far, on disk as it comes, so that one that was killed goes on where it was."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+import shutil
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from spt_jax.atomic_file import write_atomically
+from spt_jax.errors import UserError
+from spt_jax.evaluation.likelihood import Likelihoods
+
+FOLDER = "evaluation.partial"
+Turn = tuple[int, int]
+"""Dialogue and turn."""
+
+
+class Journal:
+    """A folder of a run with the likelihoods and replies of every column that has begun.
+
+    It belongs to one question; what another one left is thrown away. In a run of several hosts the first one writes,
+    and all read what an earlier evaluation left.
+
+    Args:
+        workdir: The run's working directory.
+        question: Of `spt_jax.evaluation.kept_results.question`: everything that the results follow from.
+        writes: Whether this host writes.
+
+    Raises:
+        UserError: The folder cannot be made.
+    """
+
+    def __init__(self, workdir: Path, question: str, writes: bool = True) -> None:
+        self._folder, self._writes = workdir / FOLDER, writes
+        if _read_text(self._folder / "question") == question:
+            return
+        if writes:
+            self.close()
+            try:
+                self._folder.mkdir()
+            except OSError as error:
+                raise UserError(f"{self._folder} cannot be made: {error.strerror}") from None
+            write_atomically(self._folder / "question", question)
+
+    def likelihoods(self, column: str) -> Likelihoods | None:
+        """Those of a column; None where they are not known yet."""
+        try:
+            with np.load(io.BytesIO(_read_bytes(self._file(column, "npz"))), allow_pickle=False) as found:
+                return Likelihoods(*(found[name] for name in _FIELDS))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def keep_likelihoods(self, column: str, likelihoods: Likelihoods) -> None:
+        """Writes those of a column, whole or not at all."""
+        if self._writes:
+            content = io.BytesIO()
+            np.savez(content, **{name: getattr(likelihoods, name) for name in _FIELDS})
+            write_atomically(self._file(column, "npz"), content.getvalue())
+
+    def replies(self, column: str) -> dict[Turn, str]:
+        """The replies of a column that are known; a line that was cut off while it was written is taken out."""
+        path = self._file(column, "jsonl")
+        known: dict[Turn, str] = {}
+        whole = 0
+        for line in _read_bytes(path).splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+                key = int(row["dialogue"]), int(row["turn"])
+            except (ValueError, KeyError, TypeError):
+                break
+            if not line.endswith(b"\n"):
+                break
+            known[key] = str(row["reply"])
+            whole += len(line)
+        if self._writes and path.exists() and path.stat().st_size > whole:
+            with path.open("r+b") as file:
+                file.truncate(whole)
+        return known
+
+    def keep_replies(self, column: str, turns: Sequence[Turn], replies: Sequence[str]) -> None:
+        """Adds replies of a column.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        if not self._writes:
+            return
+        rows = [
+            json.dumps({"dialogue": d, "turn": t, "reply": reply}, ensure_ascii=False) + "\n"
+            for (d, t), reply in zip(turns, replies, strict=True)
+        ]
+        path = self._file(column, "jsonl")
+        try:
+            with path.open("ab") as file:
+                file.write("".join(rows).encode())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+    def close(self) -> None:
+        """Throws everything away: the results are written, or the question is another one."""
+        if self._writes:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _file(self, column: str, ending: str) -> Path:
+        return self._folder / f"{re.sub(r'[^a-z0-9]+', '_', column.lower())}.{ending}"
+
+
+_FIELDS = ("dialogue", "turn", "tokens", "nll", "scores")
+
+
+def _read_text(path: Path) -> str:
+    return _read_bytes(path).decode(errors="replace")
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError:
+        return b""

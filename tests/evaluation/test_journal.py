@@ -1,0 +1,83 @@
+"""What a killed evaluation has found is found again, whole lines only, and for its own question alone."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from spt_jax.errors import UserError
+from spt_jax.evaluation.journal import FOLDER, Journal
+from spt_jax.evaluation.likelihood import Likelihoods
+
+AFTER = "after training"
+FOUND = Likelihoods(
+    np.array([0, 0, 1]),
+    np.array([0, 1, 0]),
+    np.array([3, 4, 5]),
+    np.arange(6, dtype=np.float32).reshape(3, 2),
+    -np.arange(6, dtype=np.float32).reshape(3, 2),
+)
+
+
+def test_another_journal_of_the_question_knows_everything(tmp_path):
+    journal = Journal(tmp_path, "why")
+    journal.keep_likelihoods(AFTER, FOUND)
+    journal.keep_replies(AFTER, [(0, 0), (1, 0)], ["yes\nand no", "ä \u2028 b"])
+    journal.keep_replies(AFTER, [(0, 1)], [""])
+    again = Journal(tmp_path, "why")
+    assert again.replies(AFTER) == {(0, 0): "yes\nand no", (1, 0): "ä \u2028 b", (0, 1): ""}
+    assert again.replies("before training") == {}
+    kept = again.likelihoods(AFTER)
+    assert kept is not None
+    assert again.likelihoods("before training") is None
+    for field in dataclasses.fields(Likelihoods):
+        np.testing.assert_array_equal(getattr(kept, field.name), getattr(FOUND, field.name))
+        assert getattr(kept, field.name).dtype == getattr(FOUND, field.name).dtype
+
+
+def test_another_question_begins_anew_and_a_finished_one_leaves_nothing(tmp_path):
+    Journal(tmp_path, "why").keep_replies(AFTER, [(0, 0)], ["yes"])
+    journal = Journal(tmp_path, "how")
+    assert journal.replies(AFTER) == {}
+    journal.keep_replies(AFTER, [(0, 0)], ["so"])
+    assert Journal(tmp_path, "how").replies(AFTER) == {(0, 0): "so"}
+    journal.close()
+    assert not (tmp_path / FOLDER).exists()
+
+
+@pytest.mark.parametrize("cut", range(1, 20))
+def test_a_line_that_was_cut_off_is_taken_out_wherever_the_cut(tmp_path, cut):
+    journal = Journal(tmp_path, "why")
+    journal.keep_replies(AFTER, [(0, 0), (0, 1)], ["one", "zwölf"])
+    [path] = (tmp_path / FOLDER).glob("*.jsonl")
+    path.write_bytes(path.read_bytes()[:-cut])
+    again = Journal(tmp_path, "why")
+    assert again.replies(AFTER) == {(0, 0): "one"}
+    again.keep_replies(AFTER, [(0, 1)], ["zwölf"])
+    assert Journal(tmp_path, "why").replies(AFTER) == {(0, 0): "one", (0, 1): "zwölf"}
+
+
+def test_damaged_likelihoods_are_computed_again(tmp_path):
+    journal = Journal(tmp_path, "why")
+    journal.keep_likelihoods(AFTER, FOUND)
+    [path] = (tmp_path / FOLDER).glob("*.npz")
+    path.write_bytes(path.read_bytes()[:100])
+    assert journal.likelihoods(AFTER) is None
+
+
+def test_a_host_that_does_not_write_reads_alone(tmp_path):
+    Journal(tmp_path, "why").keep_replies(AFTER, [(0, 0)], ["yes"])
+    reader = Journal(tmp_path, "why", writes=False)
+    reader.keep_replies(AFTER, [(0, 1)], ["no"])
+    reader.keep_likelihoods(AFTER, FOUND)
+    reader.close()
+    assert Journal(tmp_path, "why").replies(AFTER) == {(0, 0): "yes"}
+    assert reader.likelihoods(AFTER) is None
+
+
+def test_a_workdir_that_is_no_folder_is_told_in_a_sentence(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be"):
+        Journal(tmp_path / "file", "why")
