@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spt_jax.models.attention import KVCache, attention, causal_mask, write_slots
+from spt_jax.models.attention import Cache, LayerCache, attention, causal_mask
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.dropout import Dropout
 from spt_jax.models.layers import MLP, Norm, Projection, partitioned
@@ -24,9 +24,6 @@ from spt_jax.models.rotary import RotaryTable, rotary_table, rotate
 
 FrozenTree = dict[str, Any]
 """The frozen LM's parameters: nested dicts of arrays, an argument of every function here, never closed over."""
-
-LayerCache = tuple[jax.Array, jax.Array]
-"""One layer's keys and values, each ``[B, C, num_key_value_heads, head_dim]``."""
 
 
 class Layer(NamedTuple):
@@ -47,12 +44,12 @@ class Places(NamedTuple):
     """Where the tokens stand, the same for every layer.
 
     Attributes:
-        masks: For each kind of layer, bool ``[B, 1, T, C]``.
+        masks: For each kind of layer, bool ``[B, 1, T, C]``, or what the cache makes instead.
         tables: For each kind of layer, its rotation; None where positions are learned.
-        slot: int32, the first slot of the cache to write; None without a cache.
+        slot: int32, where the cache is written; None where it needs nothing.
     """
 
-    masks: tuple[jax.Array, ...]
+    masks: tuple[Any, ...]
     tables: tuple[RotaryTable, ...] | None
     slot: jax.Array | None
 
@@ -94,14 +91,12 @@ class SelfAttention(nn.Module):
             query, key = rotate(query, table), rotate(key, table)
         if layer.scale is not None:
             query = query * layer.scale.astype(query.dtype)
-        if layer_cache is not None:
-            assert places.slot is not None
-            key = write_slots(layer_cache[0], key, places.slot)
-            value = write_slots(layer_cache[1], value, places.slot)
-            layer_cache = (key, value)
         mask = _chosen(layer.kind, places.masks)
-        ordered = layer_cache is None
-        y = attention(query, key, value, mask, scale=c.attention_scale, softcap=c.attention_softcap, ordered=ordered)
+        settings: dict[str, Any] = {"scale": c.attention_scale, "softcap": c.attention_softcap}
+        if layer_cache is None:
+            y = attention(query, key, value, mask, ordered=True, **settings)
+        else:
+            y, layer_cache = layer_cache.attend(query, key, value, mask, places.slot, **settings)
         axes = ("heads", "head_dim", "embed")
         return dense((c.hidden_size,), axes, 2, use_bias=c.output_bias, name="o_proj")(y), layer_cache
 
@@ -189,9 +184,9 @@ class Decoder(nn.Module):
         embeddings: jax.Array,
         positions: jax.Array,
         valid: jax.Array,
-        cache: KVCache | None,
+        cache: Cache | None,
         dropout: Dropout | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, Any]:
         """See `decode`."""
         c = self.config
         x = embeddings.astype(c.jax_dtype)
@@ -204,15 +199,16 @@ class Decoder(nn.Module):
         if dropout is not None:
             dropout = dropout.split(c.num_layers + 1)
             x = dropout[-1](x) if c.embedding_dropout else x
-        extended = None if cache is None else cache.extended(positions, valid)
-        seen = (positions, valid) if extended is None else (extended.positions, extended.valid)
-        masks = tuple(causal_mask(positions, *seen, kind.window) for kind in c.layer_kinds)
-        slot, pairs = (None, None) if cache is None else (cache.length, (cache.key, cache.value))
-        x, pairs = self.layers(x, pairs, self._layers(dropout), Places(masks, tables, slot))
+        masks = tuple(
+            causal_mask(positions, positions, valid, kind.window)
+            if cache is None
+            else cache.mask(positions, valid, kind.window)
+            for kind in c.layer_kinds
+        )
+        layers, slot = (None, None) if cache is None else (cache.layers, cache.slot)
+        x, kept = self.layers(x, layers, self._layers(dropout), Places(masks, tables, slot))
         x = self.final_norm(x) if c.final_norm else x
-        if extended is None:
-            return x, None
-        return x, extended.replace(key=pairs[0], value=pairs[1])  # pyright: ignore[reportAttributeAccessIssue]
+        return x, None if cache is None else cache.after(kept, positions, valid)
 
     def _layers(self, dropout: Dropout | None) -> Layer:
         c = self.config
@@ -248,9 +244,9 @@ def decode(
     embeddings: jax.Array,
     positions: jax.Array,
     valid: jax.Array,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     dropout: Dropout | None = None,
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, Any]:
     """Hidden states after the last norm.
 
     Args:
@@ -260,15 +256,16 @@ def decode(
         positions: int ``[B, T]``, counted from the row's first real token (the soft prompt's first). Real tokens stand
             in their order.
         valid: bool ``[B, T]``, False on padding, on either side.
-        cache: Keys and values of earlier tokens, with at least T free slots; None for a whole row at once.
+        cache: Keys and values of earlier tokens, such as a `spt_jax.models.attention.KVCache` with at least T free
+            slots; None for a whole row at once.
         dropout: The LM's own dropout in training, on what each block's attention and MLP add to the residual stream, as
             OPT and GPT-2 are trained, and on what enters the first block where `DecoderConfig.embedding_dropout` says
             so. Every layer, place, row and feature has its own draw. Dropout of attention probabilities (GPT-2's
             ``attn_pdrop``; 0 in OPT) is left out. None, or a rate of 0, for none.
 
     Returns:
-        Hidden states ``[B, T, M]`` and the cache with these tokens added (None when there was none). Values at invalid
-        positions are finite and meaningless.
+        Hidden states ``[B, T, M]`` and what the cache becomes with these tokens added (None when there was none).
+        Values at invalid positions are finite and meaningless.
     """
     dropout = None if dropout is None or dropout.rate == 0 else dropout
     return Decoder(config).apply({"params": params}, embeddings, positions, valid, cache, dropout)  # pyright: ignore[reportReturnType]
