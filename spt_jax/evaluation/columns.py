@@ -15,7 +15,9 @@ from spt_jax.data.packing import Row
 from spt_jax.data.template import turn_history
 from spt_jax.evaluation.likelihood import Likelihoods, score_rows
 from spt_jax.evaluation.text_metrics import TextMetrics, text_metrics
+from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.engine import GenerationEngine
+from spt_jax.generation.replies import ReplyText
 from spt_jax.models.loading import LanguageModel
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.prompting.selective_lm import SelectiveLM, inference_conditions, mixed_prompts
@@ -76,6 +78,7 @@ class ColumnEvaluator:
         batch_size: Rows scored and replies decoded at once.
         max_buckets: Length buckets.
         max_new_tokens: Tokens of a reply at most.
+        decoding: How its tokens are chosen; greedy by default.
         cut: The reply in a generated text.
         pad_id: Fills rows that are scored; None for the tokenizer's.
         end_id: What ends a reply, beside the tokenizer's stop tokens; None for nothing else.
@@ -86,7 +89,7 @@ class ColumnEvaluator:
         selection_noise: Standard deviation of normal noise on the scores before the choice.
         score_temperature: τ_sim of the mixture.
         bert_score_model: Encoder of BERTScore; empty for none.
-        seed: Of the noise.
+        seed: Of the noise, and of draws.
     """
 
     def __init__(
@@ -100,6 +103,7 @@ class ColumnEvaluator:
         max_buckets: int,
         max_new_tokens: int,
         cut: Callable[[str], str],
+        decoding: Decoding | None = None,
         pad_id: int | None = None,
         end_id: int | None = None,
         learns_persona: bool = False,
@@ -115,7 +119,9 @@ class ColumnEvaluator:
         self._contexts = turn_contexts(rows)
         self.answered = spread_evenly(len(self._contexts), replies)
         self._pad_id = lm.tokenizer.pad_id if pad_id is None else pad_id
-        self._cut, self._end_ids = cut, [] if end_id is None else [end_id]
+        self._decoding = decoding or Decoding()
+        self._text = ReplyText(lm.tokenizer.decode, cut, self._decoding.stop)
+        self._end_ids = [] if end_id is None else [end_id]
         self._learns_persona = learns_persona
         self._soft, self._noise, self._seed = selection == "soft", selection_noise, seed
         self._temperature, self._bert_score_model = score_temperature, bert_score_model
@@ -197,7 +203,9 @@ class ColumnEvaluator:
             vocab_size=tokenizer.vocab_size,
             max_batch=self._batch_size,
         )
-        return ReplyWriter(engine, conditions.bank, self._contexts, tokenizer.decode, self._cut, self._max_new_tokens)
+        return ReplyWriter(
+            engine, conditions.bank, self._contexts, self._text, self._max_new_tokens, self._decoding, self._seed
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,17 +216,19 @@ class ReplyWriter:
         engine: Generates.
         bank: See `GenerationEngine.generate`.
         contexts: Inference prompts by (dialogue, turn).
-        decode: From ids to text.
-        cut: The reply in a generated text.
+        text: What tokens say.
         max_new_tokens: Tokens of a reply at most.
+        decoding: How tokens are chosen.
+        seed: Of draws.
     """
 
     engine: GenerationEngine
     bank: jax.Array
     contexts: dict[tuple[int, int], list[int]]
-    decode: Callable[[Sequence[int]], str]
-    cut: Callable[[str], str]
+    text: ReplyText
     max_new_tokens: int
+    decoding: Decoding
+    seed: int
 
     def replies(
         self,
@@ -226,12 +236,15 @@ class ReplyWriter:
         selected: Sequence[int],
         on_batch: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Greedy replies to the turns ``(dialogue, turn)`` under the given conditions, cut."""
+        """Replies to the turns ``(dialogue, turn)`` under the given conditions, cut."""
         ids = self.engine.generate(
             self.bank,
             [self.contexts[key] for key in keys],
             selected,
             max_new_tokens=self.max_new_tokens,
+            decoding=self.decoding,
+            seed=self.seed,
+            ended=self.text.ended,
             on_batch=on_batch,
         )
-        return [self.cut(self.decode(row)) for row in ids]
+        return [self.text.of(row) for row in ids]

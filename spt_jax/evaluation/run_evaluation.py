@@ -21,6 +21,7 @@ from spt_jax.data.template import PlainTemplate, Template
 from spt_jax.errors import UserError
 from spt_jax.evaluation.columns import PERPLEXITY_DEFINITIONS, Column, ColumnEvaluator, ReplyWriter, spread_evenly
 from spt_jax.evaluation.report import ReportInputs, write_report
+from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.replies import cut_reply_official
 from spt_jax.progress import ProgressBar
 from spt_jax.prompting.adapters import Trainable
@@ -86,6 +87,7 @@ def evaluate_run(
         batch_size=options.batch,
         max_buckets=config.data.max_buckets,
         max_new_tokens=options.max_new_tokens,
+        decoding=Decoding.of(config.generation),
         cut=cut_reply_official if model.official else template.cut,
         pad_id=pad_id_of(config, experiment.lm.tokenizer),
         end_id=template.end_id(experiment.lm.tokenizer),

@@ -21,7 +21,15 @@ class LayerCache(Protocol):
     """What one layer has kept of earlier tokens; a part of a `Cache`, scanned with the layer's parameters."""
 
     def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: Any, slot: jax.Array | None, **settings: Any
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: Any,
+        slot: jax.Array | None,
+        *,
+        scale: float | None,
+        softcap: float | None,
     ) -> tuple[jax.Array, Any]:
         """Attention over what was kept and the new keys and values, and what the layer keeps then.
 
@@ -31,7 +39,8 @@ class LayerCache(Protocol):
             value: Like `key`.
             mask: As the cache made it.
             slot: The cache's own `Cache.slot`.
-            settings: ``scale`` and ``softcap`` of `attention`.
+            scale: See `attention`.
+            softcap: See `attention`.
 
         Returns:
             ``[B, T, H, head_dim]``, and arrays that `Cache.after` gets stacked over layers.
@@ -68,12 +77,20 @@ class SlotLayer(NamedTuple):
     value: jax.Array
 
     def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: Any, slot: jax.Array | None, **settings: Any
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: Any,
+        slot: jax.Array | None,
+        *,
+        scale: float | None,
+        softcap: float | None,
     ) -> tuple[jax.Array, SlotLayer]:
         """See `LayerCache.attend`."""
         assert slot is not None
         kept = SlotLayer(write_slots(self.key, key, slot), write_slots(self.value, value, slot))
-        return attention(query, kept.key, kept.value, mask, **settings), kept
+        return attention(query, kept.key, kept.value, mask, scale=scale, softcap=softcap), kept
 
 
 @flax.struct.dataclass

@@ -7,7 +7,7 @@ moved: a table of ancestors says which of the new slots each of them sees.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import flax.struct
 import jax
@@ -56,7 +56,8 @@ class Continuation:
         """Nothing generated yet, with room for `room` tokens in each of `strands` strands of every context."""
         shape = (config.num_layers, contexts, config.num_key_value_heads, room * strands, config.head_dim)
         own = jnp.broadcast_to(jnp.arange(strands, dtype=jnp.int32)[:, None], (contexts, strands, room))
-        return cls(jnp.zeros(shape, config.jax_dtype), jnp.zeros(shape, config.jax_dtype), own, jnp.int32(0))
+        key, value = jnp.zeros(shape, config.jax_dtype), jnp.zeros(shape, config.jax_dtype)
+        return cls(key=key, value=value, ancestors=own, length=jnp.int32(0))
 
     def descended(self, parents: jax.Array) -> Continuation:
         """Strand n goes on from the past of strand ``parents[:, n]``; int32 ``[B, N]``."""
@@ -88,9 +89,8 @@ def read(
     front = prefixes.shape[3]
     positions = jnp.broadcast_to(front + jnp.arange(width, dtype=jnp.int32), (rows, width))
     pairs = rearrange(prefixes.astype(config.jax_dtype), "b l two p g d -> two l b g p d")
-    return decode(
-        config, params, embeddings, positions, positions < front + lengths[:, None], _Prefixes(pairs[0], pairs[1])
-    )
+    valid = positions < front + lengths[:, None]
+    return decode(config, params, embeddings, positions, valid, _Prefixes(key=pairs[0], value=pairs[1]))
 
 
 def extend(
@@ -114,7 +114,8 @@ def extend(
     """
     positions = jnp.broadcast_to((context.lengths + continuation.length)[:, None], embeddings.shape[:2])
     valid = jnp.ones_like(positions, bool)
-    return decode(config, params, embeddings, positions, valid, _Strands(context, continuation))
+    strands = _Strands(context=context, continuation=continuation)
+    return decode(config, params, embeddings, positions, valid, strands)
 
 
 class _PrefixLayer(NamedTuple):
@@ -124,7 +125,15 @@ class _PrefixLayer(NamedTuple):
     value: jax.Array
 
     def attend(
-        self, query: jax.Array, key: jax.Array, value: jax.Array, mask: Any, slot: jax.Array | None, **settings: Any
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: jax.Array,
+        slot: jax.Array | None,
+        *,
+        scale: float | None,
+        softcap: float | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
         """See `spt_jax.models.attention.LayerCache.attend`; keeps prefix and text, heads before slots."""
         del slot
@@ -132,8 +141,8 @@ class _PrefixLayer(NamedTuple):
             jnp.concatenate([kept, jnp.swapaxes(new, 1, 2).astype(kept.dtype)], axis=2)
             for kept, new in ((self.key, key), (self.value, value))
         )
-        across = (jnp.swapaxes(x, 1, 2) for x in (key, value))
-        return attention(query, *across, mask, ordered=True, **settings), (key, value)
+        keys, values = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+        return attention(query, keys, values, mask, scale=scale, softcap=softcap, ordered=True), (key, value)
 
 
 @flax.struct.dataclass
@@ -142,7 +151,10 @@ class _Prefixes:
 
     key: jax.Array
     value: jax.Array
-    slot = None
+
+    @property
+    def slot(self) -> None:
+        """Every layer writes by itself."""
 
     @property
     def layers(self) -> _PrefixLayer:
@@ -155,7 +167,8 @@ class _Prefixes:
 
     def after(self, kept: tuple[jax.Array, jax.Array], positions: jax.Array, valid: jax.Array) -> Context:
         del positions
-        return Context(*kept, valid.sum(axis=1, dtype=jnp.int32) + self.key.shape[3])
+        lengths = valid.sum(axis=1, dtype=jnp.int32) + self.key.shape[3]
+        return Context(key=kept[0], value=kept[1], lengths=lengths)
 
 
 class _StrandLayer(NamedTuple):
@@ -187,9 +200,12 @@ class _StrandLayer(NamedTuple):
         ]
         # One softmax over the three places where keys lie, none of them moved.
         top = jnp.stack([part.max(axis=-1) for part in products]).max(axis=0)[..., None]
-        weights = [jnp.exp(part - top) for part in products]
-        total = sum(part.sum(axis=-1, keepdims=True) for part in weights)
-        attended = sum(weighted_sum(w, v) for w, v in zip(weights, values, strict=True)) / total
+        total, attended = jnp.zeros_like(top), jnp.zeros((*top.shape[:-1], value.shape[-1]), jnp.float32)
+        for part, kept in zip(products, values, strict=True):
+            weights = jnp.exp(part - top)
+            total += weights.sum(axis=-1, keepdims=True)
+            attended += weighted_sum(weights, kept)
+        attended = attended / total
         y = rearrange(attended, "b g (r n) d -> b n (g r) d", n=query.shape[2]).astype(query.dtype)
         return y, (key, value)
 
@@ -200,7 +216,10 @@ class _Strands:
 
     context: Context
     continuation: Continuation
-    slot = None
+
+    @property
+    def slot(self) -> None:
+        """Every layer writes by itself."""
 
     @property
     def layers(self) -> _StrandLayer:
@@ -234,8 +253,8 @@ class _Strands:
         start = (0, 0, 0, past.length * strands, 0)
         own = jnp.arange(strands, dtype=jnp.int32)[:, None]
         return Continuation(
-            jax.lax.dynamic_update_slice(past.key, kept[0], start),
-            jax.lax.dynamic_update_slice(past.value, kept[1], start),
-            jnp.where(jnp.arange(room) == past.length, own, past.ancestors),
-            past.length + 1,
+            key=jax.lax.dynamic_update_slice(past.key, kept[0], start),
+            value=jax.lax.dynamic_update_slice(past.value, kept[1], start),
+            ancestors=jnp.where(jnp.arange(room) == past.length, own, past.ancestors),
+            length=past.length + 1,
         )
