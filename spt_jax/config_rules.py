@@ -28,6 +28,7 @@ def one_of(*names: str) -> Rule:
 AT_LEAST_0 = Rule(lambda value: 0 <= value < math.inf, "0 or more")
 AT_LEAST_1 = Rule(lambda value: 1 <= value < math.inf, "1 or more")
 POSITIVE = Rule(lambda value: 0 < value < math.inf, "more than 0")
+SHARE = Rule(lambda value: 0 < value <= 1, "more than 0, up to 1")
 FINITE = Rule(math.isfinite, "a finite number")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
@@ -82,7 +83,7 @@ RULES: dict[str, Rule] = {
     "data.test_dialogues": AT_LEAST_1,
     "data.on_error": one_of("raise", "skip"),
     "data.limit": AT_LEAST_0,
-    "data.fraction": Rule(lambda value: 0 < value <= 1, "more than 0, up to 1"),
+    "data.fraction": SHARE,
     "data.template": one_of("plain", "chat"),
     "data.task": one_of("response", "persona"),
     "data.official_pad": one_of("eos", "bos"),
@@ -112,11 +113,11 @@ RULES: dict[str, Rule] = {
     "train.keep_best": AT_LEAST_1,
     "train.max_bad_steps": AT_LEAST_1,
     "train.profile_steps": AT_LEAST_0,
-    "generation.temperature": Rule(lambda value: 0 <= value < math.inf, "0 (greedy) or more"),
-    "generation.top_k": Rule(lambda value: value >= 0, "0 (keep every token) or more"),
-    "generation.top_p": Rule(lambda value: 0 < value <= 1, "more than 0, up to 1 (keep every token)"),
-    "generation.min_p": Rule(lambda value: 0 <= value <= 1, "0 (keep every token) to 1"),
-    "generation.typical_p": Rule(lambda value: 0 < value <= 1, "more than 0, up to 1 (keep every token)"),
+    "generation.temperature": AT_LEAST_0,
+    "generation.top_k": AT_LEAST_0,
+    "generation.top_p": SHARE,
+    "generation.min_p": Rule(lambda value: 0 <= value <= 1, "0 to 1"),
+    "generation.typical_p": SHARE,
     "generation.repetition_penalty": POSITIVE,
     "generation.presence_penalty": FINITE,
     "generation.no_repeat_ngram": AT_LEAST_0,

@@ -27,6 +27,8 @@ BAD_VALUES: dict[str, list[Any]] = {
     "more than 0, up to 1": [0, 1.5],
     "names of projections": [(), (3,)],
     "texts": [(3,), ("a", None)],
+    "texts, none empty": [(3,), ("a", "")],
+    "a finite number": [math.nan, math.inf],
 }
 
 
