@@ -12,9 +12,9 @@ written by transformers, serves four runs:
   among its rows; every row keeps its own prompt's reply.
 - ``ours_single`` and ``single``: one prompt for all rows, on either side one call.
 
-First the replies are compared; where a row differs, two tokens must have been nearly equally likely, else the program
-stops with no time measured. Then every run is warmed once more, and they take turns. Ratios are of medians. The last
-line is JSON.
+First the replies of all runs are compared, which also compiles and warms them; where a row differs, two tokens must
+have been nearly equally likely, else the program stops with no time measured. Then the runs take turns. Ratios are of
+medians. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -157,8 +157,6 @@ def compare(ours: Replies, theirs: Replies, margins: np.ndarray) -> tuple[int, i
 def measure(runs: Mapping[str, Callable[[], Replies]], rounds: int) -> dict[str, list[float]]:
     """Seconds of every run in `rounds` rounds, every other one in the opposite order."""
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for run in runs.values():
-        run()
     for number in range(rounds):
         for name in list(runs)[:: 1 if number % 2 == 0 else -1]:
             begun = time.perf_counter()
