@@ -264,6 +264,7 @@ def main(options: argparse.Namespace) -> None:
 
 if __name__ == "__main__":
     parsed = parse()
+    os.environ["JAX_PLATFORMS"] = "cpu"
     # XLA has as many threads as cores it may use, and asks when it is first imported.
     os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[: parsed.threads])
     import torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ pytestmark = [
 
 NEW, MARGIN = 12, 1e-4
 EOS = [5, 11, 50, 99, 200, 201]
+MANY_EOS = [*EOS, *range(210, 250)]
+"""So many hypotheses end that it matters when a search does."""
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -34,17 +37,19 @@ def llama(tmp_path_factory) -> Reference:
     return make_reference("Llama", tmp_path_factory.mktemp("llama"))
 
 
-def ours(reference: Reference, decoding: Decoding, rows: int | None = None) -> list[list[Continued]]:
+def ours(
+    reference: Reference, decoding: Decoding, rows: int | None = None, eos: Sequence[int] = EOS
+) -> list[list[Continued]]:
     lm = reference.lm
-    engine = GenerationEngine(lm.config, lm.params, eos_ids=EOS, pad_id=0, max_batch=16)
+    engine = GenerationEngine(lm.config, lm.params, eos_ids=eos, pad_id=0, max_batch=16)
     bank = jnp.asarray(reference.bank)
     return engine.continuations(
         bank, reference.contexts[:rows], reference.selected[:rows], max_new_tokens=NEW, decoding=decoding
     )
 
 
-def until_end(ids: list[int]) -> list[int]:
-    return ids[: next((place for place, token in enumerate(ids) if token in EOS), len(ids))]
+def until_end(ids: list[int], eos: Sequence[int] = EOS) -> list[int]:
+    return ids[: next((place for place, token in enumerate(ids) if token in eos), len(ids))]
 
 
 @dataclasses.dataclass
@@ -100,10 +105,12 @@ def test_greedy_rows_equal_transformers(reference, options):
     compared.check(len(LENGTHS) * ROWS - 6)
 
 
-def compare_beams(reference: Reference, options: dict[str, Any], rows: int | None = None) -> Comparison:
+def compare_beams(
+    reference: Reference, options: dict[str, Any], rows: int | None = None, eos: Sequence[int] = EOS
+) -> Comparison:
     """All `samples` hypotheses of every row and their scores against transformers'."""
     decoding = Decoding(**options)
-    found, compared = ours(reference, decoding, rows), Comparison()
+    found, compared = ours(reference, decoding, rows, eos), Comparison()
     for group in reference.groups():
         group = [row for row in group if row < len(found)]
         if not group:
@@ -112,7 +119,7 @@ def compare_beams(reference: Reference, options: dict[str, Any], rows: int | Non
             group,
             max_new_tokens=NEW,
             do_sample=False,
-            eos_token_id=EOS,
+            eos_token_id=list(eos),
             num_beams=decoding.beams,
             num_return_sequences=decoding.samples,
             no_repeat_ngram_size=decoding.no_repeat_ngram,
@@ -128,7 +135,7 @@ def compare_beams(reference: Reference, options: dict[str, Any], rows: int | Non
             # What could go either way: the order of two hypotheses of one score.
             margin = float(-np.diff(scores[place]).max()) if decoding.samples > 1 else float("inf")
             for rank, hypothesis in enumerate(found[row][: decoding.samples - 1 or 1]):
-                expected = until_end(sequences[place, rank].tolist())
+                expected = until_end(sequences[place, rank].tolist(), eos)
                 compared.add(f"row {row}, rank {rank}", hypothesis.tokens, expected, margin)
                 if hypothesis.tokens == expected:
                     assert hypothesis.score == pytest.approx(scores[place, rank], rel=1e-6, abs=2e-5)
@@ -152,5 +159,5 @@ def test_the_papers_beam_search_equals_transformers(reference):
     ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
 )
 def test_every_option_of_beam_search_means_what_it_means_in_transformers(llama, options):
-    compared = compare_beams(llama, options, rows=40)
+    compared = compare_beams(llama, options, rows=40, eos=MANY_EOS)
     compared.check(30)
