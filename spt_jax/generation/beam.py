@@ -164,10 +164,9 @@ def _advanced(state: BeamState, logits: jax.Array, eos_ids: jax.Array, rule: Rul
 
     going, kept = jax.lax.top_k(jnp.where(over, scores + _NEVER, scores), n)
     divisors = jnp.asarray(search.divisors)
-    full = state.finished.finished.all(axis=1) & (search.early_stopping == "true")
     ended = over & (jnp.arange(scores.shape[1]) < n)
     # What may not join gets the impossible score once for each reason, as in transformers.
-    against = (~ended).astype(jnp.float32) + (full | ~state.improvable)[:, None]
+    against = (~ended).astype(jnp.float32) + ~state.improvable[:, None]
     candidates = Hypotheses(
         sequences, jnp.full(tokens.shape, step + 1), scores / divisors[step + 1] + _NEVER * against, ended
     )

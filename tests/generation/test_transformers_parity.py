@@ -151,7 +151,7 @@ def test_the_papers_beam_search_equals_transformers(reference):
     "options",
     [
         {"beams": 3, "early_stopping": True, "samples": 3},
-        {"beams": 3, "early_stopping": "never", "samples": 3, "length_penalty": 0.5},
+        {"beams": 3, "early_stopping": "never", "samples": 3, "length_penalty": 2.0},
         {"beams": 4, "early_stopping": "never", "length_penalty": 0.0, "samples": 4},
         {"beams": 4, "length_penalty": -1.0, "samples": 4},
         {"beams": 5, "min_new_tokens": 6, "repetition_penalty": 1.4, "no_repeat_ngram": 1, "samples": 2},
