@@ -23,6 +23,7 @@ SECTIONS = {
     "data": "Dialogues, rows and batches",
     "optimizer": "The optimizer",
     "train": "The training loop",
+    "generation": "Generation",
     "evaluation": "Evaluation",
     "mesh": "Devices",
     "tracking": "Where metrics go",

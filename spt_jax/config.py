@@ -137,6 +137,22 @@ def default_config() -> Config:
     c.train.max_bad_steps = 10  # Non-finite steps in a row (each skipped) after which the run stops
     c.train.profile_steps = 0  # Steps traced with jax.profiler into workdir/profile, from the third step on
 
+    c.generation = ConfigDict()
+    c.generation.temperature = 0.0  # 0 takes the likeliest token; above 0 draws from softmax(logits / temperature)
+    c.generation.top_k = 0  # Draw among the k likeliest tokens; 0 for all
+    c.generation.top_p = 1.0  # Draw from the smallest head of this probability (nucleus sampling); 1 for all
+    c.generation.min_p = 0.0  # Draw among tokens at least so many times as likely as the likeliest; 0 for all
+    c.generation.typical_p = 1.0  # Draw from the most typical tokens of this probability; 1 for all
+    c.generation.repetition_penalty = 1.0  # CTRL's penalty on tokens generated before; 1 for none
+    c.generation.presence_penalty = 0.0  # Is taken from the logits of tokens generated before; 0 for none
+    c.generation.no_repeat_ngram = 0  # No n-gram of this length is generated twice (the paper's chats: 4); 0 for any
+    c.generation.min_new_tokens = 0  # No reply ends by an end of sequence before so many tokens
+    c.generation.stop = ()  # Texts that end a reply, beside the template's markers; the reply does not contain them
+    c.generation.beams = 1  # Width of beam search (the paper's chats: 10); 1 for none
+    c.generation.length_penalty = 1.0  # A beam's score is its log-probability / length ** length_penalty
+    c.generation.early_stopping = "false"  # When a beam search ends, as in transformers: false, true or never
+    c.generation.samples = 1  # Continuations of a context, the best so many with beams; replies take the first
+
     c.evaluation = ConfigDict()
     c.evaluation.batch = 16  # Rows scored, and replies decoded, at once
     c.evaluation.max_new_tokens = 32  # Tokens of a reply at most

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from spt_jax.metric_groups import EVERYDAY, GROUPS
@@ -30,6 +30,8 @@ def one_of(*names: str) -> Rule:
 AT_LEAST_0 = Rule(lambda value: 0 <= value < math.inf, "0 or more")
 AT_LEAST_1 = Rule(lambda value: 1 <= value < math.inf, "1 or more")
 POSITIVE = Rule(lambda value: 0 < value < math.inf, "more than 0")
+SHARE = Rule(lambda value: 0 < value <= 1, "more than 0, up to 1")
+FINITE = Rule(math.isfinite, "a finite number")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 RULES: dict[str, Rule] = {
@@ -84,7 +86,7 @@ RULES: dict[str, Rule] = {
     "data.test_dialogues": AT_LEAST_1,
     "data.on_error": one_of("raise", "skip"),
     "data.limit": AT_LEAST_0,
-    "data.fraction": Rule(lambda value: 0 < value <= 1, "more than 0, up to 1"),
+    "data.fraction": SHARE,
     "data.template": one_of("plain", "chat"),
     "data.task": one_of("response", "persona"),
     "data.official_pad": one_of("eos", "bos"),
@@ -114,6 +116,20 @@ RULES: dict[str, Rule] = {
     "train.keep_best": AT_LEAST_1,
     "train.max_bad_steps": AT_LEAST_1,
     "train.profile_steps": AT_LEAST_0,
+    "generation.temperature": AT_LEAST_0,
+    "generation.top_k": AT_LEAST_0,
+    "generation.top_p": SHARE,
+    "generation.min_p": Rule(lambda value: 0 <= value <= 1, "0 to 1"),
+    "generation.typical_p": SHARE,
+    "generation.repetition_penalty": POSITIVE,
+    "generation.presence_penalty": FINITE,
+    "generation.no_repeat_ngram": AT_LEAST_0,
+    "generation.min_new_tokens": AT_LEAST_0,
+    "generation.stop": Rule(lambda value: all(isinstance(text, str) and text for text in value), "texts, none empty"),
+    "generation.beams": AT_LEAST_1,
+    "generation.length_penalty": FINITE,
+    "generation.early_stopping": one_of("false", "true", "never"),
+    "generation.samples": AT_LEAST_1,
     "evaluation.batch": AT_LEAST_1,
     "evaluation.max_new_tokens": AT_LEAST_1,
     "evaluation.selection": one_of("hard", "soft"),
@@ -152,6 +168,34 @@ UNRULED: dict[str, str] = {
 """Options of which every value of the right type is allowed here, and why."""
 
 
+def decoding_relations(values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """One sentence for every option of decoding that does not go with another.
+
+    Args:
+        values: The options of the section ``generation`` by name, each allowed by itself.
+        prefix: Stands before their names.
+    """
+    neutral = {"top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1}
+    cuts = [name for name, nothing in neutral.items() if values[name] != nothing]
+    problems = []
+    if values["temperature"] == 0 and cuts:
+        problems.append(
+            f"{' and '.join(prefix + name for name in cuts)} would cut a draw, but {prefix}temperature is 0 (greedy); "
+            "give a temperature above 0"
+        )
+    if values["temperature"] > 0 and values["beams"] > 1:
+        problems.append(
+            f"{prefix}beams is {values['beams']} and {prefix}temperature {values['temperature']}; a beam search draws "
+            "nothing: give one of them"
+        )
+    if values["samples"] > 1 and values["temperature"] == 0 and values["beams"] < values["samples"]:
+        problems.append(
+            f"{prefix}samples is {values['samples']}; allowed with temperature 0: up to beams ({values['beams']}), "
+            "since greedy samples are all the same"
+        )
+    return problems
+
+
 def relations(config: Any) -> list[str]:
     """One sentence for every value that does not go with another, of a config whose values are each allowed."""
     problems = []
@@ -169,6 +213,10 @@ def relations(config: Any) -> list[str]:
         problems.append("evaluation.metrics has nli, so evaluation.nli must name a classifier of entailment")
     if config.bank.init == "text" and not any(config.bank.init_text):
         problems.append("bank.init is 'text', so bank.init_text must hold a text, or one for each prompt")
+    least, most = config.generation.min_new_tokens, config.evaluation.max_new_tokens
+    if least > most:
+        problems.append(f"generation.min_new_tokens is {least}; allowed: up to evaluation.max_new_tokens ({most})")
+    problems += decoding_relations(config.generation, "generation.")
     return problems + _method_relations(config) + _official_relations(config)
 
 

@@ -28,6 +28,8 @@ BAD_VALUES: dict[str, list[Any]] = {
     "names of projections": [(), (3,)],
     "texts": [(3,), ("a", None)],
     RULES["evaluation.metrics"].allowed: [(), ("f1", "rogue"), (3,)],
+    "texts, none empty": [(3,), ("a", "")],
+    "a finite number": [math.nan, math.inf],
 }
 
 

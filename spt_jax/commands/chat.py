@@ -6,6 +6,7 @@ alone on a line. Where standard input is no terminal, its lines are the conversa
 Examples:
   spt-jax chat --workdir=runs/quickstart --persona="i have two dogs." --persona="i love the sea."
   spt-jax chat --workdir=runs/quickstart --temperature=0.7 --top_p=0.9 --seed=3
+  spt-jax chat --workdir=runs/quickstart --beams=10 --no_repeat_ngram=4
   spt-jax chat --workdir=runs/quickstart --prompt=2
   spt-jax chat --workdir=runs/quickstart < questions.txt
 """

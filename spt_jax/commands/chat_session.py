@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import datetime
 import json
 import sys
@@ -16,13 +17,13 @@ from spt_jax.atomic_file import write_atomically
 from spt_jax.commands.conversation import ORDERS, Conversation, Exchange, Order, read_order
 from spt_jax.commands.replying import Responder, RestoredRun, Selection
 from spt_jax.errors import UserError
-from spt_jax.generation.sampling import Greedy, SamplingRule, Temperature
+from spt_jax.generation.decoding import Decoding
 
 LineReader = Callable[[], str]
 """Gives the next line without its end; raises EOFError when there is none."""
 
-# Greedy decoding would only repeat itself; this is mild enough to stay on topic.
-_RETRY_RULE = Temperature(0.8)
+# What draws nothing would only repeat itself; this is mild enough to stay on topic.
+_RETRY_TEMPERATURE = 0.8
 
 
 def line_reader() -> LineReader:
@@ -107,7 +108,7 @@ class ChatSession:
     def _obey(self, order: Order) -> None:
         if order.name == "say":
             if order.argument:
-                self._answer(self.conversation, order.argument, self._responder.settings.rule)
+                self._answer(self.conversation, order.argument, self._responder.decoding)
         elif order.name == "retry":
             self._retry()
         elif order.name == "clear":
@@ -124,22 +125,23 @@ class ChatSession:
 
     def _retry(self) -> None:
         conversation, message = self.conversation.taken_back()
-        rule = self._responder.settings.rule
-        if isinstance(rule, Greedy):
-            rule = _RETRY_RULE
+        decoding = self._responder.decoding
+        if not decoding.draws:
+            kind = "Beam search" if decoding.beams > 1 else "Greedy decoding"
+            decoding = dataclasses.replace(decoding, temperature=_RETRY_TEMPERATURE, beams=1)
             self._note(
-                f"Greedy decoding would repeat itself; this reply is sampled at temperature {rule.temperature} "
+                f"{kind} would repeat itself; this reply is sampled at temperature {_RETRY_TEMPERATURE} "
                 "(--temperature samples all)."
             )
         self._seed += 1
-        self._answer(conversation, message, rule)
+        self._answer(conversation, message, decoding)
 
-    def _answer(self, conversation: Conversation, message: str, rule: SamplingRule) -> None:
+    def _answer(self, conversation: Conversation, message: str, decoding: Decoding) -> None:
         """Replies to `message` after `conversation`, which becomes the session's once a reply began."""
         tokens = self._run.encode_context(conversation.persona, conversation.history(message))
         self._say_once_if_dropped(conversation, message, tokens)
         selection = self._responder.select([tokens])[0]
-        stream = self._responder.stream(selection, seed=self._seed, rule=rule)
+        stream = self._responder.stream(selection, seed=self._seed, decoding=decoding)
         self._show_selection(selection)
         pieces = iter(stream)
         try:
@@ -189,7 +191,7 @@ class ChatSession:
         settings = self._responder.settings
         transcript = {
             "workdir": str(self._workdir),
-            "rule": repr(settings.rule),
+            "decoding": dataclasses.asdict(self._responder.decoding),
             "max_new_tokens": settings.max_new_tokens,
             **self.conversation.transcript(),
         }

@@ -6,7 +6,7 @@ it measures the LM without a soft prompt and the bank before training, unless --
 Examples:
   spt-jax evaluate --workdir=runs/quickstart
   spt-jax evaluate --workdir=runs/quickstart --data=valid.txt --limit=100
-  spt-jax evaluate --workdir=runs/quickstart --nobaselines --checkpoint=latest
+  spt-jax evaluate --workdir=runs/quickstart --nobaselines --checkpoint=latest --beams=10 --no_repeat_ngram=4
   spt-jax evaluate --workdir=runs/quickstart --metrics=default,meteor,hits --data=valid_self_original.txt
 """
 
@@ -18,6 +18,7 @@ from typing import Any
 
 from absl import flags
 
+from spt_jax.commands.decoding_flags import define_decoding_flags, given_decoding
 from spt_jax.errors import UserError
 from spt_jax.metric_groups import GROUPS, chosen_groups
 
@@ -52,6 +53,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         lower_bound=0,
         **fv,
     )
+    define_decoding_flags(flag_values)
 
 
 def run(flag_values: flags.FlagValues) -> int:
@@ -63,8 +65,10 @@ def run(flag_values: flags.FlagValues) -> int:
     given: Any = flag_values.flag_values_dict()
     if not given["workdir"]:
         raise UserError("--workdir is missing; give the working directory of a trained run")
+    decoding = given_decoding(flag_values)
     from spt_jax.atomic_file import check_writable
     from spt_jax.commands.restored import heldout_dialogues, open_run
+    from spt_jax.config import validate
     from spt_jax.evaluation.kept_results import kept_results, question
     from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
     from spt_jax.training.checkpoint import Checkpoints
@@ -76,6 +80,8 @@ def run(flag_values: flags.FlagValues) -> int:
     if given["metrics"] is not None:
         options["metrics"] = tuple(given["metrics"])
     config.evaluation.update(options)
+    config.generation.update(decoding)
+    validate(config)
     _check_scorers(config.evaluation)
     with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
         checkpoint = checkpoints.meta(given["checkpoint"])
@@ -86,6 +92,7 @@ def run(flag_values: flags.FlagValues) -> int:
     if results is None:
         restored = open_run(given["workdir"], given["checkpoint"])
         restored.config.evaluation.update(options)
+        restored.config.generation.update(decoding)
         check_writable(workdir / "results.json")
         which = "" if given["checkpoint"].isdigit() else f"{given['checkpoint']} "
         print(f"{which}checkpoint, step {restored.step}, on {len(dialogues)} dialogues of {source}", flush=True)

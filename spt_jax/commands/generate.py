@@ -2,11 +2,13 @@
 
 A line of the input: {"persona": ["i have two dogs."], "history": ["hi, how are you?"]}, where the history alternates
 and ends with the partner's utterance. A line of the output: the same fields, and "reply", "selected" (the prompt that
-answered) and "scores" (the retriever's, one a prompt), in the input's order.
+answered) and "scores" (the retriever's, one a prompt), in the input's order. With --samples=n "replies" holds n of
+them, the first of which is "reply".
 
 Examples:
   spt-jax generate --workdir=runs/quickstart --input=contexts.jsonl --out=replies.jsonl
   spt-jax generate --workdir=runs/quickstart --input=contexts.jsonl --out=sampled.jsonl --temperature=0.7 --top_k=50
+  spt-jax generate --workdir=runs/quickstart --input=contexts.jsonl --out=beams.jsonl --beams=10 --no_repeat_ngram=4
   spt-jax generate --workdir=runs/quickstart --input=contexts.jsonl --out=prompt2.jsonl --prompt=2 --batch=32
 """
 
@@ -29,7 +31,7 @@ from spt_jax.progress import ProgressBar
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this door."""
-    define_reply_flags(flag_values)
+    define_reply_flags(flag_values, samples=True)
     flags.DEFINE_string("input", None, "File of JSON lines to reply to.", flag_values=flag_values)
     flags.DEFINE_string("out", None, "File of JSON lines to write.", flag_values=flag_values)
     flags.DEFINE_integer("batch", 16, "Conversations selected and generated at once.", flag_values=flag_values)
@@ -80,7 +82,7 @@ def _selections(responder: Responder, contexts: Sequence[Sequence[int]], batch: 
     return selections
 
 
-def _replies(responder: Responder, selections: Sequence[Selection]) -> list[str]:
+def _replies(responder: Responder, selections: Sequence[Selection]) -> list[list[str]]:
     done = 0
     with ProgressBar("replies", len(selections)) as bar:
 
@@ -92,6 +94,7 @@ def _replies(responder: Responder, selections: Sequence[Selection]) -> list[str]
         return responder.replies(selections, on_batch)
 
 
-def _line(request: Request, selection: Selection, reply: str) -> str:
-    answer = {"reply": reply, "selected": selection.prompt, "scores": list(selection.scores)}
+def _line(request: Request, selection: Selection, replies: Sequence[str]) -> str:
+    several = {"replies": list(replies)} if len(replies) > 1 else {}
+    answer = {"reply": replies[0], **several, "selected": selection.prompt, "scores": list(selection.scores)}
     return json.dumps({**request.fields, **answer}, ensure_ascii=False) + "\n"

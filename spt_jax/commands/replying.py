@@ -1,18 +1,19 @@
-"""How a restored run answers: the flags of sampling, the choice of a prompt, the reply behind it."""
+"""How a restored run answers: the flags of replies, the choice of a prompt, the reply behind it."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from absl import flags
 
+from spt_jax.commands.decoding_flags import define_decoding_flags, given_decoding
 from spt_jax.errors import UserError
 
 if TYPE_CHECKING:  # whatever needs jax is imported late: --help and a wrong flag do not wait for it
-    from spt_jax.generation.sampling import SamplingRule
+    from spt_jax.generation.decoding import Decoding
     from spt_jax.generation.streaming import ReplyStream
 
 
@@ -57,24 +58,18 @@ Opener = Callable[..., RestoredRun]
 """Opens a run: ``opener(workdir, step="best")``."""
 
 
-def _greedy() -> SamplingRule:
-    from spt_jax.generation.sampling import Greedy
-
-    return Greedy()
-
-
 @dataclasses.dataclass(frozen=True)
 class ReplySettings:
     """What the flags say about replies.
 
     Attributes:
-        rule: Chooses tokens.
+        given: Options of decoding that override the run's.
         max_new_tokens: Tokens, at most, in a reply.
         seed: Where draws begin.
         prompt: The prompt that answers every time; None leaves the choice to the retriever.
     """
 
-    rule: SamplingRule = dataclasses.field(default_factory=_greedy)
+    given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     max_new_tokens: int = 32
     seed: int = 0
     prompt: int | None = None
@@ -95,19 +90,17 @@ class Selection:
     scores: tuple[float, ...]
 
 
-def define_reply_flags(flag_values: flags.FlagValues) -> None:
-    """Adds --workdir, --checkpoint and the flags that `reply_settings` reads."""
+def define_reply_flags(flag_values: flags.FlagValues, *, samples: bool = False) -> None:
+    """Adds --workdir, --checkpoint and the flags that `reply_settings` reads; see `define_decoding_flags`."""
     fv = flag_values
     flags.DEFINE_string("workdir", None, "Working directory of a trained run.", flag_values=fv)
     flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", flag_values=fv)
-    flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0 is greedy decoding.", flag_values=fv)
-    flags.DEFINE_integer("top_k", 0, "Sample among the k most likely tokens; 0 keeps all.", flag_values=fv)
-    flags.DEFINE_float("top_p", 1.0, "Sample from the smallest head of this probability; 1 keeps all.", flag_values=fv)
     flags.DEFINE_integer("max_new_tokens", 32, "Tokens in a reply, at most.", flag_values=fv)
     flags.DEFINE_integer("seed", 0, "Seed of the draws.", flag_values=fv)
     flags.DEFINE_integer(
         "prompt", None, "Index of a soft prompt that always answers, whatever the scores say.", flag_values=fv
     )
+    define_decoding_flags(fv, samples=samples)
 
 
 def reply_settings(flag_values: flags.FlagValues) -> ReplySettings:
@@ -125,10 +118,7 @@ def reply_settings(flag_values: flags.FlagValues) -> ReplySettings:
         raise UserError(f"--seed is {fv['seed'].value}; allowed: 0 to {2**31 - 1}")
     if fv.prompt is not None and fv.prompt < 0:
         raise UserError(f"--prompt is {fv['prompt'].value}; allowed: the index of a soft prompt, 0 or more")
-    from spt_jax.generation.sampling import sampling_rule
-
-    rule = sampling_rule(fv.temperature, fv.top_k, fv.top_p)
-    return ReplySettings(rule, fv.max_new_tokens, fv.seed, fv.prompt)
+    return ReplySettings(given_decoding(fv), fv.max_new_tokens, fv.seed, fv.prompt)
 
 
 def restored(flag_values: flags.FlagValues, opener: Opener | None) -> RestoredRun:
@@ -150,14 +140,20 @@ class Responder:
         max_batch: Rows in a batch, at most.
         length_multiple: Tokens; see `GenerationEngine`.
 
+    Attributes:
+        settings: As given.
+        decoding: The run's options of decoding where the settings do not override them.
+
     Raises:
-        UserError: If `settings.prompt` is not in the bank.
+        UserError: If `settings.prompt` is not in the bank, or options of decoding do not go together.
     """
 
     def __init__(
         self, run: RestoredRun, settings: ReplySettings, *, max_batch: int = 16, length_multiple: int = 32
     ) -> None:
+        from spt_jax.generation.decoding import Decoding
         from spt_jax.generation.engine import GenerationEngine
+        from spt_jax.generation.replies import ReplyText
 
         self._run = run
         self._bank = run.conditions.bank
@@ -168,8 +164,8 @@ class Responder:
         self._soft = settings.prompt is None and options.evaluation.selection == "soft" and self._bank.shape[0] > 1
         self._temperature = options.objective.score_temperature
         tokenizer = run.lm.tokenizer
-        self._decode = tokenizer.decode
-        self._cut = run.cut
+        self.decoding = Decoding.of(options.generation, **settings.given)
+        self._text = ReplyText(tokenizer.decode, run.cut, self.decoding.stop)
         self._engine = GenerationEngine(
             run.lm.config,
             run.conditions.params,
@@ -191,19 +187,20 @@ class Responder:
             for context, prompt, row in zip(contexts, chosen, scores, strict=True)
         ]
 
-    def replies(self, selections: Sequence[Selection], on_batch: Callable[[int, int], None] | None) -> list[str]:
-        """One cut reply a selection, in order; `on_batch` hears (rows done, rows in all)."""
+    def replies(self, selections: Sequence[Selection], on_batch: Callable[[int, int], None] | None) -> list[list[str]]:
+        """`decoding.samples` cut replies to each selection, in order; `on_batch` hears (rows done, rows in all)."""
         bank, prompts = self._fronts(selections)
-        ids = self._engine.generate(
+        found = self._engine.continuations(
             bank,
             [selection.tokens for selection in selections],
             prompts,
             max_new_tokens=self.settings.max_new_tokens,
-            rule=self.settings.rule,
+            decoding=self.decoding,
             seed=self.settings.seed,
+            ended=self._text.ended,
             on_batch=on_batch,
         )
-        return [self._cut(self._decode(row)) for row in ids]
+        return [[self._text.of(continued.tokens) for continued in row] for row in found]
 
     def _fronts(self, selections: Sequence[Selection]) -> tuple[Any, list[int]]:
         """The bank and an index into it for each selection; with soft selection, a mixture of its own for each."""
@@ -214,8 +211,8 @@ class Responder:
         scores = np.asarray([selection.scores for selection in selections], np.float32)
         return mixed_prompts(self._bank, scores, self._temperature), list(range(len(selections)))
 
-    def stream(self, selection: Selection, *, seed: int, rule: SamplingRule | None = None) -> ReplyStream:
-        """The reply to one context, piece by piece; `rule` overrides the settings' rule."""
+    def stream(self, selection: Selection, *, seed: int, decoding: Decoding | None = None) -> ReplyStream:
+        """The reply to one context, piece by piece; `decoding` stands in for the responder's."""
         from spt_jax.generation.streaming import ReplyStream
 
         bank, prompts = self._fronts([selection])
@@ -224,7 +221,7 @@ class Responder:
             selection.tokens,
             prompts[0],
             max_new_tokens=self.settings.max_new_tokens,
-            rule=rule or self.settings.rule,
+            decoding=decoding or self.decoding,
             seed=seed,
         )
-        return ReplyStream(ids, self._decode, self._cut)
+        return ReplyStream(ids, self._text)

@@ -18,7 +18,9 @@ from spt_jax.evaluation.candidate_scores import score_candidates
 from spt_jax.evaluation.candidates import RankedTurn, ranked_turns
 from spt_jax.evaluation.likelihood import Likelihoods, score_rows
 from spt_jax.evaluation.text_metrics import TextMetrics, text_metrics
+from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.engine import GenerationEngine
+from spt_jax.generation.replies import ReplyText
 from spt_jax.metric_groups import EVERYDAY, chosen_groups, is_chosen
 from spt_jax.models.loading import LanguageModel
 from spt_jax.prompting.adapters import Trainable
@@ -84,6 +86,7 @@ class ColumnEvaluator:
         batch_size: Rows scored and replies decoded at once.
         max_buckets: Length buckets.
         max_new_tokens: Tokens of a reply at most.
+        decoding: How its tokens are chosen; greedy by default.
         cut: The reply in a generated text.
         template: How the rows were written; None for `PlainTemplate`.
         pad_id: Fills rows that are scored; None for the tokenizer's.
@@ -96,7 +99,7 @@ class ColumnEvaluator:
         score_temperature: τ_sim of the mixture.
         bert_score_model: Encoder of BERTScore; one that is given asks for it.
         nli_model: Classifier of entailment; one that is given asks for the consistency with the persona.
-        seed: Of the noise.
+        seed: Of the noise, and of draws.
     """
 
     def __init__(
@@ -110,6 +113,7 @@ class ColumnEvaluator:
         max_buckets: int,
         max_new_tokens: int,
         cut: Callable[[str], str],
+        decoding: Decoding | None = None,
         template: Template | None = None,
         pad_id: int | None = None,
         end_id: int | None = None,
@@ -127,7 +131,9 @@ class ColumnEvaluator:
         self._contexts = turn_contexts(rows)
         self.answered = spread_evenly(len(self._contexts), replies)
         self._pad_id = lm.tokenizer.pad_id if pad_id is None else pad_id
-        self._cut, self._end_ids = cut, [] if end_id is None else [end_id]
+        self._decoding = decoding or Decoding()
+        self._text = ReplyText(lm.tokenizer.decode, cut, self._decoding.stop)
+        self._end_ids = [] if end_id is None else [end_id]
         self._template = template or PlainTemplate()
         self._learns_persona = self._template.learns_persona
         self._soft, self._noise, self._seed = selection == "soft", selection_noise, seed
@@ -268,7 +274,9 @@ class ColumnEvaluator:
             vocab_size=tokenizer.vocab_size,
             max_batch=self._batch_size,
         )
-        return ReplyWriter(engine, conditions.bank, self._contexts, tokenizer.decode, self._cut, self._max_new_tokens)
+        return ReplyWriter(
+            engine, conditions.bank, self._contexts, self._text, self._max_new_tokens, self._decoding, self._seed
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,17 +287,19 @@ class ReplyWriter:
         engine: Generates.
         bank: See `GenerationEngine.generate`.
         contexts: Inference prompts by (dialogue, turn).
-        decode: From ids to text.
-        cut: The reply in a generated text.
+        text: What tokens say.
         max_new_tokens: Tokens of a reply at most.
+        decoding: How tokens are chosen.
+        seed: Of draws.
     """
 
     engine: GenerationEngine
     bank: jax.Array
     contexts: dict[tuple[int, int], list[int]]
-    decode: Callable[[Sequence[int]], str]
-    cut: Callable[[str], str]
+    text: ReplyText
     max_new_tokens: int
+    decoding: Decoding
+    seed: int
 
     def replies(
         self,
@@ -297,12 +307,15 @@ class ReplyWriter:
         selected: Sequence[int],
         on_batch: Callable[[int, int], None] | None = None,
     ) -> list[str]:
-        """Greedy replies to the turns ``(dialogue, turn)`` under the given conditions, cut."""
+        """Replies to the turns ``(dialogue, turn)`` under the given conditions, cut."""
         ids = self.engine.generate(
             self.bank,
             [self.contexts[key] for key in keys],
             selected,
             max_new_tokens=self.max_new_tokens,
+            decoding=self.decoding,
+            seed=self.seed,
+            ended=self.text.ended,
             on_batch=on_batch,
         )
-        return [self.cut(self.decode(row)) for row in ids]
+        return [self.text.of(row) for row in ids]

@@ -155,7 +155,14 @@ def remarks(groups: Sequence[RunGroup], dialogues: int) -> list[str]:
             f"The perplexity of {', '.join(untold)} is that of results.json, without interval and test, for "
             "predictions.jsonl does not say how many tokens each response has."
         )
-    for name, values in differing_settings(groups, "evaluation.").items():
+    decoding = differing_settings(groups, "generation.")
+    ways = differing_settings(groups, "evaluation.") | {
+        # An older run has no such section, and decoded greedily, as the defaults do.
+        name: values
+        for name, values in decoding.items()
+        if None not in values
+    }
+    for name, values in ways.items():
         shown = ", ".join(f"{value!r} ({group.label})" for value, group in zip(values, groups, strict=True))
         notes.append(f"The runs were evaluated with different {name}: {shown}.")
     return notes

@@ -23,6 +23,7 @@ from spt_jax.evaluation.columns import Column, ColumnEvaluator, ReplyWriter, spr
 from spt_jax.evaluation.diagnostics import diagnose
 from spt_jax.evaluation.report import ReportInputs, write_report
 from spt_jax.evaluation.told_dialogues import told_dialogues
+from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.replies import cut_reply_official
 from spt_jax.progress import ProgressBar
 from spt_jax.prompting.adapters import Trainable
@@ -90,6 +91,7 @@ def evaluate_run(
         batch_size=options.batch,
         max_buckets=config.data.max_buckets,
         max_new_tokens=options.max_new_tokens,
+        decoding=Decoding.of(config.generation),
         cut=cut_reply_official if model.official else template.cut,
         pad_id=pad_id_of(config, experiment.lm.tokenizer),
         template=template,

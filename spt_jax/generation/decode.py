@@ -1,173 +1,168 @@
 """One jitted prefill and one jitted loop; every row of a batch stands behind a soft prompt of its own.
 
 Positions count from the soft prompt: its tokens hold 0 … P-1, the text of row b holds P … P+lengths[b]-1, and the
-j-th generated token holds P+lengths[b]+j. Slots of the cache are another thing: text is padded on the right to T, so
-the j-th generated token of every row is written to slot P+T+j, and only positions decide what is visible.
+j-th generated token holds P+lengths[b]+j. Text is padded on the right, and what is generated lies in slots of its own
+(`spt_jax.models.continuation`), so padding leaves no trace. A row may be continued in N ways, its strands.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
-from typing import TypeAlias
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 
-from spt_jax.generation.sampling import SamplingRule
-from spt_jax.models.attention import KVCache
-from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_logits
+from spt_jax.generation.sampling import Rule
+from spt_jax.models.continuation import Context, Continuation, extend, read
+from spt_jax.models.decoder import FrozenTree, embed, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.prompting.prefixes import prefix_cache
-
-_Carry: TypeAlias = tuple["DecodeState", jax.Array, jax.Array]
 
 
 @flax.struct.dataclass
 class DecodeState:
-    """Where a batch of B rows stands between two tokens.
+    """Where N strands of each of B rows stand between two tokens.
 
     Attributes:
-        cache: Keys and values of everything before `tokens`.
-        tokens: int32 ``[B]``, the tokens chosen last, not yet in the cache; repeated where a row is finished.
-        positions: int32 ``[B]``, the positions that `tokens` hold.
-        finished: bool ``[B]``, whether a row has chosen an end-of-sequence token (that one included).
-        keys: ``[B]`` random keys, one a row; the j-th token of a row is drawn with ``fold_in(key, j)``.
-        step: int32 scalar, how many tokens have been chosen in every row.
+        past: Keys and values of everything generated before the tokens chosen last.
+        tokens: int32 ``[B, N, R]``, what was generated in the first `step` columns; nothing behind a strand's end.
+        counts: int32 ``[B, N]``, how many of a strand's tokens count, end-of-sequence left out.
+        finished: bool ``[B, N]``.
+        keys: ``[B, N]`` random keys, one a strand; its j-th token is drawn with ``fold_in(key, j)``.
+        step: int32 scalar, how many tokens have been chosen in every strand.
     """
 
-    cache: KVCache
+    past: Continuation
     tokens: jax.Array
-    positions: jax.Array
+    counts: jax.Array
     finished: jax.Array
     keys: jax.Array
     step: jax.Array
 
 
-def _chosen(rule: SamplingRule, logits: jax.Array, keys: jax.Array, step: jax.Array) -> jax.Array:
-    return rule.choose(logits, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step))
+def ends(tokens: jax.Array, eos_ids: jax.Array) -> jax.Array:
+    """bool ``[...]``, whether tokens ``[...]`` are among `eos_ids` ``[E]``."""
+    return (tokens[..., None] == eos_ids).any(axis=-1)
 
 
-def _ends(tokens: jax.Array, eos_ids: jax.Array) -> jax.Array:
-    return (tokens[:, None] == eos_ids[None, :]).any(axis=-1)
+@functools.partial(jax.jit, static_argnames="config")
+def read_prompts(config: DecoderConfig, params: FrozenTree, prompts: jax.Array) -> jax.Array:
+    """Soft prompts ``[K, P, M]`` as prefixes: keys and values ``[K, L, 2, P, num_key_value_heads, head_dim]``.
+
+    An LM is causal: what it makes of a soft prompt does not depend on the text behind it, nor on the row.
+    """
+    c = config
+    count, length = prompts.shape[:2]
+    nothing = jnp.zeros((count, c.num_layers, 2, 0, c.num_key_value_heads, c.head_dim), c.jax_dtype)
+    if length == 0:
+        return nothing
+    _, context = read(c, params, prompts, jnp.full(count, length, jnp.int32), nothing)
+    return jnp.stack([context.key, context.value]).transpose(2, 1, 0, 4, 3, 5)
 
 
-# config: decides the program; rule: every rule is another program; room: cache slots are array shapes.
-@functools.partial(jax.jit, static_argnames=("config", "rule", "room"))
+@functools.partial(jax.jit, static_argnames="config")
 def prefill(
+    config: DecoderConfig, params: FrozenTree, prefixes: jax.Array, tokens: jax.Array, lengths: jax.Array
+) -> tuple[Context, jax.Array]:
+    """Reads texts behind their prefixes in one pass.
+
+    Args:
+        config: The decoder.
+        params: The frozen tree.
+        prefixes: ``[B, L, 2, P, num_key_value_heads, head_dim]``, keys and values of each row's soft prompt.
+        tokens: int32 ``[B, T]``, padded on the right.
+        lengths: int32 ``[B]``, real tokens in each row, 0 for a row that is padding of the batch.
+
+    Returns:
+        The context, and float32 logits ``[B, V]`` behind the last token of each row.
+    """
+    hidden, context = read(config, params, embed(config, params, tokens), lengths, prefixes)
+    last = jnp.maximum(lengths - 1, 0)
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
+    return context, vocabulary_logits(config, params, hidden)
+
+
+# rule: every rule is another program; room: the width of the output, an array shape.
+@functools.partial(jax.jit, static_argnames=("config", "rule", "room"))
+def begin(
     config: DecoderConfig,
-    params: FrozenTree,
-    prompts: jax.Array,
-    tokens: jax.Array,
-    lengths: jax.Array,
+    logits: jax.Array,
+    real: jax.Array,
     keys: jax.Array,
     eos_ids: jax.Array,
     *,
-    rule: SamplingRule,
+    rule: Rule,
     room: int,
 ) -> DecodeState:
-    """Reads soft prompts and text in one pass and chooses the first token of every row.
+    """Chooses the first token of every strand.
 
     Args:
         config: The decoder.
-        params: The frozen tree.
-        prompts: ``[B, P, M]``, the soft prompt of each row; P = 0 is the LM alone. Or its prefix,
-            ``[B, L, 2, P, G, head_dim]``: keys and values of every layer.
-        tokens: int32 ``[B, T]``, padded on the right.
-        lengths: int32 ``[B]``, real tokens in each row; a row of length 0 is padding of the batch, finished at once.
-        keys: ``[B]`` random keys.
+        logits: ``[B, V]`` of `prefill`.
+        real: bool ``[B]``, False for rows that are padding of the batch; they are finished at once.
+        keys: ``[B, N]`` random keys.
         eos_ids: int32 ``[E]``, the tokens that end a row.
         rule: Chooses tokens.
-        room: How many tokens may be generated.
+        room: R, how many tokens may be generated.
     """
-    rows, width = tokens.shape
-    text = embed(config, params, tokens)
-    if prompts.ndim == 3:
-        prompt_length, first = prompts.shape[1], 0
-        embeddings = jnp.concatenate([prompts.astype(text.dtype), text], axis=1)
-        cache = KVCache.empty(config, rows, prompt_length + width + room)
-    else:
-        prompt_length = first = prompts.shape[3]
-        embeddings, cache = text, prefix_cache(config, prompts, prompt_length + width + room)
-    slots = jnp.arange(first, prompt_length + width, dtype=jnp.int32)[None, :]
-    positions = jnp.broadcast_to(slots, (rows, slots.shape[1]))
-    valid = positions < prompt_length + lengths[:, None]
-    hidden, cache = decode(config, params, embeddings, positions, valid, cache)
-    assert cache is not None
-    last = jnp.maximum(prompt_length - first + lengths - 1, 0)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    chosen = _chosen(rule, vocabulary_logits(config, params, hidden), keys, jnp.int32(0))
-    return DecodeState(
-        cache=cache,
-        tokens=chosen,
-        positions=prompt_length + lengths,
-        finished=(lengths == 0) | _ends(chosen, eos_ids),
+    rows, strands = keys.shape
+    shape = (rows, strands, room)
+    state = DecodeState(
+        past=Continuation.empty(config, rows, strands, room),
+        tokens=jnp.zeros(shape, jnp.int32),
+        counts=jnp.zeros((rows, strands), jnp.int32),
+        finished=jnp.broadcast_to(~real[:, None], (rows, strands)),
         keys=keys,
-        step=jnp.int32(1),
+        step=jnp.int32(0),
     )
+    return _chosen(state, jnp.repeat(logits, strands, axis=0), eos_ids, rule)
 
 
-def advance(
-    config: DecoderConfig, params: FrozenTree, state: DecodeState, eos_ids: jax.Array, *, rule: SamplingRule
-) -> DecodeState:
-    """Feeds the tokens chosen last and chooses the next ones."""
-    embeddings = embed(config, params, state.tokens[:, None])
-    valid = jnp.ones_like(state.finished)[:, None]
-    hidden, cache = decode(config, params, embeddings, state.positions[:, None], valid, state.cache)
-    assert cache is not None
-    chosen = _chosen(rule, vocabulary_logits(config, params, hidden[:, 0]), state.keys, state.step)
-    chosen = jnp.where(state.finished, state.tokens, chosen)
-    return dataclasses.replace(
-        state,
-        cache=cache,
-        tokens=chosen,
-        positions=state.positions + 1,
-        finished=state.finished | _ends(chosen, eos_ids),
-        step=state.step + 1,
-    )
-
-
-advance_jitted = jax.jit(advance, static_argnames=("config", "rule"), donate_argnames=("state",))
-"""`advance` as one compiled program for token-by-token use; the state goes in and must not be used again."""
-
-
-# max_new_tokens: the width of the output, an array shape; the others as in `prefill`.
-@functools.partial(jax.jit, static_argnames=("config", "rule", "max_new_tokens"), donate_argnames=("state",))
+# config: decides the program; rule: as in `begin`.
+@functools.partial(jax.jit, static_argnames=("config", "rule"), donate_argnames="state")
 def decode_loop(
     config: DecoderConfig,
     params: FrozenTree,
+    context: Context,
     state: DecodeState,
     eos_ids: jax.Array,
+    until: jax.Array,
     *,
-    rule: SamplingRule,
-    max_new_tokens: int,
-) -> tuple[jax.Array, jax.Array, DecodeState]:
-    """Generates until every row has ended or holds `max_new_tokens` tokens.
+    rule: Rule,
+) -> DecodeState:
+    """Generates until every strand is finished or holds `until` tokens.
 
     Args:
         config: The decoder.
         params: The frozen tree.
-        state: What `prefill` gave, with at least `max_new_tokens` of room; it is donated.
+        context: Of `prefill`.
+        state: Of `begin`, or what an earlier call gave; it is donated.
         eos_ids: int32 ``[E]``.
+        until: int32 scalar, R at most. Not static: one program serves the whole reply, a part, and a single token.
         rule: Chooses tokens.
-        max_new_tokens: At least 1.
-
-    Returns:
-        Tokens int32 ``[B, max_new_tokens]``; how many of them count, int32 ``[B]``, end-of-sequence left out; the state
-        after the last token, which takes over the donated buffers.
     """
 
-    def unfinished(carry: _Carry) -> jax.Array:
-        return (carry[0].step < max_new_tokens) & ~carry[0].finished.all()
+    def unfinished(state: DecodeState) -> jax.Array:
+        return (state.step < until) & ~state.finished.all()
 
-    def body(carry: _Carry) -> _Carry:
-        state, output, counts = carry
-        state = advance(config, params, state, eos_ids, rule=rule)
-        output = jax.lax.dynamic_update_slice(output, state.tokens[:, None], (0, state.step - 1))
-        return state, output, counts + ~state.finished
+    def advance(state: DecodeState) -> DecodeState:
+        last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
+        hidden, past = extend(config, params, embed(config, params, last), context, state.past)
+        logits = vocabulary_logits(config, params, hidden.reshape(-1, hidden.shape[-1]))
+        return _chosen(state.replace(past=past), logits, eos_ids, rule)  # pyright: ignore[reportAttributeAccessIssue]
 
-    output = jnp.zeros((state.tokens.shape[0], max_new_tokens), jnp.int32).at[:, 0].set(state.tokens)
-    counts = (~state.finished).astype(jnp.int32)
-    state, output, counts = jax.lax.while_loop(unfinished, body, (state, output, counts))
-    return output, counts, state
+    return jax.lax.while_loop(unfinished, advance, state)
+
+
+def _chosen(state: DecodeState, logits: jax.Array, eos_ids: jax.Array, rule: Rule) -> DecodeState:
+    """One more token in every strand, from logits ``[B · N, V]``."""
+    shape = state.finished.shape
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(state.keys.reshape(-1), state.step)
+    chosen = rule.choose(logits, state.tokens.reshape(-1, state.tokens.shape[-1]), state.step, keys).reshape(shape)
+    finished = state.finished | ends(chosen, eos_ids)
+    return state.replace(  # pyright: ignore[reportAttributeAccessIssue]
+        tokens=jax.lax.dynamic_update_slice(state.tokens, chosen[..., None], (0, 0, state.step)),
+        counts=state.counts + ~finished,
+        finished=finished,
+        step=state.step + 1,
+    )

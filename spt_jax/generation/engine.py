@@ -9,18 +9,24 @@ import jax.numpy as jnp
 import numpy as np
 
 from spt_jax.errors import UserError
-from spt_jax.generation.decode import DecodeState, advance_jitted, decode_loop, prefill
-from spt_jax.generation.sampling import Greedy, SamplingRule, Within
+from spt_jax.generation.batch import Batch, Continued
+from spt_jax.generation.decode import prefill, read_prompts
+from spt_jax.generation.decoding import Decoding
+from spt_jax.generation.seeds import row_keys, strand_keys
 from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
+
+# Larger banks are mixtures, a prompt for every row: nothing of them would be used again.
+_KEPT_PROMPTS = 64
 
 
 class GenerationEngine:
     """Continues contexts behind soft prompts, many rows at a time.
 
-    Rows of one batch use different prompts of the bank. Contexts go through in order of length, so that a batch pads
-    little, and in few shapes, so that little is compiled: text widths are multiples of `length_multiple`, and all
-    batches of a call have the same number of rows. A row's result depends on nothing but the row.
+    Rows of one batch use different prompts of the bank, whose keys and values are computed once and kept until another
+    bank comes. Contexts go through in order of length, so that a batch pads little, and in few shapes, so that little
+    is compiled: text widths are multiples of `length_multiple`, and all batches of a call have the same number of rows.
+    A row's result depends on nothing but the row.
 
     Args:
         config: The frozen LM's shape.
@@ -54,10 +60,11 @@ class GenerationEngine:
         self.config = config
         self.params = params
         self.pad_id = pad_id
-        self.vocab_size = vocab_size
+        self.vocab_size = None if vocab_size is None or vocab_size >= config.vocab_size else vocab_size
         self.max_batch = max_batch
         self.length_multiple = length_multiple
         self._eos_ids = np.asarray(tuple(eos_ids), np.int32)
+        self._kept: tuple[jax.Array, jax.Array] | None = None
 
     def generate(
         self,
@@ -66,8 +73,9 @@ class GenerationEngine:
         selected: Sequence[int],
         *,
         max_new_tokens: int = 32,
-        rule: SamplingRule | None = None,
+        decoding: Decoding | None = None,
         seed: int | Sequence[int] = 0,
+        ended: Callable[[Sequence[int]], bool] | None = None,
         on_batch: Callable[[int, int], None] | None = None,
     ) -> list[list[int]]:
         """Continues every context behind its prompt.
@@ -78,34 +86,65 @@ class GenerationEngine:
             contexts: n rows of token ids, none empty.
             selected: n indices into the bank.
             max_new_tokens: Tokens, at most, for each row.
-            rule: Chooses tokens; greedy by default.
+            decoding: How tokens are chosen; greedy by default.
             seed: One for all rows (row i draws with key i of it), or one a row: then a row draws as it does alone
                 with that seed, wherever it stands.
+            ended: Whether nothing behind these new tokens matters; a row goes no further than the first of its
+                beginnings for which this holds. Called now and then, with more and more tokens of each row.
             on_batch: Called with (rows done, rows in all) after every batch.
 
         Returns:
-            n rows of new token ids, in the order of `contexts`, without the end-of-sequence token.
+            n rows of new token ids, in the order of `contexts`, without the end-of-sequence token: the first of each
+            row's continuations.
 
         Raises:
             UserError: If the arguments do not fit one another, or a row does not fit the LM's context.
         """
-        self._check(bank, contexts, selected, max_new_tokens)
-        rule = self._rule(rule)
-        keys = _row_keys(seed, len(contexts))
+        found = self.continuations(
+            bank,
+            contexts,
+            selected,
+            max_new_tokens=max_new_tokens,
+            decoding=decoding,
+            seed=seed,
+            ended=ended,
+            on_batch=on_batch,
+        )
+        return [row[0].tokens for row in found]
+
+    def continuations(
+        self,
+        bank: jax.Array,
+        contexts: Sequence[Sequence[int]],
+        selected: Sequence[int],
+        *,
+        max_new_tokens: int = 32,
+        decoding: Decoding | None = None,
+        seed: int | Sequence[int] = 0,
+        ended: Callable[[Sequence[int]], bool] | None = None,
+        on_batch: Callable[[int, int], None] | None = None,
+    ) -> list[list[Continued]]:
+        """As `generate`, with all ``decoding.samples`` continuations of each row; of beam search the best, in order.
+
+        A context is read once, however many there are, and the first of several samples is what one alone would be.
+        """
+        decoding = decoding or Decoding()
+        self._check(bank, contexts, selected, max_new_tokens, decoding)
+        keys = strand_keys(row_keys(seed, len(contexts)), decoding.samples if decoding.draws else 1)
         # Longest first: what does not fit in memory fails at once, and time left is never underestimated.
         order = sorted(range(len(contexts)), key=lambda row: (-len(contexts[row]), row))
         size = min(self.max_batch, _power_of_two_above(len(contexts)))
-        results: list[list[int]] = [[] for _ in contexts]
+        results: list[list[Continued]] = [[] for _ in contexts]
         for start in range(0, len(order), size):
             rows = order[start : start + size]
-            state = self._prefill(bank, contexts, selected, keys, rows, size, rule, max_new_tokens)
-            tokens, counts, state = decode_loop(
-                self.config, self.params, state, self._eos_ids, rule=rule, max_new_tokens=max_new_tokens
-            )
-            del state  # its cache is as large as the next batch's
-            tokens, counts = jax.device_get((tokens, counts))
-            for place, row in enumerate(rows):
-                results[row] = tokens[place, : counts[place]].tolist()
+            batch = self._prefill(bank, contexts, selected, rows, size)
+            if decoding.beams > 1:
+                found = batch.search(decoding, max_new_tokens, ended)
+            else:
+                found = batch.sample(decoding, max_new_tokens, keys[np.resize(rows, size)], ended)
+            del batch  # it is as large as the next one
+            for row, continued in zip(rows, found, strict=False):
+                results[row] = continued
             if on_batch is not None:
                 on_batch(start + len(rows), len(order))
         return results
@@ -117,69 +156,63 @@ class GenerationEngine:
         selected: int,
         *,
         max_new_tokens: int = 32,
-        rule: SamplingRule | None = None,
+        decoding: Decoding | None = None,
         seed: int = 0,
     ) -> Iterator[int]:
-        """The tokens that `generate` gives for this one row, each as soon as it is chosen.
+        """The tokens that `generate` gives for this one row, each as soon as it is chosen; of beam search, at its end.
 
         Raises:
             UserError: As `generate`, when the stream is made, not when it is first read.
         """
-        self._check(bank, [context], [selected], max_new_tokens)
-        rule = self._rule(rule)
-        return self._stream(bank, context, selected, max_new_tokens, rule, _row_keys(seed, 1))
+        decoding = decoding or Decoding()
+        self._check(bank, [context], [selected], max_new_tokens, decoding)
+        keys = strand_keys(row_keys(seed, 1), 1)
 
-    def _stream(
-        self,
-        bank: jax.Array,
-        context: Sequence[int],
-        selected: int,
-        max_new_tokens: int,
-        rule: SamplingRule,
-        keys: jax.Array,
-    ) -> Iterator[int]:
-        state = self._prefill(bank, [context], [selected], keys, [0], 1, rule, max_new_tokens)
-        for left in reversed(range(max_new_tokens)):
-            token, finished = jax.device_get((state.tokens[0], state.finished[0]))
-            if finished:
-                return
-            yield int(token)
-            if left:
-                state = advance_jitted(self.config, self.params, state, self._eos_ids, rule=rule)
+        def read_then_go_on() -> Iterator[int]:
+            yield from self._prefill(bank, [context], [selected], [0], 1).stream(decoding, max_new_tokens, keys)
 
-    def _rule(self, rule: SamplingRule | None) -> SamplingRule:
-        rule = Greedy() if rule is None else rule
-        if self.vocab_size is None or self.vocab_size >= self.config.vocab_size:
-            return rule
-        return Within(rule, self.vocab_size)
+        return read_then_go_on()
 
     def _prefill(
         self,
         bank: jax.Array,
         contexts: Sequence[Sequence[int]],
         selected: Sequence[int],
-        keys: jax.Array,
         rows: Sequence[int],
         size: int,
-        rule: SamplingRule,
-        room: int,
-    ) -> DecodeState:
+    ) -> Batch:
+        """Reads a batch of `size` rows; those behind `rows` are padding, with the prompt of its first."""
         width = max(len(contexts[row]) for row in rows)
         width = -(-width // self.length_multiple) * self.length_multiple
         tokens = np.full((size, width), self.pad_id, np.int32)
         lengths = np.zeros(size, np.int32)
-        source = np.full(size, rows[0], np.int32)
+        prompts = np.full(size, selected[rows[0]], np.int32)
         for place, row in enumerate(rows):
             tokens[place, : len(contexts[row])] = contexts[row]
             lengths[place] = len(contexts[row])
-            source[place] = row
-        prompts = jnp.take(bank, np.asarray(selected, np.int32)[source], axis=0)
-        return prefill(
-            self.config, self.params, prompts, tokens, lengths, keys[source], self._eos_ids, rule=rule, room=room
-        )
+            prompts[place] = selected[row]
+        context, logits = prefill(self.config, self.params, self._prefixes(bank, prompts), tokens, lengths)
+        real = np.arange(size) < len(rows)
+        return Batch(self.config, self.params, self._eos_ids, self.vocab_size, context, logits, real)
+
+    def _prefixes(self, bank: jax.Array, prompts: np.ndarray) -> jax.Array:
+        """Keys and values of each row's prompt, ``[B, L, 2, P, G, head_dim]``."""
+        if bank.ndim == 6:
+            return jnp.take(bank, prompts, axis=0)
+        # What is no jax.Array may have changed since.
+        if bank.shape[0] > _KEPT_PROMPTS or not isinstance(bank, jax.Array):
+            return read_prompts(self.config, self.params, jnp.take(jnp.asarray(bank), prompts, axis=0))
+        if self._kept is None or self._kept[0] is not bank:
+            self._kept = bank, read_prompts(self.config, self.params, bank)
+        return jnp.take(self._kept[1], prompts, axis=0)
 
     def _check(
-        self, bank: jax.Array, contexts: Sequence[Sequence[int]], selected: Sequence[int], max_new_tokens: int
+        self,
+        bank: jax.Array,
+        contexts: Sequence[Sequence[int]],
+        selected: Sequence[int],
+        max_new_tokens: int,
+        decoding: Decoding,
     ) -> None:
         c = self.config
         prefix = (c.num_layers, 2, c.num_key_value_heads, c.head_dim)
@@ -192,6 +225,10 @@ class GenerationEngine:
         front = bank.shape[3 if as_prefixes else 1]
         if max_new_tokens < 1:
             raise UserError(f"max_new_tokens is {max_new_tokens}; allowed: 1 or more")
+        if decoding.min_new_tokens > max_new_tokens:
+            raise UserError(
+                f"min_new_tokens is {decoding.min_new_tokens}; allowed: up to max_new_tokens ({max_new_tokens})"
+            )
         if len(contexts) != len(selected):
             raise UserError(f"{len(contexts)} contexts came with {len(selected)} selected prompts; give one for each")
         limit = self.config.longest_row
@@ -212,18 +249,3 @@ class GenerationEngine:
 
 def _power_of_two_above(count: int) -> int:
     return 1 << max(count - 1, 0).bit_length()
-
-
-def _row_keys(seed: int | Sequence[int], count: int) -> jax.Array:
-    """One key a row, ``[n]``."""
-    seeds = [seed] if isinstance(seed, int) else list(seed)
-    for value in seeds:
-        if not 0 <= value < 2**32:
-            raise UserError(f"seed is {value}; allowed: 0 to {2**32 - 1}")
-    fold_in = jax.vmap(jax.random.fold_in)
-    if isinstance(seed, int):
-        bases = jnp.full(count, seed, jnp.uint32)
-        return fold_in(jax.vmap(jax.random.key)(bases), jnp.arange(count))
-    if len(seeds) != count:
-        raise UserError(f"{count} contexts came with {len(seeds)} seeds; give one for each, or one for all")
-    return fold_in(jax.vmap(jax.random.key)(jnp.asarray(seeds, jnp.uint32)), jnp.zeros(count, jnp.int32))

@@ -1,12 +1,16 @@
-"""Where a generated reply ends: the text before the first role marker or line break."""
+"""From new tokens to a reply: their text before the first role marker, line break or stop string."""
 
 from __future__ import annotations
 
+import dataclasses
 import re
+from collections.abc import Callable, Sequence
 
 from spt_jax.data.template import PlainTemplate
 
 _CUT_OFFICIAL = re.compile(r"R:|Q:|Summary:|\n|:")
+# A word no tokenizer gives: whether it survives a cut says whether the text before it was cut.
+_SENTINEL = " \x00"
 
 
 def cut_reply(text: str) -> str:
@@ -30,3 +34,36 @@ def cut_reply_official(text: str) -> str:
       text: What the LM generated after the inference prompt's last ``R:``.
     """
     return _CUT_OFFICIAL.split(text, maxsplit=1)[0].strip()
+
+
+@dataclasses.dataclass(frozen=True)
+class ReplyText:
+    """What a reply's tokens say, and when it is over.
+
+    Attributes:
+        decode: From ids to text, where more ids extend the text.
+        cut: The reply in a generated text, stripped.
+        stop: Texts that end a reply too; it does not contain them.
+    """
+
+    decode: Callable[[Sequence[int]], str]
+    cut: Callable[[str], str] = cut_reply
+    stop: tuple[str, ...] = ()
+
+    def of(self, ids: Sequence[int]) -> str:
+        """The reply in new tokens."""
+        return self.reply(self.decode(ids))
+
+    def reply(self, text: str) -> str:
+        """The reply in a generated text."""
+        return self.cut(
+            text[: min((found for stop in self.stop if (found := text.find(stop)) >= 0), default=len(text))]
+        )
+
+    def over(self, text: str) -> bool:
+        """Whether more text would change nothing: a marker or a stop string is in it."""
+        return any(stop in text for stop in self.stop) or not self.cut(text + _SENTINEL).endswith(_SENTINEL.strip())
+
+    def ended(self, ids: Sequence[int]) -> bool:
+        """As `over`, of new tokens: what `GenerationEngine.generate` asks."""
+        return self.over(self.decode(ids))

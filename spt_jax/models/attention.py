@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import flax.struct
 import jax
@@ -15,6 +15,82 @@ from spt_jax.models.decoder_config import DecoderConfig
 
 QUERY_BLOCK = 72
 """About how many queries of an ordered row attend at once; measured in docs/performance.md."""
+
+
+class LayerCache(Protocol):
+    """What one layer has kept of earlier tokens; a part of a `Cache`, scanned with the layer's parameters."""
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: Any,
+        slot: jax.Array | None,
+        *,
+        scale: float | None,
+        softcap: float | None,
+    ) -> tuple[jax.Array, Any]:
+        """Attention over what was kept and the new keys and values, and what the layer keeps then.
+
+        Args:
+            query: ``[B, T, H, head_dim]``.
+            key: ``[B, T, num_key_value_heads, head_dim]``, of the new tokens.
+            value: Like `key`.
+            mask: As the cache made it.
+            slot: The cache's own `Cache.slot`.
+            scale: See `attention`.
+            softcap: See `attention`.
+
+        Returns:
+            ``[B, T, H, head_dim]``, and arrays that `Cache.after` gets stacked over layers.
+        """
+        ...
+
+
+class Cache(Protocol):
+    """Keys and values of earlier tokens, as the decoder uses them."""
+
+    @property
+    def layers(self) -> LayerCache:
+        """The layers' parts, stacked on the first axis of every array."""
+        ...
+
+    @property
+    def slot(self) -> jax.Array | None:
+        """What every layer needs to know of where it writes."""
+        ...
+
+    def mask(self, positions: jax.Array, valid: jax.Array, window: int | None) -> Any:
+        """What tokens at `positions` may see in a layer with this window; `positions` and `valid` are ``[B, T]``."""
+        ...
+
+    def after(self, kept: Any, positions: jax.Array, valid: jax.Array) -> Any:
+        """The cache with the new tokens in it, from what the layers kept."""
+        ...
+
+
+class SlotLayer(NamedTuple):
+    """One layer of a `KVCache`: keys and values, each ``[B, C, num_key_value_heads, head_dim]``."""
+
+    key: jax.Array
+    value: jax.Array
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: Any,
+        slot: jax.Array | None,
+        *,
+        scale: float | None,
+        softcap: float | None,
+    ) -> tuple[jax.Array, SlotLayer]:
+        """See `LayerCache.attend`."""
+        assert slot is not None
+        kept = SlotLayer(write_slots(self.key, key, slot), write_slots(self.value, value, slot))
+        return attention(query, kept.key, kept.value, mask, scale=scale, softcap=softcap), kept
 
 
 @flax.struct.dataclass
@@ -58,6 +134,26 @@ class KVCache:
             valid=jax.lax.dynamic_update_slice(self.valid, valid, start),
             length=self.length + positions.shape[1],
         )
+
+    @property
+    def layers(self) -> SlotLayer:
+        """See `Cache.layers`."""
+        return SlotLayer(self.key, self.value)
+
+    @property
+    def slot(self) -> jax.Array:
+        """The first slot to write."""
+        return self.length
+
+    def mask(self, positions: jax.Array, valid: jax.Array, window: int | None) -> jax.Array:
+        """bool ``[B, 1, T, C]``."""
+        extended = self.extended(positions, valid)
+        return causal_mask(positions, extended.positions, extended.valid, window)
+
+    def after(self, kept: SlotLayer, positions: jax.Array, valid: jax.Array) -> KVCache:
+        """See `Cache.after`."""
+        extended = self.extended(positions, valid)
+        return extended.replace(key=kept.key, value=kept.value)  # pyright: ignore[reportAttributeAccessIssue]
 
 
 def write_slots(cached: jax.Array, new: jax.Array, start: jax.Array) -> jax.Array:
@@ -127,8 +223,8 @@ def attention(
         mask: bool ``[B, 1, T, C]``. None where query i sees the keys of slots 0 … i and no others (then T = C).
         scale: Multiplies the products; None for ``head_dim ** -0.5``.
         softcap: c in ``c · tanh(x / c)`` over the scaled products; None for none.
-        ordered: Whether query i never sees a key behind slot i, as in a whole row at once. Queries then go in blocks,
-            each with the keys up to its end alone, which leaves out most of what the mask would hide.
+        ordered: Whether query i never sees a key behind slot C - T + i, as in a whole row at once. Queries then go in
+            blocks, each with the keys up to its end alone, which leaves out most of what the mask would hide.
         kernel: ``"cudnn"`` takes cuDNN's fused attention where there is no mask (`cudnn_lacks`); ``"xla"``,
             and everything else, is written here.
 
@@ -155,7 +251,7 @@ class _Settings(NamedTuple):
             return [(slice(0, queries), slice(0, keys))]
         count = max(1, round(queries / QUERY_BLOCK))
         ends = [queries * block // count for block in range(count + 1)]
-        return [(slice(start, end), slice(0, end)) for start, end in itertools.pairwise(ends)]
+        return [(slice(start, end), slice(0, keys - queries + end)) for start, end in itertools.pairwise(ends)]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -164,6 +260,30 @@ def _attention(
 ) -> jax.Array:
     """`attention` with heads before positions: ``[B, H, T, head_dim]`` behind ``[B, num_key_value_heads, C, ...]``."""
     return _forward(settings, query, key, value, mask)[0]
+
+
+def masked_products(
+    query: jax.Array, key: jax.Array, mask: jax.Array, *, scale: float | None, softcap: float | None
+) -> jax.Array:
+    """What the softmax of `attention` is over, heads before positions and the queries of a group below one another.
+
+    Args:
+        query: ``[B, H, T, head_dim]``.
+        key: ``[B, num_key_value_heads, C, head_dim]``.
+        mask: bool ``[B, 1, T, C]``.
+        scale: See `attention`.
+        softcap: See `attention`.
+
+    Returns:
+        float32 ``[B, num_key_value_heads, H / num_key_value_heads · T, C]``, the least float where the mask hides.
+    """
+    settings = _Settings(query.shape[-1] ** -0.5 if scale is None else scale, softcap, False)
+    return _products(settings, query, key, mask)
+
+
+def weighted_sum(weights: jax.Array, value: jax.Array) -> jax.Array:
+    """float32 ``[B, G, Q, head_dim]`` from weights ``[B, G, Q, C]`` and values ``[B, G, C, head_dim]``."""
+    return _times("bgqc,bgcd->bgqd", weights, value)
 
 
 def _forward(

@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from spt_jax.models.attention import KVCache, attention, causal_mask, write_slots
+from spt_jax.models.attention import Cache, LayerCache, attention, causal_mask
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.dropout import Dropout
 from spt_jax.models.layers import MLP, Norm, Projection, partitioned, project_together
@@ -24,9 +24,6 @@ from spt_jax.models.rotary import RotaryTable, rotary_table, rotate
 
 FrozenTree = dict[str, Any]
 """The frozen LM's parameters: nested dicts of arrays, an argument of every function here, never closed over."""
-
-LayerCache = tuple[jax.Array, jax.Array]
-"""One layer's keys and values, each ``[B, C, num_key_value_heads, head_dim]``."""
 
 
 class Layer(NamedTuple):
@@ -47,12 +44,13 @@ class Places(NamedTuple):
     """Where the tokens stand, the same for every layer.
 
     Attributes:
-        masks: For each kind of layer, bool ``[B, 1, T, C]``; None where every token sees all before it and itself.
+        masks: For each kind of layer, bool ``[B, 1, T, C]``, or what the cache makes instead; None where every token
+            sees all before it and itself.
         tables: For each kind of layer, its rotation; None where positions are learned.
-        slot: int32, the first slot of the cache to write; None without a cache.
+        slot: int32, where the cache is written; None where it needs nothing.
     """
 
-    masks: tuple[jax.Array | None, ...]
+    masks: tuple[Any, ...]
     tables: tuple[RotaryTable, ...] | None
     slot: jax.Array | None
 
@@ -102,23 +100,12 @@ class SelfAttention(nn.Module):
             query, key = rotate(query, table), rotate(key, table)
         if layer.scale is not None:
             query = query * layer.scale.astype(query.dtype)
-        if layer_cache is not None:
-            assert places.slot is not None
-            key = write_slots(layer_cache[0], key, places.slot)
-            value = write_slots(layer_cache[1], value, places.slot)
-            layer_cache = (key, value)
         mask = _chosen(layer.kind, places.masks)
-        ordered = layer_cache is None
-        y = attention(
-            query,
-            key,
-            value,
-            mask,
-            scale=c.attention_scale,
-            softcap=c.attention_softcap,
-            ordered=ordered,
-            kernel=c.attention_kernel,
-        )
+        settings: dict[str, Any] = {"scale": c.attention_scale, "softcap": c.attention_softcap}
+        if layer_cache is None:
+            y = attention(query, key, value, mask, ordered=True, kernel=c.attention_kernel, **settings)
+        else:
+            y, layer_cache = layer_cache.attend(query, key, value, mask, places.slot, **settings)
         axes = ("heads", "head_dim", "embed")
         return dense((c.hidden_size,), axes, 2, use_bias=c.output_bias, name="o_proj")(y), layer_cache
 
@@ -207,10 +194,10 @@ class Decoder(nn.Module):
         embeddings: jax.Array,
         positions: jax.Array,
         valid: jax.Array | None,
-        cache: KVCache | None,
+        cache: Cache | None,
         dropout: Dropout | None = None,
         visible: jax.Array | None = None,
-    ) -> tuple[jax.Array, KVCache | None]:
+    ) -> tuple[jax.Array, Any]:
         """See `decode`."""
         c = self.config
         x = embeddings.astype(c.jax_dtype)
@@ -224,21 +211,17 @@ class Decoder(nn.Module):
             dropout = dropout.split(c.num_layers + 1)
             x = dropout[-1](x) if c.embedding_dropout else x
         if cache is None:
-            extended, masks = None, self._row_masks(positions, valid)
+            masks = self._row_masks(positions, valid)
         else:
             assert valid is not None, "a cache needs to know which tokens are real"
-            extended = cache.extended(positions, valid)
-            seen = (extended.positions, extended.valid)
-            masks = tuple(causal_mask(positions, *seen, kind.window) for kind in c.layer_kinds)
+            masks = tuple(cache.mask(positions, valid, kind.window) for kind in c.layer_kinds)
         if visible is not None:
             assert valid is not None, "what is seen is said of rows whose padding is told"
             masks = tuple(mask & visible[:, None] for mask in masks if mask is not None)
-        slot, pairs = (None, None) if cache is None else (cache.length, (cache.key, cache.value))
-        x, pairs = self.layers(x, pairs, self._layers(dropout), Places(masks, tables, slot))
+        layers, slot = (None, None) if cache is None else (cache.layers, cache.slot)
+        x, kept = self.layers(x, layers, self._layers(dropout), Places(masks, tables, slot))
         x = self.final_norm(x) if c.final_norm else x
-        if extended is None:
-            return x, None
-        return x, extended.replace(key=pairs[0], value=pairs[1])  # pyright: ignore[reportAttributeAccessIssue]
+        return x, None if cache is None or valid is None else cache.after(kept, positions, valid)
 
     def _row_masks(self, positions: jax.Array, valid: jax.Array | None) -> tuple[jax.Array | None, ...]:
         """The masks of whole rows; no mask at all where all kinds of layers see the whole row."""
@@ -282,10 +265,10 @@ def decode(
     embeddings: jax.Array,
     positions: jax.Array,
     valid: jax.Array | None,
-    cache: KVCache | None = None,
+    cache: Cache | None = None,
     dropout: Dropout | None = None,
     visible: jax.Array | None = None,
-) -> tuple[jax.Array, KVCache | None]:
+) -> tuple[jax.Array, Any]:
     """Hidden states after the last norm.
 
     Args:
@@ -296,7 +279,8 @@ def decode(
             in their order.
         valid: bool ``[B, T]``, False on padding, on either side. None where padding stands behind the real tokens of a
             row alone, so that none of them sees it, and attention needs no mask; only without a cache.
-        cache: Keys and values of earlier tokens, with at least T free slots; None for a whole row at once.
+        cache: Keys and values of earlier tokens, such as a `spt_jax.models.attention.KVCache` with at least T free
+            slots; None for a whole row at once.
         dropout: The LM's own dropout in training, on what each block's attention and MLP add to the residual stream, as
             OPT and GPT-2 are trained, and on what enters the first block where `DecoderConfig.embedding_dropout` says
             so. Every layer, place, row and feature has its own draw. Dropout of attention probabilities (GPT-2's
@@ -306,8 +290,8 @@ def decode(
             None for all.
 
     Returns:
-        Hidden states ``[B, T, M]`` and the cache with these tokens added (None when there was none). Values at invalid
-        positions are finite and meaningless.
+        Hidden states ``[B, T, M]`` and what the cache becomes with these tokens added (None when there was none).
+        Values at invalid positions are finite and meaningless.
     """
     dropout = None if dropout is None or dropout.rate == 0 else dropout
     return Decoder(config).apply({"params": params}, embeddings, positions, valid, cache, dropout, visible)  # pyright: ignore[reportReturnType]

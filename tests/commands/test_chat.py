@@ -13,9 +13,9 @@ from prompt_toolkit.output import DummyOutput
 from spt_jax.commands import chat
 from spt_jax.commands.chat_session import line_reader
 from spt_jax.errors import UserError
+from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.replies import cut_reply
-from spt_jax.generation.sampling import Greedy
 
 
 @pytest.fixture
@@ -98,11 +98,23 @@ def test_retry_answers_the_same_message_again_with_another_draw(talk, script, wo
     asked = script("one", "two", "three")
     printed = talk("hi", word, "more")
     assert asked[0]["context"] == asked[1]["context"]
-    assert asked[0]["rule"] == Greedy() != asked[1]["rule"]
+    assert asked[0]["decoding"] == Decoding()
+    assert asked[1]["decoding"] == Decoding(temperature=0.8)
     assert asked[0]["seed"] != asked[1]["seed"]
     assert "sampled at temperature 0.8" in printed
     assert b"two" in bytes(token for token in asked[2]["context"] if token < 256)
     assert b"one" not in bytes(token for token in asked[2]["context"] if token < 256)
+
+
+def test_flags_of_decoding_override_the_run_and_stop_strings_end_replies(talk, script):
+    asked = script("one two three", "four")
+    arguments = ("--beams=10", "--no_repeat_ngram=4", "--early_stopping=true", "--stop=three", "--stop= x")
+    assert "one two\n" in talk("hi", "r", arguments=arguments)
+    stop = ("three", " x")
+    assert asked[0]["decoding"] == Decoding(beams=10, no_repeat_ngram=4, early_stopping=True, stop=stop)
+    assert asked[1]["decoding"] == Decoding(
+        temperature=0.8, beams=1, no_repeat_ngram=4, early_stopping=True, stop=stop
+    ), "a search would repeat itself"
 
 
 def test_retry_with_nothing_said_is_told(talk):
@@ -193,7 +205,9 @@ def test_save_never_overwrites_a_file_of_someone_else(talk, tmp_path):
         ("--workdir=", "--workdir is missing"),
         ("--max_new_tokens=0", "--max_new_tokens is 0"),
         ("--top_k=3", "temperature is 0"),
-        ("--temperature=-1", "temperature is -1"),
+        ("--temperature=-1", "--temperature is -1.0; allowed: 0 or more"),
+        ("--early_stopping=soon", "--early_stopping is 'soon'; allowed: one of false, true, never"),
+        ("--stop=", "--stop is .*; allowed: texts, none empty"),
         ("--seed=-1", "--seed is -1"),
         ("--prompt=-1", "--prompt is -1"),
         ("--prompt=3", "--prompt is 3; this run has prompts 0 to 2"),

@@ -176,10 +176,21 @@ def test_results_are_shown_again_on_request_while_the_question_is_the_same(copy_
     assert not asked
     assert "Perplexity per token" in shown.out
     assert shown.out.count("answers: ") == 2
-    for changed in ("--limit=1", "--nobaselines", "--replies=1", "--checkpoint=latest"):
+    for changed in ("--limit=1", "--nobaselines", "--replies=1", "--checkpoint=latest", "--no_repeat_ngram=2"):
         walk("evaluate", f"--workdir={copy_of}", "--reuse", "--replies=2", changed)
         assert len(asked) == 1, changed
         asked.clear()
+
+
+def test_flags_of_decoding_override_the_runs_options(trained, copy_of, capsys):
+    free = [p["prediction"] for p in lines_of(trained / "run" / "predictions.jsonl")]
+    stop = next(text for text in free if len(text) > 1)[1]
+    walk("evaluate", f"--workdir={copy_of}", "--nobaselines", f"--stop={stop}")
+    stopped = [p["prediction"] for p in lines_of(copy_of / "predictions.jsonl")]
+    assert stopped == [text.split(stop)[0].strip() for text in free] != free
+    capsys.readouterr()
+    assert main(["evaluate", f"--workdir={copy_of}", "--top_k=3"]) == 2
+    assert "generation.top_k would cut a draw, but generation.temperature is 0" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("door", ["evaluate", "score", "chat"])

@@ -62,6 +62,23 @@ def test_sampling_is_a_function_of_the_seed(reply_to):
     assert draw(1) == draw(1) != draw(2)
 
 
+def test_several_samples_stand_beside_the_first(reply_to):
+    arguments = ("--temperature=2", "--seed=3")
+    one = reply_to(*REQUESTS, arguments=arguments)
+    several = reply_to(*REQUESTS, arguments=(*arguments, "--samples=3", "--top_k=100"))
+    assert all(len(line["replies"]) == 3 and line["reply"] == line["replies"][0] for line in several)
+    assert len({tuple(line["replies"]) for line in several}) == 4
+    assert all("replies" not in line for line in one)
+
+
+def test_a_stop_string_ends_every_reply(reply_to):
+    free = [line["reply"] for line in reply_to(*REQUESTS)]
+    stop = next(reply for reply in free if len(reply) > 2)[2]
+    assert [line["reply"] for line in reply_to(*REQUESTS, arguments=(f"--stop={stop}",))] == [
+        reply.split(stop)[0].strip() for reply in free
+    ]
+
+
 def test_blank_lines_and_windows_ends_are_no_requests(reply_to):
     assert len(reply_to("", '{"persona": [], "history": ["hi"]}\r', "  ")) == 1
 

@@ -225,7 +225,7 @@ def test_equal_settings_with_equal_seeds_are_rows_of_their_own_and_tracking_is_n
 def test_perplexities_over_other_tokens_and_other_limits_are_told(tmp_path: Path) -> None:
     texts = replies(TURNS, 0.3, 1)
     for name, limit in (("a", 32), ("b", 64)):
-        settings = {"evaluation": {"max_new_tokens": limit}}
+        settings = {"evaluation": {"max_new_tokens": limit}, "generation": {"beams": limit // 32}}
         write_run(tmp_path / name, TURNS, texts, settings=settings, nll=[2.0] * len(TURNS), total_turns=99)
     lines = [json.loads(line) for line in (tmp_path / "b" / "predictions.jsonl").read_text().splitlines()]
     lines[3]["target_tokens"] += 1
@@ -235,6 +235,7 @@ def test_perplexities_over_other_tokens_and_other_limits_are_told(tmp_path: Path
     notes = " ".join(found.notes)
     assert "The perplexity of b is per token of another tokenizer" in notes
     assert "different evaluation.max_new_tokens: 32 (a), 64 (b)" in notes
+    assert "different generation.beams: 1 (a), 2 (b)" in notes
     assert f"{len(TURNS)} turns that have a reply, of 99" in notes
     assert "With 12 dialogues" in notes
     assert "no p-value can be below" in notes

@@ -9,13 +9,15 @@ import pytest
 
 from spt_jax.errors import UserError
 from spt_jax.generation import engine as engine_module
-from spt_jax.generation.decode import decode_loop, prefill
+from spt_jax.generation.decode import begin, decode_loop, prefill, read_prompts
+from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.engine import GenerationEngine
-from spt_jax.generation.sampling import Greedy, SamplingRule, Temperature
 from spt_jax.models.decoder import random_params
 
 NEW = 9
-SAMPLED = Temperature(1.3, top_k=20, top_p=0.95)
+GREEDY = Decoding()
+SAMPLED = Decoding(1.3, top_k=20, top_p=0.95, repetition_penalty=1.2)
+SEARCHED = Decoding(beams=3, no_repeat_ngram=2)
 
 
 def make_engine(tiny, eos_ids=(), max_batch=4, length_multiple=40) -> GenerationEngine:
@@ -49,27 +51,35 @@ def test_a_bank_without_tokens_is_the_lm_alone(tiny, contexts):
 
 
 @pytest.mark.parametrize(
-    ("rule", "max_batch", "length_multiple"),
-    [(Greedy(), 1, 40), (Greedy(), 3, 16), (Greedy(), 16, 64), (SAMPLED, 3, 16), (SAMPLED, 16, 64)],
+    ("decoding", "max_batch", "length_multiple"),
+    [
+        (GREEDY, 1, 40),
+        (GREEDY, 3, 16),
+        (GREEDY, 16, 64),
+        (SAMPLED, 3, 16),
+        (SAMPLED, 16, 64),
+        (SEARCHED, 1, 40),
+        (SEARCHED, 16, 64),
+    ],
 )
-def test_batch_size_and_padding_change_nothing(tiny, contexts, selected, rule, max_batch, length_multiple):
-    expected = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW, rule=rule, seed=3)
+def test_batch_size_and_padding_change_nothing(tiny, contexts, selected, decoding, max_batch, length_multiple):
+    expected = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW, decoding=decoding, seed=3)
     engine = make_engine(tiny, max_batch=max_batch, length_multiple=length_multiple)
-    assert engine.generate(tiny.bank, contexts, selected, max_new_tokens=NEW, rule=rule, seed=3) == expected
+    assert engine.generate(tiny.bank, contexts, selected, max_new_tokens=NEW, decoding=decoding, seed=3) == expected
 
 
-@pytest.mark.parametrize("rule", [Greedy(), SAMPLED])
-def test_row_order_changes_nothing_when_rows_have_seeds(tiny, contexts, selected, rule):
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED, SEARCHED])
+def test_row_order_changes_nothing_when_rows_have_seeds(tiny, contexts, selected, decoding):
     engine = make_engine(tiny)
     seeds = list(range(len(contexts)))
-    expected = engine.generate(tiny.bank, contexts, selected, max_new_tokens=NEW, rule=rule, seed=seeds)
+    expected = engine.generate(tiny.bank, contexts, selected, max_new_tokens=NEW, decoding=decoding, seed=seeds)
     order = [4, 0, 8, 1, 6, 5, 2, 7, 3]
     mixed = engine.generate(
         tiny.bank,
         [contexts[row] for row in order],
         [selected[row] for row in order],
         max_new_tokens=NEW,
-        rule=rule,
+        decoding=decoding,
         seed=[seeds[row] for row in order],
     )
     assert mixed == [expected[row] for row in order]
@@ -79,19 +89,21 @@ def test_equal_rows_draw_differently_and_seeds_matter(tiny, contexts):
     engine = make_engine(tiny)
 
     def draw(seed: int) -> list[list[int]]:
-        return engine.generate(tiny.bank, [contexts[0]] * 6, [0] * 6, max_new_tokens=NEW, rule=SAMPLED, seed=seed)
+        return engine.generate(tiny.bank, [contexts[0]] * 6, [0] * 6, max_new_tokens=NEW, decoding=SAMPLED, seed=seed)
 
     assert len({tuple(row) for row in draw(0)}) == 6
     assert draw(0) == draw(0) != draw(1)
 
 
-@pytest.mark.parametrize("rule", [Greedy(), SAMPLED])
-def test_stream_equals_generate(tiny, contexts, selected, rule):
-    free_running = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW, rule=rule, seed=2)
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED, SEARCHED])
+def test_stream_equals_generate(tiny, contexts, selected, decoding):
+    free_running = make_engine(tiny).generate(
+        tiny.bank, contexts, selected, max_new_tokens=NEW, decoding=decoding, seed=2
+    )
     engine = make_engine(tiny, eos_ids=[free_running[3][4]])
     for context, prompt in zip(contexts, selected, strict=True):
-        whole = engine.generate(tiny.bank, [context], [prompt], max_new_tokens=NEW, rule=rule, seed=2)[0]
-        assert list(engine.stream(tiny.bank, context, prompt, max_new_tokens=NEW, rule=rule, seed=2)) == whole
+        whole = engine.generate(tiny.bank, [context], [prompt], max_new_tokens=NEW, decoding=decoding, seed=2)[0]
+        assert list(engine.stream(tiny.bank, context, prompt, max_new_tokens=NEW, decoding=decoding, seed=2)) == whole
 
 
 def test_a_row_ends_before_its_first_end_of_sequence_and_others_go_on(tiny, contexts, selected):
@@ -114,13 +126,14 @@ def test_a_row_whose_first_token_ends_it_is_empty(tiny, contexts, selected):
 def run_loop(tiny, lengths: list[int], eos_ids: list[int], max_new_tokens: int):
     size = len(lengths)
     tokens = np.arange(size * 5, dtype=np.int32).reshape(size, 5)
-    prompts = jnp.take(tiny.bank, np.zeros(size, np.int32), axis=0)
-    keys = jax.random.split(jax.random.key(0), size)
-    eos = np.asarray(eos_ids, np.int32)
-    rule: SamplingRule = Greedy()
-    lengths_ = np.asarray(lengths, np.int32)
-    state = prefill(tiny.config, tiny.params, prompts, tokens, lengths_, keys, eos, rule=rule, room=max_new_tokens)
-    return decode_loop(tiny.config, tiny.params, state, eos, rule=rule, max_new_tokens=max_new_tokens)
+    prefixes = jnp.repeat(read_prompts(tiny.config, tiny.params, tiny.bank)[:1], size, axis=0)
+    keys = jax.random.split(jax.random.key(0), size)[:, None]
+    eos, real = np.asarray(eos_ids, np.int32), np.asarray(lengths) > 0
+    rule = GREEDY.rule(eos_ids)
+    context, logits = prefill(tiny.config, tiny.params, prefixes, tokens, np.asarray(lengths, np.int32))
+    state = begin(tiny.config, logits, real, keys, eos, rule=rule, room=max_new_tokens)
+    state = decode_loop(tiny.config, tiny.params, context, state, eos, jnp.int32(max_new_tokens), rule=rule)
+    return state.tokens[:, 0], state.counts[:, 0], state
 
 
 def test_the_loop_stops_when_every_row_has_ended(tiny):
@@ -138,18 +151,125 @@ def test_padding_rows_of_a_batch_never_keep_the_loop_running(tiny):
     assert int(state.step) == int(counts[0]) + 1 <= 2
 
 
+def recorded(monkeypatch, module, name: str) -> list[tuple[int, ...]]:
+    """The sizes of the first two arguments behind the LM, of every call of a function."""
+    shapes, function = [], getattr(module, name)
+
+    def recording(config, params, *arguments, **options):
+        shapes.append(tuple(size for argument in arguments[:2] for size in np.shape(argument)))
+        return function(config, params, *arguments, **options)
+
+    monkeypatch.setattr(module, name, recording)
+    return shapes
+
+
 def test_a_call_compiles_once_a_width(tiny, monkeypatch):
-    shapes: list[tuple[int, ...]] = []
-
-    def recording(config, params, prompts, tokens, *rest, **options):
-        shapes.append((*prompts.shape, *tokens.shape))
-        return prefill(config, params, prompts, tokens, *rest, **options)
-
-    monkeypatch.setattr(engine_module, "prefill", recording)
+    shapes = recorded(monkeypatch, engine_module, "prefill")
     engine = make_engine(tiny, max_batch=8, length_multiple=16)
     engine.generate(tiny.bank, [[1] * (1 + row % 40) for row in range(50)], [0] * 50, max_new_tokens=2)
     assert len(shapes) == 7
-    assert set(shapes) == {(8, 4, 16, 8, width) for width in (16, 32, 48)}
+    assert set(shapes) == {(8, 2, 2, 4, 2, 4, 8, width) for width in (16, 32, 48)}
+
+
+def test_a_program_serves_every_part_of_a_reply_and_every_stream(tiny, contexts):
+    engine = make_engine(tiny, max_batch=1)
+    engine.generate(tiny.bank, contexts[:1], [0], max_new_tokens=NEW)
+    programs = decode_loop._cache_size()
+    engine.generate(tiny.bank, contexts[:1], [0], max_new_tokens=NEW, ended=lambda ids: False)
+    list(engine.stream(tiny.bank, contexts[0], 0, max_new_tokens=NEW))
+    assert decode_loop._cache_size() == programs
+
+
+def test_soft_prompts_are_read_once_and_again_when_the_bank_is_another(tiny, contexts, selected, monkeypatch):
+    shapes = recorded(monkeypatch, engine_module, "read_prompts")
+    engine = make_engine(tiny)
+    for _ in range(3):
+        engine.generate(tiny.bank, contexts, selected, max_new_tokens=2)
+    list(engine.stream(tiny.bank, contexts[0], 1, max_new_tokens=2))
+    assert shapes == [tiny.bank.shape]
+    other = tiny.bank[::-1]
+    rows = engine.generate(other, contexts, [2 - prompt for prompt in selected], max_new_tokens=NEW)
+    assert len(shapes) == 2
+    assert rows == make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW)
+
+
+def test_a_bank_with_a_prompt_for_every_row_is_read_batch_by_batch(tiny, contexts, selected, monkeypatch):
+    expected = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW)
+    shapes = recorded(monkeypatch, engine_module, "read_prompts")
+    bank = jnp.concatenate([jnp.zeros((80, 4, 16)), tiny.bank[np.asarray(selected)]])
+    assert make_engine(tiny).generate(bank, contexts, range(80, 89), max_new_tokens=NEW) == expected
+    assert shapes == [(4, 4, 16)] * 3
+
+
+def test_an_array_that_its_owner_may_change_is_not_kept(tiny, contexts):
+    bank = np.array(tiny.bank)
+    engine = make_engine(tiny)
+    engine.generate(bank, contexts, [0] * 9, max_new_tokens=NEW)
+    bank[0] = bank[1]
+    expected = make_engine(tiny).generate(tiny.bank, contexts, [1] * 9, max_new_tokens=NEW)
+    assert engine.generate(bank, contexts, [0] * 9, max_new_tokens=NEW) == expected
+
+
+def test_the_prefixes_of_soft_prompts_give_what_the_prompts_give(tiny, contexts, selected):
+    prefixes = read_prompts(tiny.config, tiny.params, tiny.bank)
+    assert prefixes.shape == (3, 2, 2, 4, 2, 4)
+    expected = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW)
+    assert make_engine(tiny).generate(prefixes, contexts, selected, max_new_tokens=NEW) == expected
+
+
+def test_several_samples_of_a_row_are_its_first_and_others_from_one_reading(tiny, contexts, selected, monkeypatch):
+    engine = make_engine(tiny)
+    several = dataclasses.replace(SAMPLED, samples=5)
+    arguments = {"max_new_tokens": NEW, "seed": 4}
+    one = engine.generate(tiny.bank, contexts, selected, decoding=SAMPLED, **arguments)
+    shapes = recorded(monkeypatch, engine_module, "prefill")
+    rows = engine.continuations(tiny.bank, contexts, selected, decoding=several, **arguments)
+    assert len(shapes) == 3
+    assert (
+        [row[0].tokens for row in rows]
+        == one
+        == engine.generate(tiny.bank, contexts, selected, decoding=several, **arguments)
+    )
+    assert all(len({tuple(sample.tokens) for sample in row}) == 5 for row in rows)
+    fewer = engine.continuations(
+        tiny.bank, contexts, selected, decoding=dataclasses.replace(SAMPLED, samples=3), **arguments
+    )
+    assert [row[:3] for row in rows] == fewer
+
+
+def test_rows_stop_at_the_first_of_their_beginnings_that_has_ended(tiny, contexts, selected):
+    """As if all had been generated and cut afterwards, whatever the batch; and the loop stops with the last row."""
+    free = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=30)
+
+    def ended(ids) -> bool:
+        return sum(ids) > 250
+
+    cut = [next((row[:n] for n in range(31) if ended(row[:n])), row) for row in free]
+    assert len({len(row) for row in cut}) > 2
+    assert max(map(len, cut)) < 20
+    for decoding in (GREEDY, dataclasses.replace(SAMPLED, samples=2), SEARCHED):
+        arguments = {"max_new_tokens": 30, "decoding": decoding}
+        whole = make_engine(tiny).continuations(tiny.bank, contexts, selected, **arguments)
+        expected = [
+            [next((s.tokens[:n] for n in range(31) if ended(s.tokens[:n])), s.tokens) for s in r] for r in whole
+        ]
+        for size in (1, 4, 16):
+            rows = make_engine(tiny, max_batch=size).continuations(
+                tiny.bank, contexts, selected, ended=ended, **arguments
+            )
+            assert [[sample.tokens for sample in row] for row in rows] == expected
+
+
+def test_nothing_is_decoded_long_after_the_last_row_has_ended(tiny, contexts, monkeypatch):
+    asked: list[int] = []
+
+    def ended(ids) -> bool:
+        asked.append(len(ids))
+        return len(ids) >= 3
+
+    rows = make_engine(tiny).generate(tiny.bank, contexts[:4], [0] * 4, max_new_tokens=60, ended=ended)
+    assert [len(row) for row in rows] == [3] * 4
+    assert max(asked) <= 9
 
 
 def test_batches_are_reported_until_all_rows_are_done(tiny, contexts, selected):
@@ -187,6 +307,8 @@ def test_parameters_spread_over_eight_devices_give_the_same_rows(tiny, contexts,
     expected = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW)
     assert engine.generate(bank, contexts, selected, max_new_tokens=NEW) == expected
     assert list(engine.stream(bank, contexts[1], selected[1], max_new_tokens=NEW)) == expected[1]
+    searched = make_engine(tiny).generate(tiny.bank, contexts, selected, max_new_tokens=NEW, decoding=SEARCHED)
+    assert engine.generate(bank, contexts, selected, max_new_tokens=NEW, decoding=SEARCHED) == searched
 
 
 @pytest.mark.parametrize(
@@ -200,6 +322,7 @@ def test_parameters_spread_over_eight_devices_give_the_same_rows(tiny, contexts,
         ({"contexts": [[61]]}, "outside the LM's vocabulary of 61"),
         ({"contexts": [[1] * 90]}, "row 0 needs 96 positions|row 0 needs 99 positions"),
         ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"decoding": Decoding(min_new_tokens=6)}, r"min_new_tokens is 6; allowed: up to max_new_tokens \(5\)"),
         ({"seed": -1}, "seed is -1"),
         ({"seed": [1, 2]}, "1 contexts came with 2 seeds"),
     ],

@@ -1,59 +1,163 @@
+"""The same ids as transformers' ``generate`` with input embeddings, on random models of three families."""
+
 from __future__ import annotations
 
-import jax
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from torch_llama import torch_llama
+from references import FAMILIES, LENGTHS, ROWS, Reference, make_reference
 
-from spt_jax.generation.engine import GenerationEngine
-from spt_jax.models.decoder import random_params
-from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.generation.decoding import Decoding
+from spt_jax.generation.engine import Continued, GenerationEngine
 
-NEW = 12
-EOS = 5
+pytest.importorskip("torch")
+pytestmark = [
+    pytest.mark.torch,
+    # It says that history is what was generated, as it is here.
+    pytest.mark.filterwarnings("ignore:Passing `:UserWarning"),
+]
+
+NEW, MARGIN = 12, 1e-4
+EOS = [5, 11, 50, 99, 200, 201]
+MANY_EOS = [*EOS, *range(210, 250)]
+"""So many hypotheses end that it matters when a search does."""
 
 
-@pytest.mark.torch
-def test_greedy_rows_equal_transformers_generate_with_input_embeddings():
-    torch = pytest.importorskip("torch")
-    config = DecoderConfig(
-        vocab_size=97,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        max_position_embeddings=128,
+@pytest.fixture(scope="module", params=FAMILIES)
+def reference(request, tmp_path_factory) -> Reference:
+    return make_reference(request.param, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory) -> Reference:
+    return make_reference("Llama", tmp_path_factory.mktemp("llama"))
+
+
+def ours(
+    reference: Reference, decoding: Decoding, rows: int | None = None, eos: Sequence[int] = EOS
+) -> list[list[Continued]]:
+    lm = reference.lm
+    engine = GenerationEngine(lm.config, lm.params, eos_ids=eos, pad_id=0, max_batch=16)
+    bank = jnp.asarray(reference.bank)
+    return engine.continuations(
+        bank, reference.contexts[:rows], reference.selected[:rows], max_new_tokens=NEW, decoding=decoding
     )
-    params = random_params(config, jax.random.key(3))
-    params = {**params, "embed_tokens": params["embed_tokens"] * 10, "lm_head": params["lm_head"] * 50}
-    bank = jax.random.normal(jax.random.key(4), (4, 3, 32))
-    generator = np.random.default_rng(0)
-    contexts = [generator.integers(6, 97, length).tolist() for length in generator.integers(1, 30, 24)]
-    selected = generator.integers(0, 4, 24).tolist()
-    model = torch_llama(config, params, EOS)
 
-    engine = GenerationEngine(config, params, eos_ids=[EOS], pad_id=0, max_batch=16, length_multiple=32)
-    rows = engine.generate(bank, contexts, selected, max_new_tokens=NEW)
 
-    close = 0
-    for row, context, prompt in zip(rows, contexts, selected, strict=True):
-        text = model.get_input_embeddings()(torch.tensor([context]))
-        embeddings = torch.cat([torch.tensor(np.asarray(bank[prompt]))[None], text], dim=1)
-        output = model.generate(
-            inputs_embeds=embeddings,
-            attention_mask=torch.ones(embeddings.shape[:2], dtype=torch.long),
+def until_end(ids: list[int], eos: Sequence[int] = EOS) -> list[int]:
+    return ids[: next((place for place, token in enumerate(ids) if token in eos), len(ids))]
+
+
+@dataclasses.dataclass
+class Comparison:
+    """How many rows were the same, and how many could have gone either way."""
+
+    same: int = 0
+    near_ties: int = 0
+    ended: int = 0
+    different: list[str] = dataclasses.field(default_factory=list)
+
+    def add(self, name: str, found: list[int], expected: list[int], margin: float) -> None:
+        self.ended += len(expected) < NEW
+        if margin < MARGIN:
+            self.near_ties += 1
+        elif found == expected:
+            self.same += 1
+        else:
+            self.different.append(f"{name}: {found} instead of {expected}, margin {margin:.1e}")
+
+    def check(self, rows: int) -> None:
+        told = f"{self.same} rows identical, {self.near_ties} with margins below {MARGIN}, {len(self.different)} differ"
+        print(f"\n{told}; {self.ended} ended by themselves")
+        assert not self.different, f"{told}: {self.different[:3]}"
+        assert self.same >= rows, told
+        assert self.ended, "some row should end by itself"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"repetition_penalty": 1.3, "no_repeat_ngram": 2, "min_new_tokens": 5},
+    ],
+    ids=["plain", "processors"],
+)
+def test_greedy_rows_equal_transformers(reference, options):
+    found, compared = ours(reference, Decoding(**options)), Comparison()
+    theirs = dict(options)
+    if "no_repeat_ngram" in theirs:
+        theirs["no_repeat_ngram_size"] = theirs.pop("no_repeat_ngram")
+    for rows in reference.groups():
+        output = reference.generate(
+            rows, max_new_tokens=NEW, do_sample=False, eos_token_id=EOS, output_scores=True, **theirs
+        )
+        best = np.stack([scores.numpy() for scores in output.scores])  # behind the processors
+        best = np.sort(best, axis=-1)[..., -2:]
+        for place, row in enumerate(rows):
+            expected = until_end(output.sequences[place].tolist())
+            steps = min(len(expected) + 1, len(best))
+            margin = float((best[:steps, place, 1] - best[:steps, place, 0]).min())
+            compared.add(f"row {row}", found[row][0].tokens, expected, margin)
+    compared.check(len(LENGTHS) * ROWS - 6)
+
+
+def compare_beams(
+    reference: Reference, options: dict[str, Any], rows: int | None = None, eos: Sequence[int] = EOS
+) -> Comparison:
+    """All `samples` hypotheses of every row and their scores against transformers'."""
+    decoding = Decoding(**options)
+    found, compared = ours(reference, decoding, rows, eos), Comparison()
+    for group in reference.groups():
+        group = [row for row in group if row < len(found)]
+        if not group:
+            continue
+        output = reference.generate(
+            group,
             max_new_tokens=NEW,
             do_sample=False,
-            return_dict_in_generate=True,
-            output_logits=True,
+            eos_token_id=list(eos),
+            num_beams=decoding.beams,
+            num_return_sequences=decoding.samples,
+            no_repeat_ngram_size=decoding.no_repeat_ngram,
+            repetition_penalty=decoding.repetition_penalty,
+            min_new_tokens=decoding.min_new_tokens,
+            length_penalty=decoding.length_penalty,
+            early_stopping={"true": True, "false": False}.get(str(decoding.early_stopping), "never"),
+            output_scores=True,
         )
-        expected = output.sequences[0].tolist()
-        best = torch.stack(output.logits).topk(2, dim=-1).values
-        if float((best[..., 0] - best[..., 1]).min()) < 1e-4:
-            close += 1
-        else:
-            assert row == [token for token in expected if token != EOS]
-    assert close <= 2, f"{close} of 24 rows have near ties: nothing would be compared"
-    assert any(len(row) < NEW for row in rows), "some row should end by itself"
+        sequences = output.sequences.reshape(len(group), decoding.samples, -1)
+        scores = output.sequences_scores.reshape(len(group), decoding.samples).numpy()
+        for place, row in enumerate(group):
+            # What could go either way: the order of two hypotheses of one score.
+            margin = float(-np.diff(scores[place]).max()) if decoding.samples > 1 else float("inf")
+            for rank, hypothesis in enumerate(found[row][: decoding.samples - 1 or 1]):
+                expected = until_end(sequences[place, rank].tolist(), eos)
+                compared.add(f"row {row}, rank {rank}", hypothesis.tokens, expected, margin)
+                if hypothesis.tokens == expected:
+                    assert hypothesis.score == pytest.approx(scores[place, rank], rel=1e-6, abs=2e-5)
+    return compared
+
+
+def test_the_papers_beam_search_equals_transformers(reference):
+    compared = compare_beams(reference, {"beams": 10, "no_repeat_ngram": 4, "samples": 2})
+    compared.check(len(LENGTHS) * ROWS - 6)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"beams": 3, "early_stopping": True, "samples": 3},
+        {"beams": 3, "early_stopping": "never", "samples": 3, "length_penalty": 2.0},
+        {"beams": 4, "early_stopping": "never", "length_penalty": 0.0, "samples": 4},
+        {"beams": 4, "length_penalty": -1.0, "samples": 4},
+        {"beams": 5, "min_new_tokens": 6, "repetition_penalty": 1.4, "no_repeat_ngram": 1, "samples": 2},
+    ],
+    ids=lambda options: " ".join(f"{name}={value}" for name, value in options.items()),
+)
+def test_every_option_of_beam_search_means_what_it_means_in_transformers(llama, options):
+    compared = compare_beams(llama, options, rows=40, eos=MANY_EOS)
+    compared.check(30)

@@ -1,0 +1,260 @@
+"""Reading texts behind prefixes, and continuing each of them in several ways at once.
+
+A context is read in one pass and never written again; what is generated lies in slots of its own. So a step of
+decoding copies neither, the N ways to continue a context (beams, samples) attend to one copy of it, and beams are never
+moved: a table of ancestors says which of the new slots each of them sees.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from einops import rearrange
+
+from spt_jax.models.attention import attention, causal_mask, masked_products, weighted_sum
+from spt_jax.models.decoder import FrozenTree, decode
+from spt_jax.models.decoder_config import DecoderConfig
+
+
+@flax.struct.dataclass
+class Context:
+    """Keys and values of B texts and of the prefixes before them.
+
+    Attributes:
+        key: ``[L, B, num_key_value_heads, C, head_dim]``: L layers, C = P + T slots, slot c holding position c. Heads
+            stand before slots, as products of matrices are fastest at.
+        value: Like `key`.
+        lengths: int32 ``[B]``, real tokens, those of the prefix counted; the slots behind are padding.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    lengths: jax.Array
+
+
+@flax.struct.dataclass
+class Continuation:
+    """Keys and values of what was generated after B contexts, N ways each, R tokens at most.
+
+    Attributes:
+        key: ``[L, B, num_key_value_heads, R · N, head_dim]``; slot j · N + n holds the j-th token of strand n.
+        value: Like `key`.
+        ancestors: int32 ``[B, N, R]``, which strand's slot holds the j-th token of each strand's past.
+        length: int32 scalar, tokens written in every strand.
+    """
+
+    key: jax.Array
+    value: jax.Array
+    ancestors: jax.Array
+    length: jax.Array
+
+    @classmethod
+    def empty(cls, config: DecoderConfig, contexts: int, strands: int, room: int) -> Continuation:
+        """Nothing generated yet, with room for `room` tokens in each of `strands` strands of every context."""
+        shape = (config.num_layers, contexts, config.num_key_value_heads, room * strands, config.head_dim)
+        own = jnp.broadcast_to(jnp.arange(strands, dtype=jnp.int32)[:, None], (contexts, strands, room))
+        key, value = jnp.zeros(shape, config.jax_dtype), jnp.zeros(shape, config.jax_dtype)
+        return cls(key=key, value=value, ancestors=own, length=jnp.int32(0))
+
+    def descended(self, parents: jax.Array) -> Continuation:
+        """Strand n goes on from the past of strand ``parents[:, n]``; int32 ``[B, N]``."""
+        ancestors = jnp.take_along_axis(self.ancestors, parents[..., None], axis=1)
+        return self.replace(ancestors=ancestors)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def read(
+    config: DecoderConfig,
+    params: FrozenTree,
+    embeddings: jax.Array,
+    lengths: jax.Array,
+    prefixes: jax.Array,
+) -> tuple[jax.Array, Context]:
+    """Hidden states of texts behind prefixes, and their keys and values.
+
+    Args:
+        config: The decoder.
+        params: The frozen tree.
+        embeddings: ``[B, T, M]``, padded on the right.
+        lengths: int32 ``[B]``, real tokens of each text.
+        prefixes: ``[B, L, 2, P, num_key_value_heads, head_dim]``, see `spt_jax.prompting.prefixes`; they hold positions
+            0 to P - 1. P may be 0.
+
+    Returns:
+        ``[B, T, M]``, and the context of C = P + T slots.
+    """
+    rows, width = embeddings.shape[:2]
+    front = prefixes.shape[3]
+    positions = jnp.broadcast_to(front + jnp.arange(width, dtype=jnp.int32), (rows, width))
+    pairs = rearrange(prefixes.astype(config.jax_dtype), "b l two p g d -> two l b g p d")
+    valid = positions < front + lengths[:, None]
+    return decode(config, params, embeddings, positions, valid, _Prefixes(key=pairs[0], value=pairs[1]))
+
+
+def extend(
+    config: DecoderConfig,
+    params: FrozenTree,
+    embeddings: jax.Array,
+    context: Context,
+    continuation: Continuation,
+) -> tuple[jax.Array, Continuation]:
+    """One more token in every strand.
+
+    Args:
+        config: The decoder.
+        params: The frozen tree.
+        embeddings: ``[B, N, M]``.
+        context: Of the B rows.
+        continuation: With room for a token.
+
+    Returns:
+        Hidden states ``[B, N, M]``, and the continuation with these tokens in it.
+    """
+    positions = jnp.broadcast_to((context.lengths + continuation.length)[:, None], embeddings.shape[:2])
+    valid = jnp.ones_like(positions, bool)
+    strands = _Strands(context=context, continuation=continuation)
+    return decode(config, params, embeddings, positions, valid, strands)
+
+
+class _PrefixLayer(NamedTuple):
+    """Keys and values of one layer, each ``[B, num_key_value_heads, P, head_dim]``."""
+
+    key: jax.Array
+    value: jax.Array
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: jax.Array,
+        slot: jax.Array | None,
+        *,
+        scale: float | None,
+        softcap: float | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """See `spt_jax.models.attention.LayerCache.attend`; keeps prefix and text, heads before slots."""
+        del slot
+        key, value = (
+            jnp.concatenate([kept, jnp.swapaxes(new, 1, 2).astype(kept.dtype)], axis=2)
+            for kept, new in ((self.key, key), (self.value, value))
+        )
+        keys, values = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
+        return attention(query, keys, values, mask, scale=scale, softcap=softcap, ordered=True), (key, value)
+
+
+@flax.struct.dataclass
+class _Prefixes:
+    """`_PrefixLayer` of all layers, a `spt_jax.models.attention.Cache`."""
+
+    key: jax.Array
+    value: jax.Array
+
+    @property
+    def slot(self) -> None:
+        """Every layer writes by itself."""
+
+    @property
+    def layers(self) -> _PrefixLayer:
+        return _PrefixLayer(self.key, self.value)
+
+    def mask(self, positions: jax.Array, valid: jax.Array, window: int | None) -> jax.Array:
+        front = jnp.broadcast_to(jnp.arange(self.key.shape[3], dtype=jnp.int32), (len(positions), self.key.shape[3]))
+        seen, real = jnp.concatenate([front, positions], axis=1), jnp.pad(valid, ((0, 0), (front.shape[1], 0)))
+        return causal_mask(positions, seen, real | (seen < front.shape[1]), window)
+
+    def after(self, kept: tuple[jax.Array, jax.Array], positions: jax.Array, valid: jax.Array) -> Context:
+        del positions
+        lengths = valid.sum(axis=1, dtype=jnp.int32) + self.key.shape[3]
+        return Context(key=kept[0], value=kept[1], lengths=lengths)
+
+
+class _StrandLayer(NamedTuple):
+    """Keys and values of one layer: of the context ``[B, G, C, head_dim]`` and of all strands ``[B, G, R·N, ...]``."""
+
+    context_key: jax.Array
+    context_value: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: tuple[jax.Array, jax.Array, jax.Array],
+        slot: jax.Array | None,
+        *,
+        scale: float | None,
+        softcap: float | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """See `spt_jax.models.attention.LayerCache.attend`; keeps the new tokens' alone."""
+        del slot
+        key, value = (jnp.swapaxes(new, 1, 2).astype(self.key.dtype) for new in (key, value))
+        keys, values = (self.context_key, self.key, key), (self.context_value, self.value, value)
+        query = jnp.swapaxes(query, 1, 2)
+        products = [
+            masked_products(query, k, seen, scale=scale, softcap=softcap) for k, seen in zip(keys, mask, strict=True)
+        ]
+        # One softmax over the three places where keys lie, none of them moved.
+        top = jnp.stack([part.max(axis=-1) for part in products]).max(axis=0)[..., None]
+        total, attended = jnp.zeros_like(top), jnp.zeros((*top.shape[:-1], value.shape[-1]), jnp.float32)
+        for part, kept in zip(products, values, strict=True):
+            weights = jnp.exp(part - top)
+            total += weights.sum(axis=-1, keepdims=True)
+            attended += weighted_sum(weights, kept)
+        attended = attended / total
+        y = rearrange(attended, "b g (r n) d -> b n (g r) d", n=query.shape[2]).astype(query.dtype)
+        return y, (key, value)
+
+
+@flax.struct.dataclass
+class _Strands:
+    """A context and its continuation, a `spt_jax.models.attention.Cache`."""
+
+    context: Context
+    continuation: Continuation
+
+    @property
+    def slot(self) -> None:
+        """Every layer writes by itself."""
+
+    @property
+    def layers(self) -> _StrandLayer:
+        return _StrandLayer(self.context.key, self.context.value, self.continuation.key, self.continuation.value)
+
+    def mask(
+        self, positions: jax.Array, valid: jax.Array, window: int | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        """bool ``[B, 1, N, C]`` of the context, ``[B, 1, N, R·N]`` of earlier tokens and ``[B, 1, N, N]`` of these."""
+        past = self.continuation
+        rows, strands, room = past.ancestors.shape
+        places = jnp.arange(self.context.key.shape[3])
+        seen = places < self.context.lengths[:, None]
+        steps = jnp.arange(room)
+        written = steps < past.length
+        if window is not None:
+            seen &= positions[:, :1] - places < window
+            written &= past.length - steps < window
+        own = jnp.arange(strands)
+        ancestral = (past.ancestors[..., None] == own) & written[:, None]
+        return (
+            jnp.broadcast_to(seen[:, None, None], (rows, 1, strands, len(places))),
+            ancestral.reshape(rows, 1, strands, room * strands),
+            jnp.broadcast_to(own[:, None] == own, (rows, 1, strands, strands)),
+        )
+
+    def after(self, kept: tuple[jax.Array, jax.Array], positions: jax.Array, valid: jax.Array) -> Continuation:
+        del positions, valid
+        past = self.continuation
+        _, strands, room = past.ancestors.shape
+        start = (0, 0, 0, past.length * strands, 0)
+        own = jnp.arange(strands, dtype=jnp.int32)[:, None]
+        return Continuation(
+            key=jax.lax.dynamic_update_slice(past.key, kept[0], start),
+            value=jax.lax.dynamic_update_slice(past.value, kept[1], start),
+            ancestors=jnp.where(jnp.arange(room) == past.length, own, past.ancestors),
+            length=past.length + 1,
+        )
