@@ -1,7 +1,8 @@
 """Evaluates the best checkpoint of a run on held-out dialogues.
 
 Writes predictions.jsonl, results.json and report.html into the workdir and prints the table. Beside the trained bank
-it measures the LM without a soft prompt and the bank before training, unless --nobaselines.
+it measures the LM without a soft prompt and the bank before training, unless --nobaselines. One that is killed goes on
+where it was when the same command is given again.
 
 Examples:
   spt-jax evaluate --workdir=runs/quickstart
@@ -66,9 +67,12 @@ def run(flag_values: flags.FlagValues) -> int:
     if not given["workdir"]:
         raise UserError("--workdir is missing; give the working directory of a trained run")
     decoding = given_decoding(flag_values)
+    import jax
+
     from spt_jax.atomic_file import check_writable
     from spt_jax.commands.restored import heldout_dialogues, open_run
     from spt_jax.config import validate
+    from spt_jax.evaluation.journal import Journal
     from spt_jax.evaluation.kept_results import kept_results, question
     from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
     from spt_jax.training.checkpoint import Checkpoints
@@ -96,6 +100,9 @@ def run(flag_values: flags.FlagValues) -> int:
         check_writable(workdir / "results.json")
         which = "" if given["checkpoint"].isdigit() else f"{given['checkpoint']} "
         print(f"{which}checkpoint, step {restored.step}, on {len(dialogues)} dialogues of {source}", flush=True)
+        journal = Journal(workdir, asked) if jax.process_count() == 1 else None
+        if journal is not None and journal.begun:
+            print(f"going on where an evaluation was stopped: {journal.begun} replies are there", flush=True)
         evaluation = evaluate_run(
             restored.experiment,
             restored.trainable,
@@ -103,9 +110,12 @@ def run(flag_values: flags.FlagValues) -> int:
             dialogues,
             template=restored.template,
             replies=given["replies"],
+            journal=journal,
         )
         about = {"source": source, "step": restored.step, "chat": chat, "question": asked}
         results = write_results(workdir, evaluation, restored.config, **about)
+        if journal is not None:
+            journal.close()
     _show(results)
     print(f"\nreport: {workdir / 'report.html'}\ntalk to it: {chat}")
     return 0

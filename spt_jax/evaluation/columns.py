@@ -16,6 +16,7 @@ from spt_jax.data.template import PlainTemplate, Template, turn_history
 from spt_jax.evaluation import hits
 from spt_jax.evaluation.candidate_scores import score_candidates
 from spt_jax.evaluation.candidates import RankedTurn, ranked_turns
+from spt_jax.evaluation.journal import KeptColumn
 from spt_jax.evaluation.likelihood import Likelihoods, score_rows
 from spt_jax.evaluation.text_metrics import TextMetrics, text_metrics
 from spt_jax.generation.decoding import Decoding
@@ -182,43 +183,33 @@ class ColumnEvaluator:
         said = turn_history(found, turn)
         return [*said, found.turns[turn].response] if self._learns_persona else said
 
-    def run(self, model: SelectiveLM, trainable: Trainable, on_turns: Callable[[int], None]) -> Column:
+    def run(
+        self,
+        model: SelectiveLM,
+        trainable: Trainable,
+        on_turns: Callable[[int], None],
+        kept: KeptColumn | None = None,
+    ) -> Column:
         """Scores every turn, replies to the chosen ones under their selected prompts, and measures both.
 
         Args:
             model: The description; K and P are those of `trainable`.
             trainable: What was learned.
             on_turns: Called with the number of turns scored, then answered, after each batch.
+            kept: What an evaluation that was stopped has found of this column; it gets what is found now.
         """
-        likelihoods = score_rows(
-            model,
-            self._lm.params,
-            trainable,
-            self._rows,
-            mesh=self._mesh,
-            batch_size=self._batch_size,
-            pad_id=self._pad_id,
-            max_buckets=self._max_buckets,
-            on_batch=lambda turns, _: on_turns(turns),
-        )
+        likelihoods = self._likelihoods(model, trainable, on_turns, kept)
         if self._noise:
             noise = np.random.default_rng(self._seed).normal(size=likelihoods.scores.shape)
             noisy = likelihoods.scores + self._noise * noise
             likelihoods = dataclasses.replace(likelihoods, scores=noisy.astype(np.float32))
         keys = [(int(likelihoods.dialogue[u]), int(likelihoods.turn[u])) for u in self.answered]
-        done = 0
-
-        def on_batch(answered: int, _: int) -> None:
-            nonlocal done
-            on_turns(answered - done)
-            done = answered
-
         writer = self.writer(model, trainable)
+        conditions: Sequence[int] = likelihoods.selected[self.answered].tolist()
         if self._soft and model.num_prompts > 1:
             mixed = mixed_prompts(writer.bank, likelihoods.scores[self.answered], self._temperature)
-            replies = dataclasses.replace(writer, bank=mixed).replies(keys, range(len(keys)), on_batch)
-        else:
-            replies = writer.replies(keys, likelihoods.selected[self.answered].tolist(), on_batch)
+            writer, conditions = dataclasses.replace(writer, bank=mixed), range(len(keys))
+        replies = writer.replies(keys, conditions, on_turns, kept)
         references = [self.reference(*key) for key in keys]
         personas = None if self._learns_persona else [self._dialogues[d].persona for d, _ in keys]
         metrics = text_metrics(replies, references, personas, metrics=self._groups, **self._scorers)
@@ -236,6 +227,28 @@ class ColumnEvaluator:
         known = PERPLEXITY_DEFINITIONS | hits.DEFINITIONS
         definitions = {name: known[name] for name in figures} | metrics.definitions
         return Column(likelihoods, self.answered, replies, metrics, ranking, figures | metrics.values, definitions)
+
+    def _likelihoods(
+        self, model: SelectiveLM, trainable: Trainable, on_turns: Callable[[int], None], kept: KeptColumn | None
+    ) -> Likelihoods:
+        found = None if kept is None else kept.likelihoods()
+        if found is not None:
+            on_turns(len(found.turn))
+            return found
+        found = score_rows(
+            model,
+            self._lm.params,
+            trainable,
+            self._rows,
+            mesh=self._mesh,
+            batch_size=self._batch_size,
+            pad_id=self._pad_id,
+            max_buckets=self._max_buckets,
+            on_batch=lambda turns, _: on_turns(turns),
+        )
+        if kept is not None:
+            kept.keep_likelihoods(found)
+        return found
 
     def _rank(
         self, model: SelectiveLM, trainable: Trainable, likelihoods: Likelihoods, on_turns: Callable[[int], None]
@@ -305,17 +318,40 @@ class ReplyWriter:
         self,
         keys: Sequence[tuple[int, int]],
         selected: Sequence[int],
-        on_batch: Callable[[int, int], None] | None = None,
+        on_turns: Callable[[int], None] = lambda _: None,
+        kept: KeptColumn | None = None,
     ) -> list[str]:
-        """Replies to the turns ``(dialogue, turn)`` under the given conditions, cut."""
-        ids = self.engine.generate(
-            self.bank,
-            [self.contexts[key] for key in keys],
-            selected,
-            max_new_tokens=self.max_new_tokens,
-            decoding=self.decoding,
-            seed=self.seed,
-            ended=self.text.ended,
-            on_batch=on_batch,
-        )
-        return [self.text.of(row) for row in ids]
+        """Replies to the turns ``(dialogue, turn)`` under the given conditions, cut.
+
+        Args:
+            keys: The turns.
+            selected: The condition of each.
+            on_turns: Called with the number of replies after each batch.
+            kept: Replies that it knows are not generated again, and it gets the others, batch by batch.
+        """
+        known = {} if kept is None else kept.replies()
+        replies = [known.get(key) for key in keys]
+        open_places = [place for place, reply in enumerate(replies) if reply is None]
+        on_turns(len(keys) - len(open_places))
+
+        def on_rows(rows: Sequence[int], found: Sequence[list[int]]) -> None:
+            places = [open_places[row] for row in rows]
+            for place, tokens in zip(places, found, strict=True):
+                replies[place] = self.text.of(tokens)
+            if kept is not None:
+                kept.keep_replies([keys[place] for place in places], [str(replies[place]) for place in places])
+            on_turns(len(rows))
+
+        if open_places:
+            self.engine.generate(
+                self.bank,
+                [self.contexts[keys[place]] for place in open_places],
+                [selected[place] for place in open_places],
+                max_new_tokens=self.max_new_tokens,
+                decoding=self.decoding,
+                # A turn draws as it would in an evaluation that was not stopped.
+                seed=[(self.seed + place) % 2**32 for place in open_places],
+                ended=self.text.ended,
+                on_rows=on_rows,
+            )
+        return [str(reply) for reply in replies]

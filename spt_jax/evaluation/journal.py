@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import re
@@ -24,29 +25,27 @@ Turn = tuple[int, int]
 class Journal:
     """A folder of a run with the likelihoods and replies of every column that has begun.
 
-    It belongs to one question; what another one left is thrown away. In a run of several hosts the first one writes,
-    and all read what an earlier evaluation left.
+    It belongs to one question; what another one left is thrown away. For one process: several would have to know the
+    same.
 
     Args:
         workdir: The run's working directory.
         question: Of `spt_jax.evaluation.kept_results.question`: everything that the results follow from.
-        writes: Whether this host writes.
 
     Raises:
         UserError: The folder cannot be made.
     """
 
-    def __init__(self, workdir: Path, question: str, writes: bool = True) -> None:
-        self._folder, self._writes = workdir / FOLDER, writes
+    def __init__(self, workdir: Path, question: str) -> None:
+        self._folder = workdir / FOLDER
         if _read_text(self._folder / "question") == question:
             return
-        if writes:
-            self.close()
-            try:
-                self._folder.mkdir()
-            except OSError as error:
-                raise UserError(f"{self._folder} cannot be made: {error.strerror}") from None
-            write_atomically(self._folder / "question", question)
+        self.close()
+        try:
+            self._folder.mkdir()
+        except OSError as error:
+            raise UserError(f"{self._folder} cannot be made: {error.strerror}") from None
+        write_atomically(self._folder / "question", question)
 
     def likelihoods(self, column: str) -> Likelihoods | None:
         """Those of a column; None where they are not known yet."""
@@ -58,10 +57,9 @@ class Journal:
 
     def keep_likelihoods(self, column: str, likelihoods: Likelihoods) -> None:
         """Writes those of a column, whole or not at all."""
-        if self._writes:
-            content = io.BytesIO()
-            np.savez(content, **{name: getattr(likelihoods, name) for name in _FIELDS})
-            write_atomically(self._file(column, "npz"), content.getvalue())
+        content = io.BytesIO()
+        np.savez(content, **{name: getattr(likelihoods, name) for name in _FIELDS})
+        write_atomically(self._file(column, "npz"), content.getvalue())
 
     def replies(self, column: str) -> dict[Turn, str]:
         """The replies of a column that are known; a line that was cut off while it was written is taken out."""
@@ -78,7 +76,7 @@ class Journal:
                 break
             known[key] = str(row["reply"])
             whole += len(line)
-        if self._writes and path.exists() and path.stat().st_size > whole:
+        if path.exists() and path.stat().st_size > whole:
             with path.open("r+b") as file:
                 file.truncate(whole)
         return known
@@ -89,8 +87,6 @@ class Journal:
         Raises:
             UserError: They cannot be written.
         """
-        if not self._writes:
-            return
         rows = [
             json.dumps({"dialogue": d, "turn": t, "reply": reply}, ensure_ascii=False) + "\n"
             for (d, t), reply in zip(turns, replies, strict=True)
@@ -104,11 +100,48 @@ class Journal:
 
     def close(self) -> None:
         """Throws everything away: the results are written, or the question is another one."""
-        if self._writes:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    @property
+    def begun(self) -> int:
+        """How many replies an evaluation that was stopped has left, over all columns."""
+        return sum(len(_read_bytes(path).splitlines()) for path in self._folder.glob("*.jsonl"))
+
+    def column(self, name: str) -> KeptColumn:
+        """The part of a column."""
+        return KeptColumn(self, name)
 
     def _file(self, column: str, ending: str) -> Path:
         return self._folder / f"{re.sub(r'[^a-z0-9]+', '_', column.lower())}.{ending}"
+
+
+@dataclasses.dataclass(frozen=True)
+class KeptColumn:
+    """A column of a journal.
+
+    Attributes:
+        journal: The journal.
+        name: The column's.
+    """
+
+    journal: Journal
+    name: str
+
+    def likelihoods(self) -> Likelihoods | None:
+        """See `Journal.likelihoods`."""
+        return self.journal.likelihoods(self.name)
+
+    def keep_likelihoods(self, likelihoods: Likelihoods) -> None:
+        """See `Journal.keep_likelihoods`."""
+        self.journal.keep_likelihoods(self.name, likelihoods)
+
+    def replies(self) -> dict[Turn, str]:
+        """See `Journal.replies`."""
+        return self.journal.replies(self.name)
+
+    def keep_replies(self, turns: Sequence[Turn], replies: Sequence[str]) -> None:
+        """See `Journal.keep_replies`."""
+        self.journal.keep_replies(self.name, turns, replies)
 
 
 _FIELDS = ("dialogue", "turn", "tokens", "nll", "scores")

@@ -21,6 +21,7 @@ from spt_jax.data.template import PlainTemplate, Template
 from spt_jax.errors import UserError
 from spt_jax.evaluation.columns import Column, ColumnEvaluator, ReplyWriter, spread_evenly
 from spt_jax.evaluation.diagnostics import diagnose
+from spt_jax.evaluation.journal import Journal
 from spt_jax.evaluation.report import ReportInputs, write_report
 from spt_jax.evaluation.told_dialogues import told_dialogues
 from spt_jax.generation.decoding import Decoding
@@ -62,6 +63,7 @@ def evaluate_run(
     *,
     template: Template | None = None,
     replies: int | None = None,
+    journal: Journal | None = None,
 ) -> Evaluation:
     """Measures a trained tree on dialogues.
 
@@ -73,6 +75,7 @@ def evaluate_run(
         dialogues: At least one.
         template: How their rows are written; None for the paper's template.
         replies: How many turns get a reply, 0 for all; None takes ``evaluation.replies``.
+        journal: What an evaluation of the same question that was stopped has left, and where this one writes.
 
     Raises:
         UserError: There is no dialogue.
@@ -112,7 +115,7 @@ def evaluate_run(
     columns: dict[str, Column] = {}
     for name, (model, tree) in banks.items():
         with ProgressBar(f"evaluating, {name}", evaluator.work) as bar:
-            columns[name] = evaluator.run(model, tree, bar.advance)
+            columns[name] = evaluator.run(model, tree, bar.advance, None if journal is None else journal.column(name))
     after = columns[AFTER]
     chosen = spread_evenly(len(after.answered), options.samples) if options.samples else np.array([], np.int64)
     writer = evaluator.writer(model, trainable)

@@ -77,6 +77,7 @@ class GenerationEngine:
         seed: int | Sequence[int] = 0,
         ended: Callable[[Sequence[int]], bool] | None = None,
         on_batch: Callable[[int, int], None] | None = None,
+        on_rows: Callable[[Sequence[int], Sequence[list[int]]], None] | None = None,
     ) -> list[list[int]]:
         """Continues every context behind its prompt.
 
@@ -92,6 +93,7 @@ class GenerationEngine:
             ended: Whether nothing behind these new tokens matters; a row goes no further than the first of its
                 beginnings for which this holds. Called now and then, with more and more tokens of each row.
             on_batch: Called with (rows done, rows in all) after every batch.
+            on_rows: Called before that with the numbers of the batch's rows, and what each of them became.
 
         Returns:
             n rows of new token ids, in the order of `contexts`, without the end-of-sequence token: the first of each
@@ -109,6 +111,9 @@ class GenerationEngine:
             seed=seed,
             ended=ended,
             on_batch=on_batch,
+            on_rows=None
+            if on_rows is None
+            else lambda rows, found: on_rows(rows, [continued[0].tokens for continued in found]),
         )
         return [row[0].tokens for row in found]
 
@@ -123,6 +128,7 @@ class GenerationEngine:
         seed: int | Sequence[int] = 0,
         ended: Callable[[Sequence[int]], bool] | None = None,
         on_batch: Callable[[int, int], None] | None = None,
+        on_rows: Callable[[Sequence[int], Sequence[list[Continued]]], None] | None = None,
     ) -> list[list[Continued]]:
         """As `generate`, with all ``decoding.samples`` continuations of each row; of beam search the best, in order.
 
@@ -145,6 +151,8 @@ class GenerationEngine:
             del batch  # it is as large as the next one
             for row, continued in zip(rows, found, strict=False):
                 results[row] = continued
+            if on_rows is not None:
+                on_rows(rows, [results[row] for row in rows])
             if on_batch is not None:
                 on_batch(start + len(rows), len(order))
         return results

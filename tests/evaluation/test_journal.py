@@ -6,10 +6,14 @@ import dataclasses
 
 import numpy as np
 import pytest
+import tiny
+from tiny_experiment import experiment
 
 from spt_jax.errors import UserError
 from spt_jax.evaluation.journal import FOLDER, Journal
 from spt_jax.evaluation.likelihood import Likelihoods
+from spt_jax.evaluation.run_evaluation import evaluate_run
+from spt_jax.generation.engine import GenerationEngine
 
 AFTER = "after training"
 FOUND = Likelihoods(
@@ -67,17 +71,44 @@ def test_damaged_likelihoods_are_computed_again(tmp_path):
     assert journal.likelihoods(AFTER) is None
 
 
-def test_a_host_that_does_not_write_reads_alone(tmp_path):
-    Journal(tmp_path, "why").keep_replies(AFTER, [(0, 0)], ["yes"])
-    reader = Journal(tmp_path, "why", writes=False)
-    reader.keep_replies(AFTER, [(0, 1)], ["no"])
-    reader.keep_likelihoods(AFTER, FOUND)
-    reader.close()
-    assert Journal(tmp_path, "why").replies(AFTER) == {(0, 0): "yes"}
-    assert reader.likelihoods(AFTER) is None
-
-
 def test_a_workdir_that_is_no_folder_is_told_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be"):
         Journal(tmp_path / "file", "why")
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("batches", [0, 1, 4, 6])
+def test_an_evaluation_that_was_stopped_goes_on_and_generates_no_reply_twice(
+    tmp_path, monkeypatch, batches, temperature
+):
+    setting = experiment(batch=2, samples=0)
+    setting.config.generation.temperature = temperature
+    trainable = tiny.trainable(setting.model)
+
+    def evaluated(journal: Journal | None):
+        return evaluate_run(setting, trainable, tiny.trainable(setting.model, 2), tiny.DIALOGUES[:2], journal=journal)
+
+    wanted = evaluated(None)
+    generate, generated = GenerationEngine.generate, []
+
+    def counted(engine, *rest, on_rows, **options):
+        def heard(rows, found):
+            if len(generated) == stop_before:
+                raise KeyboardInterrupt
+            on_rows(rows, found)
+            generated.append(len(rows))
+
+        return generate(engine, *rest, on_rows=heard, **options)
+
+    monkeypatch.setattr(GenerationEngine, "generate", counted)
+    stop_before = batches
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(Journal(tmp_path, "why"))
+    journal = Journal(tmp_path, "why")
+    assert journal.begun == sum(generated)
+    stop_before = -1
+    found = evaluated(journal)
+    assert sum(generated) == 3 * len(wanted.predictions)  # three columns
+    assert found.predictions == wanted.predictions
+    assert found.results["columns"] == wanted.results["columns"]
