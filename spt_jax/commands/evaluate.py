@@ -85,8 +85,8 @@ def run(flag_values: flags.FlagValues) -> int:
         options["metrics"] = tuple(given["metrics"])
     config.evaluation.update(options)
     config.generation.update(decoding)
-    validate(config)
     _check_scorers(config.evaluation)
+    validate(config)
     with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
         checkpoint = checkpoints.meta(given["checkpoint"])
     source, dialogues = heldout_dialogues(config, given["data"], given["limit"])
