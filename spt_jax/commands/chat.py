@@ -1,7 +1,7 @@
 """Talks with a trained run in the terminal; shows which soft prompt answers and the retriever's scores.
 
-Commands in the conversation: /persona /clear /retry /save [FILE] /help /exit, and the words clear, r, save and exit
-alone on a line. Where standard input is no terminal, its lines are the conversation.
+Commands in the conversation: /persona /clear /retry /why /save [FILE] /help /exit, and alone on a line the words clear,
+r, save and exit. Where standard input is no terminal, its lines are the conversation.
 
 Examples:
   spt-jax chat --workdir=runs/quickstart --persona="i have two dogs." --persona="i love the sea."

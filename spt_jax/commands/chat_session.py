@@ -117,6 +117,8 @@ class ChatSession:
             self._note("The conversation starts over; the persona stays.")
         elif order.name == "persona":
             self._change_persona(order.argument)
+        elif order.name == "why":
+            self._explain(order.argument)
         elif order.name == "save":
             self._save(order.argument)
         else:
@@ -168,6 +170,19 @@ class ChatSession:
         scores = "  ".join(f"{index}: {score:.3f}" for index, score in enumerate(selection.scores))
         forced = " (forced)" if self._responder.settings.prompt is not None else ""
         self._note(f"prompt {selection.prompt}{forced} answers; scores {scores}")
+
+    def _explain(self, argument: str) -> None:
+        """The retriever's view of a message: each prompt's score, and what it would have said."""
+        if argument and not argument.isdecimal():
+            raise UserError(f"/why takes the number of a message, but got {argument!r}.")
+        before, exchange = self.conversation.before(int(argument) if argument else len(self.conversation.exchanges))
+        tokens = self._run.encode_context(before.persona, before.history(exchange.message))
+        with self._patience():
+            replies = self._responder.under_every_prompt(tokens, seed=exchange.seed)
+        self._note(f"to {_printable(exchange.message)!r}:")
+        for prompt, (score, reply) in enumerate(zip(exchange.scores, replies, strict=True)):
+            mark = "*" if prompt == exchange.prompt else " "
+            self._note(f"{mark} prompt {prompt}, score {score:.3f}: {_printable(reply) or '(an empty reply)'}")
 
     def _patience(self) -> contextlib.AbstractContextManager[object]:
         # The first reply of a length compiles: seconds in which a terminal must not look dead.

@@ -11,6 +11,7 @@ ORDERS = {
     "persona": "show the persona; /persona TEXT adds a line, /persona clear removes all",
     "clear": "start over; the persona stays (also: clear)",
     "retry": "answer the last message again (also: r)",
+    "why": "show what every prompt would have said to the last message, and its score; /why 2 to the second",
     "save": "write the conversation as JSON; /save FILE names the file (also: save)",
     "help": "show this list",
     "exit": "leave (also: exit, Ctrl-D)",
@@ -19,7 +20,7 @@ ORDERS = {
 
 # The authors' program knows these words, alone on a line; inside a sentence they are ordinary speech.
 _BARE_WORDS = {"clear": "clear", "r": "retry", "save": "save", "exit": "exit"}
-_WITH_ARGUMENT = ("persona", "save")
+_WITH_ARGUMENT = ("persona", "save", "why")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,6 +105,18 @@ class Conversation:
         if not self.exchanges:
             raise UserError("There is no reply to retry yet; say something first.")
         return dataclasses.replace(self, exchanges=self.exchanges[:-1]), self.exchanges[-1].message
+
+    def before(self, number: int) -> tuple[Conversation, Exchange]:
+        """The conversation before its `number`-th exchange, counted from 1, and that exchange.
+
+        Raises:
+            UserError: If there is none.
+        """
+        if not self.exchanges:
+            raise UserError("Nothing was said yet; say something first.")
+        if not 1 <= number <= len(self.exchanges):
+            raise UserError(f"There is no message {number}; this conversation has 1 to {len(self.exchanges)}.")
+        return dataclasses.replace(self, exchanges=self.exchanges[: number - 1]), self.exchanges[number - 1]
 
     def cleared(self) -> Conversation:
         """The persona alone."""

@@ -202,6 +202,20 @@ class Responder:
         )
         return [[self._text.of(continued.tokens) for continued in row] for row in found]
 
+    def under_every_prompt(self, tokens: Sequence[int], *, seed: int) -> list[str]:
+        """The cut reply of each of the K prompts to one context, all with the same draws."""
+        prompts = range(self._bank.shape[0])
+        found = self._engine.generate(
+            self._bank,
+            [tokens] * len(prompts),
+            prompts,
+            max_new_tokens=self.settings.max_new_tokens,
+            decoding=self.decoding,
+            seed=[seed] * len(prompts),
+            ended=self._text.ended,
+        )
+        return [self._text.of(ids) for ids in found]
+
     def _fronts(self, selections: Sequence[Selection]) -> tuple[Any, list[int]]:
         """The bank and an index into it for each selection; with soft selection, a mixture of its own for each."""
         if not self._soft:

@@ -117,6 +117,33 @@ def test_flags_of_decoding_override_the_run_and_stop_strings_end_replies(talk, s
     ), "a search would repeat itself"
 
 
+def test_why_shows_what_every_prompt_would_have_said_with_its_score(talk, fake_run):
+    printed = talk("hi there", "and you?", "/why", "/why 1", arguments=("--max_new_tokens=12",))
+    lines = printed.splitlines()
+    last, first = lines.index("to 'and you?':"), lines.index("to 'hi there':")
+    engine = GenerationEngine(fake_run.lm.config, fake_run.lm.params, eos_ids=fake_run.stop_ids, pad_id=0)
+    context = fake_run.encode_context((), ["hi there"])
+    ids = engine.generate(fake_run.conditions.bank, [context] * 3, range(3), max_new_tokens=12)
+    scores = fake_run.score_contexts([context])[0]
+    for k, row in enumerate(ids):
+        said = "".join(c for c in cut_reply(fake_run.lm.tokenizer.decode(row)) if c.isprintable())
+        mark = "*" if k == len(context) % 3 else " "
+        assert lines[first + 1 + k].startswith(f"{mark} prompt {k}, score {scores[k]:.3f}: {said}"[:60])
+    assert [line[0] for line in lines[last + 1 : last + 4]].count("*") == 1
+
+
+@pytest.mark.parametrize(
+    ("lines", "words"),
+    [
+        (("/why",), "Nothing was said yet; say something first."),
+        (("hi", "/why 2"), "There is no message 2; this conversation has 1 to 1."),
+        (("hi", "/why me"), "/why takes the number of a message, but got 'me'."),
+    ],
+)
+def test_why_of_nothing_is_told(talk, lines, words):
+    assert words in talk(*lines, arguments=("--max_new_tokens=2",))
+
+
 def test_retry_with_nothing_said_is_told(talk):
     assert "There is no reply to retry yet" in talk("r")
 
