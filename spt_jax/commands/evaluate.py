@@ -32,6 +32,13 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Working directory of a trained run.", **fv)
     flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", **fv)
     flags.DEFINE_string("data", "", "Dialogues, in any format that data.train takes; else the run's data.test.", **fv)
+    flags.DEFINE_enum(
+        "split",
+        "test",
+        ["test", "development", "train"],
+        "Which part of the run's data, or of --data where that has parts.",
+        **fv,
+    )
     flags.DEFINE_integer("limit", 0, "Use the first so many dialogues; 0 for all.", lower_bound=0, **fv)
     flags.DEFINE_integer("batch", None, "Rows at once; else the run's evaluation.batch.", lower_bound=1, **fv)
     flags.DEFINE_list(
@@ -89,7 +96,7 @@ def run(flag_values: flags.FlagValues) -> int:
     validate(config)
     with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
         checkpoint = checkpoints.meta(given["checkpoint"])
-    source, dialogues = heldout_dialogues(config, given["data"], given["limit"])
+    source, dialogues = heldout_dialogues(config, given["data"], given["limit"], given["split"])
     asked = question(config, checkpoint, dialogues, given["baselines"], given["replies"]) if checkpoint else ""
     chat = f"spt-jax chat --workdir={shlex.quote(given['workdir'])}"
     results = kept_results(workdir, asked) if given["reuse"] else None

@@ -161,13 +161,18 @@ def _fit_mesh(config: Config, devices: int) -> None:
         m.data, m.fsdp, m.tensor = 1, devices, 1
 
 
-def heldout_dialogues(config: Config, source: str, limit: int = 0) -> tuple[str, list[Dialogue]]:
+SPLITS = {"test": "test", "development": "validation", "train": "train"}
+"""A run's parts of its data, and what Hugging Face datasets call them."""
+
+
+def heldout_dialogues(config: Config, source: str, limit: int = 0, split: str = "test") -> tuple[str, list[Dialogue]]:
     """The dialogues that a run is measured on; malformed lines that ``data.on_error`` skips are told on standard error.
 
     Args:
         config: The run's configuration.
         source: As ``data.test``; empty for the run's own, which may be cut from its training dialogues.
         limit: The first so many; 0 for all.
+        split: One of `SPLITS`: which part of the run's data, or of a source that has parts.
 
     Returns:
         The name of the source, and the dialogues.
@@ -175,14 +180,17 @@ def heldout_dialogues(config: Config, source: str, limit: int = 0) -> tuple[str,
     Raises:
         UserError: The source cannot be read.
     """
-    source = source or config.data.test
+    source = source or {"test": config.data.test, "development": config.data.development, "train": ""}[split]
     if source:
-        found = read_source(config, source, "test")
+        found = read_source(config, source, SPLITS[split])
         dialogues, skipped = list(found.dialogues), found.skipped
     else:
-        source = f"{config.data.train} (held out)"
+        part = {"test": "held out", "development": "its development split", "train": "what was learned from"}
+        source = f"{config.data.train} ({part[split]})"
         splits = read_splits(config)
-        dialogues, skipped = splits.test, tuple(splits.skipped)
+        dialogues, skipped = getattr(splits, split), tuple(splits.skipped)
+        if not dialogues:
+            raise UserError(f"this run has no {split} dialogues; --data names others")
     for sentence in skipped:
         print(f"skipped {sentence}", file=sys.stderr)
     return source, dialogues[: limit or None]

@@ -24,6 +24,7 @@ from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.replies import ReplyText
 from spt_jax.metric_groups import EVERYDAY, chosen_groups, is_chosen
 from spt_jax.models.loading import LanguageModel
+from spt_jax.parallel.rules import row_devices, row_sharding
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.prompting.selective_lm import SelectiveLM, inference_conditions, mixed_prompts
 
@@ -286,6 +287,7 @@ class ColumnEvaluator:
             pad_id=tokenizer.pad_id,
             vocab_size=tokenizer.vocab_size,
             max_batch=self._batch_size,
+            row_sharding=row_sharding(self._mesh) if row_devices(self._mesh) > 1 else None,
         )
         return ReplyWriter(
             engine, conditions.bank, self._contexts, self._text, self._max_new_tokens, self._decoding, self._seed

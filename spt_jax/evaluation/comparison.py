@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 
@@ -95,6 +96,7 @@ class Comparison:
         notes: What a reader must know, sentences.
         definitions: Name of a figure -> one sentence.
         versions: Library -> version.
+        examples: Turns with the reply of every row, see `examples_of`.
     """
 
     rows: tuple[ComparedRow, ...]
@@ -108,6 +110,7 @@ class Comparison:
     notes: tuple[str, ...]
     definitions: dict[str, str]
     versions: dict[str, str]
+    examples: tuple[dict[str, Any], ...] = ()
 
 
 def relative_changes(figures: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
@@ -200,6 +203,34 @@ def compare_runs(
         notes=tuple(notes),
         definitions={c.key: definitions[c.key] for c in columns if c.key in definitions},
         versions=metric_versions() | versions,
+        examples=examples_of(groups),
+    )
+
+
+EXAMPLES = 24
+"""Turns that stand side by side; more are in each run's own report."""
+
+
+def examples_of(groups: Sequence[RunGroup]) -> tuple[dict[str, Any], ...]:
+    """Turns spread evenly over the dialogues, with the reply of every row's first seed.
+
+    Returns:
+        ``dialogue``, ``turn``, ``persona``, ``history`` (the last utterances), ``reference`` and ``replies`` (label ->
+        reply) of each.
+    """
+    first = groups[0].runs[0]
+    count = min(EXAMPLES, len(first.references))
+    places = [place * len(first.references) // count for place in range(count)]
+    return tuple(
+        {
+            "dialogue": int(first.dialogue[u]),
+            "turn": int(first.turn[u]),
+            "persona": first.personas[u] if first.personas else [],
+            "history": first.histories[u][-3:] if first.histories else [],
+            "reference": first.references[u],
+            "replies": {group.label: group.runs[0].predictions[u] for group in groups},
+        }
+        for u in places
     )
 
 

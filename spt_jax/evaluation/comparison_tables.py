@@ -6,7 +6,7 @@ import csv
 import dataclasses
 import html
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.markup import escape
@@ -196,6 +196,9 @@ def html_text(comparison: Comparison) -> str:
         body.append(section("Change", _html_table("Change", headers, change_cells(comparison)), note=note))
     if any(len(row.seeds) > 1 for row in comparison.rows):
         body.append(section("Every seed", _seeds_table(comparison), note="With each seed's own 95 % intervals."))
+    if comparison.examples:
+        examples = [_example(example) for example in comparison.examples]
+        body.append(section("Replies side by side", *examples, note="Of each row's first seed, the same turns."))
     terms = "".join(
         f"<dt>{html.escape(column.label)}</dt><dd>{html.escape(comparison.definitions.get(column.key, ''))}</dd>"
         for column in comparison.columns
@@ -205,6 +208,18 @@ def html_text(comparison: Comparison) -> str:
         section("How it was measured", details("Definitions", f"<dl>{terms}</dl>"), f"<p>{html.escape(libraries)}</p>")
     )
     return page("Comparison of runs", body)
+
+
+def _example(example: Mapping[str, Any]) -> str:
+    asked = example["history"][-1] if example["history"] else ""
+    rows = "".join(
+        f'<tr><th scope="row">{html.escape(label)}</th><td>{html.escape(reply) or "(empty reply)"}</td></tr>'
+        for label, reply in [*example["replies"].items(), ("as it was said", example["reference"])]
+    )
+    persona = f'<p class="muted">{html.escape(" ".join(example["persona"]))}</p>' if example["persona"] else ""
+    said = "".join(f"<p>{html.escape(text)}</p>" for text in example["history"])
+    table = f'<table class="replies"><caption>Replies</caption><tbody>{rows}</tbody></table>'
+    return details(f"Dialogue {example['dialogue']}, turn {example['turn']}: {asked}", persona + said + table)
 
 
 def json_value(comparison: Comparison) -> dict[str, Any]:

@@ -35,6 +35,7 @@ class EvaluatedRun:
         target_tokens: int64 ``[U]``, end-of-sequence included; None where the record lacks them.
         bert_score: float64 ``[U, 3]``, precision, recall and F1 as fractions; None where evaluation did not ask for it.
         personas: U personas, each its lines; None where the record lacks them.
+        histories: U lists of utterances, the user's last; None where the record lacks them.
         kept: Names of `spt_jax.evaluation.resampling.KEPT` to what evaluation kept for each reply, float64 ``[U]``;
             those that every reply has.
         results: ``results.json``.
@@ -51,6 +52,7 @@ class EvaluatedRun:
     target_tokens: np.ndarray | None
     bert_score: np.ndarray | None
     personas: list[list[str]] | None
+    histories: list[list[str]] | None
     kept: dict[str, np.ndarray]
     results: dict[str, Any]
 
@@ -109,6 +111,7 @@ def read_run(name: str) -> EvaluatedRun:
         target_tokens=None if None in tokens else np.asarray(tokens, np.int64),
         bert_score=np.asarray(bert, np.float64) if all(complete) else None,
         personas=[row["persona"] for row in rows] if all("persona" in row for row in rows) else None,
+        histories=[row["history"] for row in rows] if all("history" in row for row in rows) else None,
         kept={
             name: np.asarray([row[name] for row in rows], np.float64)
             for name in KEPT

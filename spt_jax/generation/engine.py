@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +16,7 @@ from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.seeds import row_keys, strand_keys
 from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.parallel.rules import row_devices
 
 # Larger banks are mixtures, a prompt for every row: nothing of them would be used again.
 _KEPT_PROMPTS = 64
@@ -37,6 +39,7 @@ class GenerationEngine:
             None for all.
         max_batch: Rows in a batch, at most.
         length_multiple: Tokens; the text's width is rounded up to it.
+        row_sharding: How the rows of batches that devices can share evenly lie on them; None for one device.
 
     Raises:
         UserError: If `max_batch` or `length_multiple` is below 1.
@@ -52,6 +55,7 @@ class GenerationEngine:
         vocab_size: int | None = None,
         max_batch: int = 16,
         length_multiple: int = 32,
+        row_sharding: jax.sharding.NamedSharding | None = None,
     ) -> None:
         if max_batch < 1:
             raise UserError(f"max_batch is {max_batch}; allowed: 1 or more rows")
@@ -63,6 +67,7 @@ class GenerationEngine:
         self.vocab_size = None if vocab_size is None or vocab_size >= config.vocab_size else vocab_size
         self.max_batch = max_batch
         self.length_multiple = length_multiple
+        self._row_sharding = row_sharding
         self._eos_ids = np.asarray(tuple(eos_ids), np.int32)
         self._kept: tuple[jax.Array, jax.Array] | None = None
 
@@ -199,9 +204,17 @@ class GenerationEngine:
             tokens[place, : len(contexts[row])] = contexts[row]
             lengths[place] = len(contexts[row])
             prompts[place] = selected[row]
-        context, logits = prefill(self.config, self.params, self._prefixes(bank, prompts), tokens, lengths)
+        placed = self._on_devices(self._prefixes(bank, prompts), tokens, lengths)
+        context, logits = prefill(self.config, self.params, *placed)
         real = np.arange(size) < len(rows)
         return Batch(self.config, self.params, self._eos_ids, self.vocab_size, context, logits, real)
+
+    def _on_devices(self, *rows: Any) -> Any:
+        """Arrays of B rows, spread over the devices where B can be; a row never leaves its device from here on."""
+        sharding = self._row_sharding
+        if sharding is None or len(rows[0]) % row_devices(sharding.mesh):
+            return rows
+        return jax.device_put(rows, sharding)
 
     def _prefixes(self, bank: jax.Array, prompts: np.ndarray) -> jax.Array:
         """Keys and values of each row's prompt, ``[B, L, 2, P, G, head_dim]``."""

@@ -147,6 +147,17 @@ def test_a_run_without_test_dialogues_is_measured_on_those_cut_from_its_training
     assert results_of(copy_of)["data"].endswith("train.txt (held out)")
 
 
+def test_split_chooses_a_part_of_the_runs_data(copy_of):
+    personas = {}
+    for split in ("test", "development", "train"):
+        walk("evaluate", f"--workdir={copy_of}", f"--split={split}", "--nobaselines", "--replies=0")
+        personas[split] = {tuple(p["persona"]) for p in lines_of(copy_of / "predictions.jsonl")}
+    assert personas["development"] and personas["train"]
+    assert not personas["development"] & personas["train"]
+    # Of the training file the development dialogues are cut.
+    assert personas["development"] | personas["train"] == {(persona,) for persona, _ in TALK}
+
+
 def test_the_training_file_is_not_needed_once_there_are_test_dialogues(trained, copy_of):
     record = json.loads((copy_of / "config.json").read_text())
     record["config"]["data"]["train"] = "gone.txt"

@@ -420,3 +420,20 @@ def test_json_has_a_definition_for_every_column(runs: list[Path]) -> None:
     assert set(value["definitions"]) == set(value["columns"])
     assert value["rows"][1]["seeds"][1]["intervals"]["f1"]
     assert value["samples"] == SAMPLES
+
+
+def test_replies_stand_side_by_side_turn_by_turn(tmp_path: Path) -> None:
+    texts = {name: [f"{name} {i}" for i in range(len(TURNS))] for name in ("a", "b")}
+    history = [["hi", f"question {i}"] for i in range(len(TURNS))]
+    for name, said in texts.items():
+        write_run(tmp_path / name, TURNS, said, settings={"method": {"kind": name}}, more={"history": history})
+    found = compared(tmp_path / "a", tmp_path / "b")
+    assert len(found.examples) == min(24, len(TURNS))
+    places = {(d, t): i for i, (d, t, _) in enumerate(TURNS)}
+    for example in found.examples:
+        i = places[example["dialogue"], example["turn"]]
+        assert list(example["replies"].values()) == [texts["a"][i], texts["b"][i]]
+        assert (example["reference"], example["history"]) == (TURNS[i][2], history[i])
+    text = html_text(found)
+    assert text.count("<details") >= len(found.examples)
+    assert all(f"question {places[e['dialogue'], e['turn']]}" in text for e in found.examples)

@@ -13,6 +13,8 @@ from spt_jax.generation.decode import begin, decode_loop, prefill, read_prompts
 from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.engine import GenerationEngine
 from spt_jax.models.decoder import random_params
+from spt_jax.parallel.mesh import make_mesh
+from spt_jax.parallel.rules import replicated, row_sharding
 
 NEW = 9
 GREEDY = Decoding()
@@ -352,3 +354,19 @@ def test_padding_of_the_vocabulary_is_never_generated(tiny, contexts) -> None:
         same = next((i for i, token in enumerate(before) if token >= limit), len(before))
         assert after[:same] == before[:same]
     assert list(engine.stream(tiny.bank, contexts[2], 0, max_new_tokens=8)) == rows[2]
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED, SEARCHED], ids=["greedy", "sampled", "searched"])
+@pytest.mark.parametrize("axes", [(4, 1, 1), (2, 2, 1), (2, 1, 2)])
+def test_rows_spread_over_devices_become_what_they_become_on_one(tiny, contexts, selected, decoding, axes):
+    mesh = make_mesh(*axes, devices=jax.devices()[: axes[0] * axes[1] * axes[2]])
+    params, bank = jax.device_put((tiny.params, tiny.bank), replicated(mesh))
+    spread = GenerationEngine(
+        tiny.config, params, eos_ids=[7], pad_id=0, max_batch=4, length_multiple=40, row_sharding=row_sharding(mesh)
+    )
+    options = {"max_new_tokens": NEW, "decoding": decoding, "seed": 5}
+    wanted = make_engine(tiny, eos_ids=[7]).generate(tiny.bank, contexts, selected, **options)
+    assert spread.generate(bank, contexts, selected, **options) == wanted
+    batch = spread._prefill(bank, contexts, selected, range(4), 4)
+    held = {shard.data.shape[1] for shard in batch.context.key.addressable_shards}
+    assert held == {4 // (axes[0] * axes[1])}, "every device holds the contexts of its rows alone"
