@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
@@ -23,29 +24,25 @@ Turn = tuple[int, int]
 
 
 class Journal:
-    """A folder of a run with the likelihoods and replies of every column that has begun.
+    """A folder with the likelihoods and replies of every column of an evaluation that has begun.
 
-    It belongs to one question; what another one left is thrown away. For one process: several would have to know the
-    same.
+    Each question has its own, so that a short evaluation in between takes nothing from a long one that was stopped. For
+    one process: several would have to know the same.
 
     Args:
         workdir: The run's working directory.
-        question: Of `spt_jax.evaluation.kept_results.question`: everything that the results follow from.
+        question: Of `spt_jax.evaluation.kept_results.question`, a hash of everything that the results follow from.
 
     Raises:
         UserError: The folder cannot be made.
     """
 
     def __init__(self, workdir: Path, question: str) -> None:
-        self._folder = workdir / FOLDER
-        if _read_text(self._folder / "question") == question:
-            return
-        self.close()
+        self._folder = workdir / FOLDER / question
         try:
-            self._folder.mkdir()
+            self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UserError(f"{self._folder} cannot be made: {error.strerror}") from None
-        write_atomically(self._folder / "question", question)
 
     def likelihoods(self, column: str) -> Likelihoods | None:
         """Those of a column; None where they are not known yet."""
@@ -99,8 +96,10 @@ class Journal:
             raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
     def close(self) -> None:
-        """Throws everything away: the results are written, or the question is another one."""
+        """Throws everything of this question away: the results are written."""
         shutil.rmtree(self._folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # another question's is there
+            self._folder.parent.rmdir()
 
     @property
     def begun(self) -> int:
@@ -145,10 +144,6 @@ class KeptColumn:
 
 
 _FIELDS = ("dialogue", "turn", "tokens", "nll", "scores")
-
-
-def _read_text(path: Path) -> str:
-    return _read_bytes(path).decode(errors="replace")
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -41,13 +41,17 @@ def test_another_journal_of_the_question_knows_everything(tmp_path):
         assert getattr(kept, field.name).dtype == getattr(FOUND, field.name).dtype
 
 
-def test_another_question_begins_anew_and_a_finished_one_leaves_nothing(tmp_path):
+def test_each_question_has_its_own_and_a_finished_one_leaves_nothing(tmp_path):
     Journal(tmp_path, "why").keep_replies(AFTER, [(0, 0)], ["yes"])
     journal = Journal(tmp_path, "how")
     assert journal.replies(AFTER) == {}
+    assert journal.begun == 0
     journal.keep_replies(AFTER, [(0, 0)], ["so"])
     assert Journal(tmp_path, "how").replies(AFTER) == {(0, 0): "so"}
     journal.close()
+    again = Journal(tmp_path, "why")
+    assert again.replies(AFTER) == {(0, 0): "yes"}
+    again.close()
     assert not (tmp_path / FOLDER).exists()
 
 
@@ -55,7 +59,7 @@ def test_another_question_begins_anew_and_a_finished_one_leaves_nothing(tmp_path
 def test_a_line_that_was_cut_off_is_taken_out_wherever_the_cut(tmp_path, cut):
     journal = Journal(tmp_path, "why")
     journal.keep_replies(AFTER, [(0, 0), (0, 1)], ["one", "zwölf"])
-    [path] = (tmp_path / FOLDER).glob("*.jsonl")
+    [path] = (tmp_path / FOLDER / "why").glob("*.jsonl")
     path.write_bytes(path.read_bytes()[:-cut])
     again = Journal(tmp_path, "why")
     assert again.replies(AFTER) == {(0, 0): "one"}
@@ -66,7 +70,7 @@ def test_a_line_that_was_cut_off_is_taken_out_wherever_the_cut(tmp_path, cut):
 def test_damaged_likelihoods_are_computed_again(tmp_path):
     journal = Journal(tmp_path, "why")
     journal.keep_likelihoods(AFTER, FOUND)
-    [path] = (tmp_path / FOLDER).glob("*.npz")
+    [path] = (tmp_path / FOLDER / "why").glob("*.npz")
     path.write_bytes(path.read_bytes()[:100])
     assert journal.likelihoods(AFTER) is None
 
