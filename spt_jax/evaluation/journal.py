@@ -32,17 +32,10 @@ class Journal:
     Args:
         workdir: The run's working directory.
         question: Of `spt_jax.evaluation.kept_results.question`, a hash of everything that the results follow from.
-
-    Raises:
-        UserError: The folder cannot be made.
     """
 
     def __init__(self, workdir: Path, question: str) -> None:
         self._folder = workdir / FOLDER / question
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self._folder} cannot be made: {error.strerror}") from None
 
     def likelihoods(self, column: str) -> Likelihoods | None:
         """Those of a column; None where they are not known yet."""
@@ -53,7 +46,12 @@ class Journal:
             return None
 
     def keep_likelihoods(self, column: str, likelihoods: Likelihoods) -> None:
-        """Writes those of a column, whole or not at all."""
+        """Writes those of a column, whole or not at all.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        self._make_folder()
         content = io.BytesIO()
         np.savez(content, **{name: getattr(likelihoods, name) for name in _FIELDS})
         write_atomically(self._file(column, "npz"), content.getvalue())
@@ -88,6 +86,7 @@ class Journal:
             json.dumps({"dialogue": d, "turn": t, "reply": reply}, ensure_ascii=False) + "\n"
             for (d, t), reply in zip(turns, replies, strict=True)
         ]
+        self._make_folder()
         path = self._file(column, "jsonl")
         try:
             with path.open("ab") as file:
@@ -109,6 +108,12 @@ class Journal:
     def column(self, name: str) -> KeptColumn:
         """The part of a column."""
         return KeptColumn(self, name)
+
+    def _make_folder(self) -> None:
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self._folder} cannot be made: {error.strerror}") from None
 
     def _file(self, column: str, ending: str) -> Path:
         return self._folder / f"{re.sub(r'[^a-z0-9]+', '_', column.lower())}.{ending}"

@@ -10,7 +10,7 @@ from spt_jax.data import Dialogue, DialogueSet, DialogueTooLongError, Turn, enco
 from spt_jax.data.persona_task import PersonaTemplate, persona_context_text
 from spt_jax.data.template import PlainTemplate, encode_continued, turn_history
 from spt_jax.errors import UserError
-from spt_jax.generation.replies import cut_reply
+from spt_jax.generation.replies import ReplyText, cut_reply
 from spt_jax.generation.streaming import ReplyStream
 from spt_jax.models.loading import load_tokenizer
 
@@ -99,7 +99,8 @@ def test_a_plain_reply_is_cut_as_generation_cuts_it_and_every_cut_can_be_streame
     for template in (PlainTemplate(), TASK):
         once = template.cut(text)
         assert template.cut(once) == once
-        pieces = ReplyStream(text.encode(), lambda ids: bytes(ids).decode(errors="replace"), template.cut)
+        reply = ReplyText(lambda ids: bytes(ids).decode(errors="replace"), template.cut)
+        pieces = ReplyStream(text.encode(), reply)
         assert "".join(pieces) == once
 
 

@@ -78,7 +78,13 @@ def test_damaged_likelihoods_are_computed_again(tmp_path):
 def test_a_workdir_that_is_no_folder_is_told_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be"):
-        Journal(tmp_path / "file", "why")
+        Journal(tmp_path / "file", "why").keep_replies(AFTER, [(0, 0)], ["yes"])
+
+
+def test_nothing_found_leaves_no_folder(tmp_path):
+    journal = Journal(tmp_path, "why")
+    assert journal.replies(AFTER) == {}
+    assert not (tmp_path / FOLDER).exists()
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7])
