@@ -56,6 +56,7 @@ TRIED = {
 SIZES = {"opt-125m": (16, 3, 1), "small": (32, 5, 2), "tiny": (4, 1, 1)}
 """Dialogues, rounds, and the authors' steps a round, where they are not asked for."""
 GPU_SIZES = (128, 2, 8)
+"""The same on a GPU."""
 PUBLISHED = {"opt-125m": (0.061, 5.0), "small": (0.24, 3.8)}
 """The authors' own program on ConvAI2, 2 cores, float32, batch 2, padded to 512: turns a second and GB."""
 EXPLAINED = 0.15

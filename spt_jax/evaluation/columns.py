@@ -18,6 +18,7 @@ from spt_jax.evaluation.candidate_scores import score_candidates
 from spt_jax.evaluation.candidates import RankedTurn, ranked_turns
 from spt_jax.evaluation.journal import KeptColumn
 from spt_jax.evaluation.likelihood import Likelihoods, score_rows
+from spt_jax.evaluation.spread import spread_evenly
 from spt_jax.evaluation.text_metrics import TextMetrics, text_metrics
 from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.engine import GenerationEngine
@@ -68,13 +69,6 @@ def turn_contexts(rows: Sequence[Row]) -> dict[tuple[int, int], list[int]]:
         for row in rows
         for turn, length in zip(row.turns, row.context_lengths, strict=True)
     }
-
-
-def spread_evenly(count: int, wanted: int) -> np.ndarray:
-    """`wanted` of `count` indices, evenly apart; all of them when `wanted` is 0 or larger."""
-    if not 0 < wanted < count:
-        return np.arange(count)
-    return np.unique(np.linspace(0, count - 1, wanted).round().astype(np.int64))
 
 
 class ColumnEvaluator:
@@ -352,8 +346,13 @@ class ReplyWriter:
                 max_new_tokens=self.max_new_tokens,
                 decoding=self.decoding,
                 # A turn draws as it would in an evaluation that was not stopped.
-                seed=[(self.seed + place) % 2**32 for place in open_places],
+                seed=[_turn_seed(self.seed, place) for place in open_places],
                 ended=self.text.ended,
                 on_rows=on_rows,
             )
         return [str(reply) for reply in replies]
+
+
+def _turn_seed(seed: int, place: int) -> int:
+    """A seed of a turn's own, another one in every evaluation with another seed."""
+    return int(np.random.SeedSequence((seed, place)).generate_state(1)[0])

@@ -32,6 +32,7 @@ from spt_jax.evaluation.resampling import (
     percentile_interval,
     randomised_differences,
 )
+from spt_jax.evaluation.spread import spread_evenly
 from spt_jax.evaluation.table import FURTHER_COLUMNS, PAPER_COLUMNS, PERPLEXITY, Row
 from spt_jax.evaluation.text_metrics import metric_definitions, metric_versions, pair_figures
 
@@ -219,8 +220,6 @@ def examples_of(groups: Sequence[RunGroup]) -> tuple[dict[str, Any], ...]:
         reply) of each.
     """
     first = groups[0].runs[0]
-    count = min(EXAMPLES, len(first.references))
-    places = [place * len(first.references) // count for place in range(count)]
     return tuple(
         {
             "dialogue": int(first.dialogue[u]),
@@ -230,7 +229,7 @@ def examples_of(groups: Sequence[RunGroup]) -> tuple[dict[str, Any], ...]:
             "reference": first.references[u],
             "replies": {group.label: group.runs[0].predictions[u] for group in groups},
         }
-        for u in places
+        for u in spread_evenly(len(first.references), EXAMPLES).tolist()
     )
 
 

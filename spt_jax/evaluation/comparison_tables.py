@@ -15,6 +15,7 @@ from rich.table import Table
 import spt_jax
 from spt_jax.evaluation.comparison import ComparedRow, Comparison
 from spt_jax.evaluation.report_page import details, page, section
+from spt_jax.evaluation.report_samples import replies_table, reply_row
 from spt_jax.evaluation.table import MISSING, Row, format_number
 
 STARS = ((0.01, "**"), (0.05, "*"))
@@ -212,13 +213,10 @@ def html_text(comparison: Comparison) -> str:
 
 def _example(example: Mapping[str, Any]) -> str:
     asked = example["history"][-1] if example["history"] else ""
-    rows = "".join(
-        f'<tr><th scope="row">{html.escape(label)}</th><td>{html.escape(reply) or "(empty reply)"}</td></tr>'
-        for label, reply in [*example["replies"].items(), ("as it was said", example["reference"])]
-    )
+    replies = [*example["replies"].items(), ("as it was said", example["reference"])]
     persona = f'<p class="muted">{html.escape(" ".join(example["persona"]))}</p>' if example["persona"] else ""
     said = "".join(f"<p>{html.escape(text)}</p>" for text in example["history"])
-    table = f'<table class="replies"><caption>Replies</caption><tbody>{rows}</tbody></table>'
+    table = replies_table(reply_row(label, reply) for label, reply in replies)
     return details(f"Dialogue {example['dialogue']}, turn {example['turn']}: {asked}", persona + said + table)
 
 

@@ -15,6 +15,7 @@ from spt_jax.data.packing import Row
 from spt_jax.evaluation.likelihood import Likelihoods
 from spt_jax.evaluation.nearest_tokens import nearest_tokens
 from spt_jax.evaluation.selection import persona_table, retriever_map, selection_figures
+from spt_jax.evaluation.spread import spread_evenly
 from spt_jax.parallel.rules import place_batch, replicated, row_devices
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.prompting.selective_lm import retriever_vectors
@@ -88,8 +89,7 @@ def _map(experiment: Experiment, trainable: Trainable, rows: Sequence[Row], like
         (int(d), int(t)): int(k)
         for d, t, k in zip(likelihoods.dialogue, likelihoods.turn, likelihoods.selected, strict=True)
     }
-    shown = [rows[place * len(rows) // MOST_DIALOGUES] for place in range(MOST_DIALOGUES)]
-    shown = shown if len(rows) > MOST_DIALOGUES else list(rows)
+    shown = [rows[i] for i in spread_evenly(len(rows), MOST_DIALOGUES)]
     devices = row_devices(e.mesh)
     size = -(-min(config.evaluation.batch, len(shown)) // devices) * devices
     vectors, names, prompts = [], [], None

@@ -9,7 +9,7 @@ from typing import Any
 from spt_jax.evaluation.map_chart import WIDTH, map_chart
 from spt_jax.evaluation.report_page import details, section, wide_figure
 from spt_jax.evaluation.selection import SELECTION_DEFINITIONS
-from spt_jax.evaluation.selection_charts import heat_map
+from spt_jax.evaluation.selection_charts import heat_map, heat_map_width
 from spt_jax.evaluation.table import MISSING, format_number
 
 _LABELS = {
@@ -76,7 +76,7 @@ def _personas(personas: Sequence[Mapping[str, Any]]) -> list[str]:
         marks=best,
         mark_legend="the persona's best prompt",
     )
-    width = max(460.0, 82.0 + min(38.0, max(9.0, 860.0 / len(names))) * len(names))
+    width = heat_map_width(len(names))
     lines = "".join(
         f'<li value="{number}">{html.escape(" ".join(persona["lines"]))} '
         f'<span class="muted">({persona["turns"]} turns)</span></li>'

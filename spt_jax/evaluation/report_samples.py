@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from spt_jax.evaluation.report_page import section
@@ -51,15 +51,21 @@ def bubble(text: Any, speaker: str, *, own: bool) -> str:
 
 def reply_table(replies: Sequence[Any], selected: int | None, no_prompt: Any = None, reference: Any = None) -> str:
     """Every prompt's reply to one context, the selected one marked; the LM's alone and the reference where given."""
-    rows = [_reply(f"prompt {k}", reply, selected=k == selected) for k, reply in enumerate(replies)]
+    rows = [reply_row(f"prompt {k}", reply, selected=k == selected) for k, reply in enumerate(replies)]
     if no_prompt is not None:
-        rows.append(_reply("no soft prompt", no_prompt))
+        rows.append(reply_row("no soft prompt", no_prompt))
     if reference is not None:
-        rows.append(_reply("reference", reference))
+        rows.append(reply_row("reference", reference))
+    return replies_table(rows)
+
+
+def replies_table(rows: Iterable[str]) -> str:
+    """The table of rows that `reply_row` made."""
     return f'<table class="replies"><caption>Replies</caption><tbody>{"".join(rows)}</tbody></table>'
 
 
-def _reply(name: str, text: Any, selected: bool = False) -> str:
+def reply_row(name: str, text: Any, selected: bool = False) -> str:
+    """A reply under the name of who gives it."""
     badge = '<span class="badge">selected</span>' if selected else ""
     shown = html.escape(str(text)) if str(text).strip() else '<span class="muted">(empty reply)</span>'
     style = ' class="selected"' if selected else ""

@@ -9,7 +9,7 @@ from typing import Any
 
 from spt_jax.errors import UserError
 from spt_jax.evaluation.report_page import section, wide_figure
-from spt_jax.evaluation.selection_charts import heat_map, usage_bars
+from spt_jax.evaluation.selection_charts import heat_map, heat_map_width, usage_bars
 from spt_jax.evaluation.table import prompt_usage
 
 _MOST_DIALOGUES = 96  # columns that can still be told apart
@@ -43,7 +43,7 @@ def _maps(selection: Sequence[Mapping[str, Any]]) -> list[str]:
     prompts = _number_of_prompts(selection)
     chosen = _sample(sorted(selection, key=lambda dialogue: _main_prompt(dialogue.get("usage"))), _MOST_DIALOGUES)
     names = [_short(str(dialogue.get("dialogue", index))) for index, dialogue in enumerate(chosen)]
-    width = max(460.0, 82.0 + min(38.0, max(9.0, 860.0 / len(names))) * len(names))
+    width = heat_map_width(len(names))
     figures = []
     for key, title, legend in (
         ("usage", "Selection by dialogue", "share of the dialogue's turns"),

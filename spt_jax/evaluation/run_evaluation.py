@@ -19,10 +19,11 @@ from spt_jax.config import Config
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.template import PlainTemplate, Template
 from spt_jax.errors import UserError
-from spt_jax.evaluation.columns import Column, ColumnEvaluator, ReplyWriter, spread_evenly
+from spt_jax.evaluation.columns import Column, ColumnEvaluator, ReplyWriter
 from spt_jax.evaluation.diagnostics import diagnose
 from spt_jax.evaluation.journal import Journal
 from spt_jax.evaluation.report import ReportInputs, write_report
+from spt_jax.evaluation.spread import spread_evenly
 from spt_jax.evaluation.told_dialogues import told_dialogues
 from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.replies import cut_reply_official

@@ -26,6 +26,15 @@ _TOP = 34.0
 _LEGEND_STEPS = 5
 
 
+def heat_map_width(columns: int) -> float:
+    """Pixels of a heat map with so many columns, at full size."""
+    return max(_LEFT + _cell_width(columns) * columns + 4, 460.0)
+
+
+def _cell_width(columns: int) -> float:
+    return min(38.0, max(9.0, 860.0 / max(1, columns)))
+
+
 def heat_map(
     title: str,
     values: Sequence[Sequence[float]],
@@ -55,8 +64,7 @@ def heat_map(
     for index, row in enumerate(values):
         if len(row) != len(columns):
             raise UserError(f"Row {index} of the heat map {title!r} has {len(row)} values for {len(columns)} columns.")
-    cell = min(38.0, max(9.0, 860.0 / max(1, len(columns))))
-    width = max(_LEFT + cell * len(columns) + 4, 460.0)
+    cell, width = _cell_width(len(columns)), heat_map_width(len(columns))
     base = _TOP + _ROW * len(values)
     parts = [label(0, 16, title, size=14, fill=TEXT, font_weight="600")]
     for row, line in enumerate(values):

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spt_jax.data.dialogue import Dialogue
+from spt_jax.evaluation.spread import spread_evenly
 
 MOST_DIALOGUES = 60
 """In a report; each weighs some kilobytes."""
@@ -28,9 +29,8 @@ def told_dialogues(
     everywhere = {(row["dialogue"], row["turn"]): row for row in samples}
     first = {d for d, _ in everywhere}
     others = sorted({d for d, _ in replies} - first)
-    room = max(0, MOST_DIALOGUES - len(first))
-    if len(others) > room:
-        others = [others[place * len(others) // room] for place in range(room)]
+    room = MOST_DIALOGUES - len(first)
+    others = [others[i] for i in spread_evenly(len(others), room)] if room > 0 else []
     return [_told(d, dialogues[d], replies, everywhere) for d in sorted(first | set(others))]
 
 

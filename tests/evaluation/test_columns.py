@@ -6,7 +6,8 @@ import pytest
 import tiny
 from tiny_experiment import experiment
 
-from spt_jax.evaluation.columns import ColumnEvaluator, spread_evenly, turn_contexts
+from spt_jax.evaluation.columns import ColumnEvaluator, turn_contexts
+from spt_jax.evaluation.spread import spread_evenly
 from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.replies import cut_reply
 from spt_jax.prompting.selective_lm import without_prompt
