@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -74,6 +75,12 @@ def on_devices(decoder: DecoderConfig, attention: str, mesh: Mesh) -> DecoderCon
         # Side by side, kernels that are split among devices would have to be moved.
         joint_projections=on_gpu and mesh.shape["tensor"] == 1,
     )
+
+
+def attention_remark(decoder: DecoderConfig, attention: str, device: Any) -> str:
+    """What a user of a GPU should know of ``model.attention`` = auto: that it takes XLA's, and why; else empty."""
+    lacks = cudnn_lacks(decoder, device) if device.platform == "gpu" and attention == "auto" else ""
+    return f"model.attention = auto: xla, since {lacks}" if lacks else ""
 
 
 def adapter_of(config: Config) -> Adapter:

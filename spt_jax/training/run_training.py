@@ -20,7 +20,7 @@ from spt_jax.models.quantized import tree_bytes
 from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.training import experiment as setup
 from spt_jax.training.checkpoint import Checkpoints, restore_targets
-from spt_jax.training.description import TEXTUAL, objective_of
+from spt_jax.training.description import TEXTUAL, attention_remark, objective_of
 from spt_jax.training.experiment import Experiment
 from spt_jax.training.initial import initial_trainable
 from spt_jax.training.loop import Evaluator, LoopOptions, Outcome, train
@@ -117,6 +117,8 @@ def _step(prepared: _Preparation, state: TrainState, say: Callable[[str], None])
             shardings=prepared.shardings,
         )
 
+    if remark := attention_remark(e.lm.config, config.model.attention, e.mesh.devices.flat[0]):
+        say(remark)
     policy = e.model.decoder.remat
     limit = device_memory(e.mesh.local_devices[0])
     if config.model.remat == "auto" and limit is not None and prepared.total_steps:

@@ -18,7 +18,7 @@ from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import row_sharding
 from spt_jax.prompting.adapters import Prefixes, SoftPrompts
 from spt_jax.prompting.objective import LM_ALONE
-from spt_jax.training.description import describe, front_length, objective_of, on_devices
+from spt_jax.training.description import attention_remark, describe, front_length, objective_of, on_devices
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.step import init_state, make_train_step
 
@@ -197,6 +197,14 @@ def test_a_gpu_gets_fused_attention_unrolled_blocks_and_joint_projections():
     assert on_gpu(attention="xla").attention_kernel == "xla"
     assert not on_gpu(tensor=2).joint_projections
     assert on_devices(tiny.CONFIG, "auto", make_mesh()) == tiny.CONFIG
+
+
+def test_a_gpu_is_told_why_it_does_not_get_fused_attention():
+    gpu = SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability="9.0")
+    wide = dataclasses.replace(tiny.CONFIG, dtype="bfloat16", head_dim=64)
+    assert attention_remark(tiny.CONFIG, "auto", gpu).startswith("model.attention = auto: xla, since the LM's type is")
+    assert attention_remark(wide, "auto", gpu) == attention_remark(tiny.CONFIG, "xla", gpu) == ""
+    assert attention_remark(tiny.CONFIG, "auto", jax.devices()[0]) == ""
 
 
 @pytest.mark.parametrize(
