@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -50,7 +51,7 @@ def joined(
     Raises:
         UserError: The others did not come, or the launcher's settings cannot be used.
     """
-    if launch is None or not _initialize(launch, silence_seconds, join_seconds):
+    if launch is None or not _initialize(launch, silence_seconds, join_seconds, end):
         yield None
         return
     if jax.process_count() == 1:
@@ -64,8 +65,18 @@ def joined(
     jax.distributed.shutdown()
 
 
-def _initialize(launch: Launch, silence_seconds: float, join_seconds: float) -> bool:
+def _initialize(launch: Launch, silence_seconds: float, join_seconds: float, end: End) -> bool:
     """Connects to JAX's coordination service; False where a TPU host turns out to be the only one."""
+    where = f" at {launch.coordinator}" if launch.coordinator else ""
+    who = "" if launch.index is None else f" (this is process {launch.index} of {launch.count})"
+    alone = (
+        f"the processes did not find one another{where} within {join_seconds:g} seconds{who}; every one must be "
+        "started, with the same address, and the port be open on the host of process 0"
+    )
+    # JAX waits in a call that aborts the process with a stack trace in the end; so it is not left to come to that.
+    patience = threading.Timer(join_seconds, end, (alone, 1, True))
+    patience.daemon = True
+    patience.start()
     # SIGTERM is ours: JAX's notifier would swallow it before the training loop asks, and there for Ctrl-C do nothing.
     jax.config.update("jax_enable_preemption_service", False)
     try:
@@ -75,7 +86,7 @@ def _initialize(launch: Launch, silence_seconds: float, join_seconds: float) -> 
             launch.index,
             local_device_ids=launch.local_devices,
             cluster_detection_method=launch.method,
-            initialization_timeout=int(join_seconds),
+            initialization_timeout=int(join_seconds) + 30,
             # The watch of `Peers` says in a sentence what JAX's service, the last resort, aborts for.
             heartbeat_timeout_seconds=max(10, int(2 * silence_seconds)),
             shutdown_timeout_seconds=60,
@@ -86,12 +97,9 @@ def _initialize(launch: Launch, silence_seconds: float, join_seconds: float) -> 
         raise UserError(f"the processes cannot be joined by the settings of {launch.found}: {error}") from error
     except RuntimeError as error:
         reason = " ".join(str(error).split())[:300]
-        where = f" at {launch.coordinator}" if launch.coordinator else ""
-        who = "" if launch.index is None else f" (this is process {launch.index} of {launch.count})"
-        raise UserError(
-            f"the processes did not find one another{where} within {join_seconds:g} seconds{who}: {reason}. Every "
-            "process must be started, with the same address, and the port be open on the host of process 0"
-        ) from error
+        raise UserError(f"the processes cannot be joined{where}{who}: {reason}") from error
+    finally:
+        patience.cancel()
     return True
 
 
@@ -106,7 +114,7 @@ def _watched(silence_seconds: float, join_seconds: float, end: End) -> Peers:
         else:
             published = client.blocking_key_value_get(_PUBLISHED, int(1000 * join_seconds))
             links = connect(index, address.rsplit(":", 1)[0], published, join_seconds)
-    except OSError as error:
+    except (OSError, RuntimeError) as error:
         raise UserError(
             f"process {index} of {count} ({socket.gethostname()}) cannot reach the others beside {address}: {error}; "
             "the hosts must accept connections from one another on any port"

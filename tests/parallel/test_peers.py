@@ -86,6 +86,15 @@ def test_a_failure_is_said_once_by_the_first_process(star):
     assert star.end_of(1)[1:] == (2, False)
 
 
+def test_a_failure_of_all_at_once_is_said_once(star):
+    for index in (2, 1, 0):
+        threading.Thread(target=star.peers[index].fail, args=("data.train is empty", 2), daemon=True).start()
+    assert "data.train is empty" in star.end_of(0)[0]
+    assert star.end_of(1)[2] is star.end_of(2)[2] is False
+    with pytest.raises(queue.Empty):
+        star.ends[0].get(timeout=0.5)
+
+
 def test_a_failure_of_the_first_process_is_said_by_it(star):
     star.peers[0].fail("data.train is empty", 2)
     assert star.end_of(0) == ("data.train is empty", 2, True)
