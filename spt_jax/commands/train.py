@@ -19,6 +19,7 @@ from typing import Any
 
 from absl import flags
 
+from spt_jax.commands.joining import define_joining_flags, joined_processes
 from spt_jax.config import Config, validate
 from spt_jax.errors import UserError
 
@@ -28,6 +29,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     fv: dict[str, Any] = {"flag_values": flag_values}
     flags.DEFINE_string("config", None, "A Python file whose get_config() gives the configuration.", **fv)
     flags.DEFINE_string("workdir", None, "Folder of the run; made when missing, resumed when not.", **fv)
+    define_joining_flags(flag_values)
 
 
 def run(flag_values: flags.FlagValues) -> int:
@@ -36,7 +38,8 @@ def run(flag_values: flags.FlagValues) -> int:
         raise UserError("--workdir is missing; give a folder for the run, such as --workdir=runs/quickstart")
     config: Config = flag_values["config"].value
     validate(config)
-    return train_run(config, Path(flag_values["workdir"].value))
+    with joined_processes("spt-jax train", flag_values):
+        return train_run(config, Path(flag_values["workdir"].value))
 
 
 def train_run(config: Config, workdir: Path) -> int:
@@ -47,6 +50,7 @@ def train_run(config: Config, workdir: Path) -> int:
     """
     from spt_jax.data.packing import Row
     from spt_jax.evaluation.likelihood import DevelopmentEvaluator
+    from spt_jax.parallel.distributed import is_lead
     from spt_jax.training.experiment import Experiment, pad_id_of
     from spt_jax.training.run_training import run_training
 
@@ -65,6 +69,8 @@ def train_run(config: Config, workdir: Path) -> int:
 
     outcome, total_steps = run_training(config, workdir, evaluators, partial(print, flush=True))
     step = int(outcome.state.step)
+    if not is_lead():
+        return 0
     if outcome.finished:
         print(f"finished {step} steps; evaluate with: spt-jax evaluate --workdir={shlex.quote(str(workdir))}")
     else:
