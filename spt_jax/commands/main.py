@@ -13,6 +13,7 @@ import spt_jax
 from spt_jax.cache_folder import cache_home
 from spt_jax.commands.flag_reading import door_help, read_flags
 from spt_jax.errors import UserError, nearest
+from spt_jax.exit_codes import INTERRUPTED, MISTAKE
 
 DOORS = {
     "train": "train a bank of soft prompts and a retriever, or resume",
@@ -69,7 +70,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments: Those behind the command's name: a door, then its flags.
 
     Returns:
-        The exit code: 0, or 2 after a user's mistake, which standard error tells in one sentence.
+        The exit code, of `spt_jax.exit_codes`; standard error tells a user's mistake in one sentence.
     """
     arguments = list(arguments)
     if arguments[:1] == ["help"]:
@@ -101,16 +102,16 @@ def main(arguments: Sequence[str]) -> int:
         return module.run(flag_values)
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except (RuntimeError, MemoryError) as error:
         if not _memory_is_full(error):
             raise
         first = next(iter(str(error).splitlines()), "the host's memory is full")
         print(f"{name}: out of memory ({first[:200]}); {_SMALLER}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except KeyboardInterrupt:
         print(f"\n{name}: interrupted", file=sys.stderr)
-        return 130
+        return INTERRUPTED
     except BrokenPipeError:
         # The reader left; what is still buffered must not raise again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from llama_files import random_llama
 
+from spt_jax.exit_codes import STOPPED
+
 pytestmark = pytest.mark.first_python
 
 STEPS = 18
@@ -179,7 +181,7 @@ def test_a_polite_stop_saves_says_how_to_go_on_and_loses_nothing(command, never_
     assert wait_until(process, lambda: 3 in steps_on_disk(workdir))
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == STOPPED, err
     stopped = re.search(rf"stopped after step (\d+) of {STEPS}, saved; the same command goes on from there", out)
     assert stopped, out
     assert "Traceback" not in err
