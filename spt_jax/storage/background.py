@@ -39,7 +39,7 @@ class BackgroundCopies:
     def _round(self, last: bool) -> None:
         try:
             self._copy(last)
-        except BucketError as error:
+        except (BucketError, OSError) as error:
             if last:
                 self._say(f"{error}; the last files are in {self._kept} alone, and the same command copies them")
             elif not self._failing:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import uuid
 from collections.abc import Iterable
 from pathlib import Path
@@ -82,15 +84,12 @@ class FileMirror:
 
     def _found(self) -> dict[str, tuple[int, int]]:
         found = {}
-        for path in self._folder.rglob("*"):
-            name = path.relative_to(self._folder)
-            if name.parts[0] in (CHECKPOINTS, MARKERS) or any(part.startswith(".") for part in name.parts):
-                continue
-            try:
-                if path.is_file():
-                    found[name.as_posix()] = _state(path)
-            except FileNotFoundError:
-                continue
+        # Checkpoints come and go while this looks, and are another's to copy; os.walk does not mind what vanishes.
+        for place, folders, names in os.walk(self._folder):
+            folders[:] = [name for name in folders if name not in (CHECKPOINTS, MARKERS) and not name.startswith(".")]
+            for path in (Path(place, name) for name in names if not name.startswith(".")):
+                with contextlib.suppress(FileNotFoundError):
+                    found[path.relative_to(self._folder).as_posix()] = _state(path)
         return found
 
 

@@ -90,7 +90,7 @@ def test_what_is_deleted_here_is_deleted_there_but_never_the_last_one():
         wait_for(lambda: set(complete_steps(open_bucket(url))) == {0, 1, 2})
         shutil.rmtree(run.folder / "checkpoints" / "0")
         wait_for(lambda: set(complete_steps(open_bucket(url))) == {1, 2})
-        assert not [name for name in open_bucket(url).files() if name.startswith("checkpoints/0/")]
+        wait_for(lambda: not [name for name in open_bucket(url).files() if name.startswith("checkpoints/0/")])
         shutil.rmtree(run.folder / "checkpoints" / "2")
     assert set(complete_steps(open_bucket(url))) == {1, 2}
 
