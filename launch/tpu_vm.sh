@@ -82,7 +82,7 @@ ready() {
 
 set_up() {
   run mkdir -p "$logs"
-  run tar -czf "$logs/spt_jax.tar.gz" spt_jax configs launch pyproject.toml README.md LICENSE
+  run tar -czf "$logs/spt_jax.tar.gz" --exclude=__pycache__ spt_jax configs launch pyproject.toml README.md LICENSE
   copy "$logs/spt_jax.tar.gz" "$name:spt_jax.tar.gz" all
   # The hosts' own Python is too old.
   on_hosts all 'set -euo pipefail; mkdir -p spt_jax; tar -xzf spt_jax.tar.gz -C spt_jax; cd spt_jax
@@ -129,7 +129,7 @@ for ((attempt = 0; attempt <= retries; attempt++)); do
   train "$@" || true
   if [ "$(state)" != READY ]; then echo "tpu_vm: $name was preempted" >&2; continue; fi
   bring_logs
-  code="$(exit_code)"
+  code="$(exit_code || true)"
   case "$code" in
     75) echo "tpu_vm: the run was stopped and saved; it goes on" >&2 ;;
     '' | *[!0-9]*) echo "tpu_vm: the run left no exit code; see $logs" >&2; exit 1 ;;
