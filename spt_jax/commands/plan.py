@@ -62,7 +62,7 @@ def run(flag_values: flags.FlagValues) -> int:
     if not given["topology"]:
         raise UserError("--topology is missing; give CHIP:SIZES, such as --topology=v5e:4x4")
     validate(given["config"])
-    _prepare_compiler()
+    _prepare_jax(given["topology"], given["slices"])
     from spt_jax.planning.report import Request, report
 
     numbers = {name: given[name] for name in _NUMBERS}
@@ -76,13 +76,21 @@ def run(flag_values: flags.FlagValues) -> int:
     return 0
 
 
-def _prepare_compiler() -> None:
+def _prepare_jax(topology: str, slices: int) -> None:
     """Before JAX starts: it runs on this CPU, and the TPU's compiler neither looks for a TPU nor logs that it has none.
 
-    A log level or a platform that the user has set stays.
+    A program for devices that are not here cannot be read back from the compilation cache, so there is none. GPUs, and
+    twice as many of them for advice, have CPU devices in their places.
     """
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
     nowhere = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
     for name, value in (quiet | nowhere).items():
         os.environ.setdefault(name, value)
+    import jax
+
+    from spt_jax.planning.topology import Topology
+
+    parsed = Topology.parse(topology, slices)
+    if parsed.chip.kind == "gpu":
+        jax.config.update("jax_num_cpu_devices", 2 * parsed.count)

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import re
 import time
-from collections.abc import Iterator
 
 import jax
 
@@ -15,7 +13,11 @@ from spt_jax.planning.programs import Program
 from spt_jax.planning.traffic import Traffic, traffic
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
-_SHORTFALL = re.compile(r"Used ([\d.]+)([BKMGT]?) of ([\d.]+)([BKMGT]?) hbm")
+_SHORTFALL = re.compile(
+    r"Used ([\d.]+)([BKMGT]?) of ([\d.]+)([BKMGT]?) hbm"
+    r"|\(([\d.]+)([BKMGT]?)\) exceeds available HBM \(([\d.]+)([BKMGT]?)\)"
+)
+"""What is needed and what is there, in the words of either pass of the compiler that adds up memory."""
 _KERNEL = re.compile(r"%([a-zA-Z_]+)[.\d]* = [^\n]*custom_call_target=\"tpu_custom_call\"")
 
 
@@ -64,22 +66,20 @@ def compile_program(program: Program, devices: int, unknown_trips: int = 1) -> C
     flops = product_flops(traced.jaxpr.jaxpr, unknown_trips) / devices
     lowered = traced.lower()
     try:
-        with _no_cache():
-            compiled = lowered.compile()
+        compiled = lowered.compile()
     except jax.errors.JaxRuntimeError as error:
         found = _SHORTFALL.search(str(error))
         if "RESOURCE_EXHAUSTED" not in str(error) or found is None:
             raise
-        used, capacity = (float(found[i]) * _UNITS[found[i + 1]] for i in (1, 3))
+        used, used_unit, capacity, capacity_unit = (group for group in found.groups() if group is not None)
+        used, capacity = float(used) * _UNITS[used_unit], float(capacity) * _UNITS[capacity_unit]
         return Compiled(program.name, flops, used, capacity, None, None, None, time.perf_counter() - begun)
     took = time.perf_counter() - begun
     memory, text = compiled.memory_analysis(), compiled.as_text() or ""
-    kept = memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-    peak = kept + memory.temp_size_in_bytes + memory.generated_code_size_in_bytes
     return Compiled(
         program.name,
         flops,
-        float(peak),
+        float(memory.peak_memory_in_bytes),
         None,
         float(memory.argument_size_in_bytes),
         float(memory.temp_size_in_bytes),
@@ -87,14 +87,3 @@ def compile_program(program: Program, devices: int, unknown_trips: int = 1) -> C
         took,
         tuple(sorted(set(_KERNEL.findall(text)))),
     )
-
-
-@contextlib.contextmanager
-def _no_cache() -> Iterator[None]:
-    """A program for devices that are not here cannot be read back from the compilation cache."""
-    before = jax.config.read("jax_enable_compilation_cache")
-    jax.config.update("jax_enable_compilation_cache", False)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_enable_compilation_cache", before)

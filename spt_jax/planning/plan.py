@@ -66,7 +66,9 @@ class Plan:
     @property
     def fits(self) -> bool:
         """Whether a device's memory is enough."""
-        return all(program.fits for program in self.programs) and self.needed <= self.capacity
+        if self.programs:
+            return all(program.fits for program in self.programs)
+        return self.needed <= self.capacity
 
     @property
     def rows_per_second(self) -> float:
@@ -140,7 +142,8 @@ def _training_plan(
             share = shape.length / workload.longest_shape.length
             hbm, sent = share * compiled.traffic.hbm, sum(c.sent for c in compiled.traffic.collectives)
         else:
-            hbm, sent = estimated_traffic(config, decoder, mesh, shape, policy, program, memory)
+            then = estimated_memory(config, decoder, mesh, shape, policy, program)
+            hbm, sent = estimated_traffic(config, decoder, mesh, shape, policy, program, then)
         return roofline(topology, flops, hbm, sent, learned_bytes(program.arguments[0]))
 
     model = describe(config, decoder, mesh)

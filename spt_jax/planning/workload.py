@@ -6,6 +6,7 @@ import dataclasses
 import math
 
 from spt_jax.data.buckets import MULTIPLE, BucketShape
+from spt_jax.planning.convai2 import CONVAI2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +22,11 @@ class Workload:
         padding: Share of padding among the tokens of an epoch's batches.
     """
 
-    dialogues: int = 17_878
-    turns: int = 131_438
-    mean_length: int = 270
-    longest: int = 512
-    mean_targets: int = 14
+    dialogues: int = CONVAI2["dialogues"]
+    turns: int = CONVAI2["turns"]
+    mean_length: int = CONVAI2["mean_length"]
+    longest: int = CONVAI2["longest"]
+    mean_targets: int = CONVAI2["mean_targets"]
     padding: float = 0.05
 
     def shape_of(self, length: float) -> BucketShape:

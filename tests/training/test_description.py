@@ -242,7 +242,7 @@ def test_a_tpu_gets_splash_attention_or_is_told_why_not():
     assert attention_remark(wide, "auto", tpu) == (
         "model.attention = auto: xla, since a head is 60 wide; splash attention allows multiples of 8"
     )
-    with pytest.raises(UserError, match="model.attention is splash, but a head is 60 wide"):
+    with pytest.raises(UserError, match=r"model\.attention is splash, but a head is 60 wide"):
         on_devices(wide, "splash", tpu)
-    with pytest.raises(UserError, match="model.attention is splash, but the device is"):
+    with pytest.raises(UserError, match=r"model\.attention is splash, but the device is"):
         on_devices(tiny.CONFIG, "splash", make_mesh())
