@@ -49,6 +49,11 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
+def attention_sharding(mesh: Mesh) -> NamedSharding:
+    """Of queries, keys and values ``[B, T, H, head_dim]`` of whole rows: rows as they are, heads as their weights."""
+    return NamedSharding(mesh, PartitionSpec(*row_sharding(mesh).spec, None, LOGICAL_AXIS_RULES["heads"], None))
+
+
 def row_devices(mesh: Mesh | AbstractMesh) -> int:
     """In how many parts rows are split; the batch must be a multiple."""
     return int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))

@@ -128,7 +128,7 @@ def _step(prepared: _Preparation, state: TrainState, say: Callable[[str], None])
             shardings=prepared.shardings,
         )
 
-    if remark := attention_remark(e.lm.config, config.model.attention, e.mesh.devices.flat[0]):
+    if remark := attention_remark(e.lm.config, config.model.attention, e.mesh):
         say(remark)
     policy = e.model.decoder.remat
     limit = device_memory(e.mesh.local_devices[0])
