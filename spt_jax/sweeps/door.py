@@ -19,7 +19,8 @@ import shlex
 import signal
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from typing import Any
 import optuna
 import yaml
 from absl import flags
+from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
 from spt_jax.commands.flag_reading import door_help, own_flags, read_flags
@@ -127,7 +129,11 @@ def _run(program: str, values: Mapping[str, Any], arguments: Sequence[str]) -> i
         request.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder {request.folder} cannot be made: {error.strerror}") from error
-    at = _workplace(request)
+    with _workplace(request) as at:
+        return _do(request, at, values)
+
+
+def _do(request: _Request, at: Workplace, values: Mapping[str, Any]) -> int:
     if values["worker"]:
         return _work(at, values["lease_seconds"])
     if values["report"]:
@@ -180,8 +186,16 @@ def _typed(value: Any) -> str:
     return str(value) if not isinstance(value, tuple) else repr(value)
 
 
-def _workplace(request: _Request) -> Workplace:
+@contextmanager
+def _workplace(request: _Request) -> Iterator[Workplace]:
     storage = open_storage(request.url)
+    try:
+        yield _opened(request, storage)
+    finally:
+        storage.engine.dispose()
+
+
+def _opened(request: _Request, storage: RDBStorage) -> Workplace:
     direction = request.sweep.objective.direction
     study = open_study(storage, request.name, record(request.sweep, request.base), direction, request.trials)
     if request.sweep.pruner is not None:

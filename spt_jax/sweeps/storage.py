@@ -12,7 +12,6 @@ import optuna
 import sqlalchemy
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
-from sqlalchemy.orm.exc import StaleDataError
 
 from spt_jax.errors import UserError
 
@@ -115,10 +114,7 @@ def open_study(
     Raises:
         UserError: A sweep of this name, but with another description, is there; the differences are named.
     """
-    try:
-        study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
-    except StaleDataError:  # another process made it in this moment
-        study = optuna.load_study(storage=storage, study_name=name)
+    study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
     _agree(study, name, description)
     while len(study.get_trials(deepcopy=False)) < num_trials:
         study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING))

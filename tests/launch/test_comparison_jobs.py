@@ -28,7 +28,7 @@ def note(what):
 
 
 note("begins")
-time.sleep(0.6)
+time.sleep(0.4)
 workdir.mkdir(parents=True, exist_ok=True)
 failed = door == "train" and {failing!r} in str(workdir)
 if door == "train" and not failed:
@@ -65,7 +65,9 @@ def compare(folder: Path, jobs: int, failing: str = "nothing") -> tuple[subproce
         f"--jobs={jobs}",
     ]
     environment = os.environ | {"PYTHONPATH": str(stand_in.parent)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
     return done, sorted(json.loads(line) for line in (folder / "notes").read_text().splitlines())
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial
 
 from spt_jax.sweeps.description import base_config, load_sweep, record
@@ -22,12 +23,14 @@ from spt_jax.sweeps.storage import open_storage, open_study, storage_url
 from spt_jax.sweeps.worker import Worker, Workplace, trial_folder
 from spt_jax.training.signals import StopSignal
 
+OPENED: list[RDBStorage] = []
+"""Storages to close when a test is over."""
 STAND_IN = Path(__file__).with_name("stand_in.py")
 CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 GRID = """
     sampler="grid",
     space={
-        "optimizer.learning_rate": CategoricalDistribution([0.01, 0.02, 0.03]),
+        "optimizer.learning_rate": CategoricalDistribution([0.01, 0.03]),
         "bank.num_prompts": CategoricalDistribution([2, 3]),
     },
 """
@@ -37,7 +40,7 @@ def write_sweep(path: Path, fields: str = GRID, *, steps: int = 8, base: str = "
     """A sweep file with `fields` of a Sweep behind its base; runs have so many steps."""
     path.write_text(
         f"""from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from optuna.pruners import MedianPruner, PatientPruner, ThresholdPruner
+from optuna.pruners import MedianPruner, PercentilePruner, ThresholdPruner
 from spt_jax.sweeps.description import Objective, Sweep
 
 def get_sweep():
@@ -55,6 +58,7 @@ def workplace(file: Path, storage: str = "") -> Workplace:
     folder = file.parent / "out"
     folder.mkdir(exist_ok=True)
     database = open_storage(storage_url(storage, folder))
+    OPENED.append(database)
     count = num_trials(sweep)
     study = open_study(database, str(file.parent.name), record(sweep, base), sweep.objective.direction, count)
     if sweep.pruner is not None:

@@ -15,7 +15,9 @@ from spt_jax.sweeps.storage import open_storage, storage_url
 
 @pytest.fixture
 def engine(tmp_path):
-    return open_storage(storage_url("", tmp_path)).engine
+    storage = open_storage(storage_url("", tmp_path))
+    yield storage.engine
+    storage.engine.dispose()
 
 
 def test_a_lease_is_one_owners_until_it_is_released_or_runs_out(engine):

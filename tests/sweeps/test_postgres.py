@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 import pytest
 from postgres_server import postgres
-from stand_in_sweep import outcome, start_worker, work, workplace, write_sweep
+from stand_in_sweep import OPENED, outcome, start_worker, workplace, write_sweep
 from test_workers import assert_each_point_once, disturb, ended
 
 from spt_jax.sweeps.leases import Leases
@@ -21,10 +21,9 @@ def server() -> Iterator[str]:
 
 
 @pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.campaign)])
-def test_three_workers_on_postgresql_killed_at_random_complete_every_combination_once(tmp_path, server, kills):
-    calm = tmp_path / "calm"
-    calm.mkdir()
-    undisturbed = work(write_sweep(calm / "sweep.py"))
+def test_three_workers_on_postgresql_killed_at_random_complete_every_combination_once(
+    tmp_path, server, undisturbed, kills
+):
     folder = tmp_path / f"killed_{kills}"
     folder.mkdir()
     file = write_sweep(folder / "sweep.py")
@@ -43,7 +42,9 @@ def test_workers_that_open_an_empty_database_at_once_make_one_sweep(tmp_path, se
 
 
 def test_a_lease_on_postgresql_is_one_owners_until_it_runs_out(server, tmp_path):
-    engine = open_storage(storage_url(server, tmp_path)).engine
+    storage = open_storage(storage_url(server, tmp_path))
+    OPENED.append(storage)
+    engine = storage.engine
     one, other = (Leases(engine, "leases", f"elsewhere 1 1 {name}", 3600.0) for name in "ab")
     assert one.claim(0) and not other.claim(0) and not other.renew(0) and one.renew(0)
     other.release(0)

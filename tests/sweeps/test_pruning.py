@@ -18,7 +18,7 @@ def test_a_run_is_given_up_at_the_step_where_the_pruner_says_so_however_far_it_h
         (tmp_path / name).mkdir()
     quick = work(write_sweep(tmp_path / "quick" / "sweep.py", FIELDS, steps=8))
     file = write_sweep(tmp_path / "slow" / "sweep.py", FIELDS, steps=8)
-    worker = start_worker(file, step=0.8)
+    worker = start_worker(file, step=0.6)
     with ended([worker]):
         assert worker.wait(60) == 0
     slow = workplace(file)

@@ -12,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
-from optuna.trial import TrialState
+from optuna.trial import TrialState, create_trial
 from stand_in import OVERLAP, STAND_IN_FINISHED
 from stand_in_sweep import metrics, outcome, processes, start_worker, trials_of, work, workplace, write_sweep
 
@@ -38,12 +38,6 @@ def ended(workers: list[subprocess.Popen[bytes]]) -> Iterator[None]:
             worker.wait()
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Workplace:
-    """A grid of six that one worker ran without a disturbance."""
-    return work(write_sweep(tmp_path_factory.mktemp("undisturbed") / "sweep.py"))
-
-
 def assert_each_point_once(at: Workplace, undisturbed: Workplace) -> None:
     """Every combination is complete once, its metrics are those of an undisturbed run, no two processes met."""
     assert outcome(at) == outcome(undisturbed)
@@ -51,15 +45,17 @@ def assert_each_point_once(at: Workplace, undisturbed: Workplace) -> None:
         assert metrics(at, trial) == metrics(undisturbed, trial)
         notes = processes(at, trial)
         assert OVERLAP not in notes
-        assert notes.count(STAND_IN_FINISHED) == 1
+        # A worker may be lost after a run has finished and before it says so: then nothing is trained again.
+        end = notes.index(STAND_IN_FINISHED)
+        assert all(note.endswith("at step 8") for note in notes[end + 1 :] if note != STAND_IN_FINISHED)
 
 
 def test_a_grid_is_every_combination_once(undisturbed):
     found = outcome(undisturbed)
     points = [(params["optimizer.learning_rate"], params["bank.num_prompts"]) for _, params, _, _ in found.values()]
-    assert points == [(rate, prompts) for rate in (0.01, 0.02, 0.03) for prompts in (2, 3)]
+    assert points == [(rate, prompts) for rate in (0.01, 0.03) for prompts in (2, 3)]
     assert {state for state, *_ in found.values()} == {"COMPLETE"}
-    assert min(found, key=lambda number: found[number][2] or 0) == 5
+    assert min(found, key=lambda number: found[number][2] or 0) == 3
 
 
 def disturb(file: Path, storage: str, at: Workplace, kills: int, draws: random.Random) -> None:
@@ -168,3 +164,29 @@ def test_a_trials_value_is_the_mean_of_its_seeds_best(tmp_path):
     best = [min(row["development/perplexity"] for row in metrics(at, 0, seed)) for seed in (0, 7)]
     assert best[1] - best[0] == pytest.approx(1.0)
     assert trials_of(at)[0].value == pytest.approx(sum(best) / 2)
+
+
+def test_an_objective_of_results_json_is_a_figure_of_the_evaluated_run_and_a_wrong_name_is_told(tmp_path):
+    for name in ("f1", "f2"):
+        (tmp_path / name).mkdir()
+        fields = f"""
+            space={{"bank.num_prompts": CategoricalDistribution([3])}}, sampler="grid",
+            objective=Objective({name!r}, "maximize", file="results.json"),
+        """
+        (trial,) = trials_of(work(write_sweep(tmp_path / name / "sweep.py", fields, steps=2)))
+        if name == "f1":
+            at_the_end = 10 + 5 / 2
+            assert trial.value == pytest.approx(100 - at_the_end)
+        else:
+            assert trial.state == TrialState.FAIL
+            assert "has no number under 'f2'. Did you mean 'f1'?" in trial.user_attrs[ERROR]
+
+
+def test_trials_beyond_the_sweeps_number_are_nobodys(tmp_path):
+    """Processes that open a sweep at once may make one too many; numbers tell which."""
+    file = write_sweep(tmp_path / "sweep.py", steps=1)
+    at = workplace(file)
+    at.study.add_trial(create_trial(state=TrialState.WAITING))
+    work(file)
+    states = [trial.state for trial in at.study.get_trials()]
+    assert states == [TrialState.COMPLETE] * 4 + [TrialState.WAITING]
