@@ -170,7 +170,7 @@ def _read(program: str, values: Mapping[str, Any], arguments: Sequence[str]) -> 
     words = ["python", "launch/sweep.py"] if launcher == "skypilot" else [sys.executable, str(Path(program).absolute())]
     words += ["--worker", f"--sweep={path if launcher == 'skypilot' else path.absolute()}", f"--name={name}"]
     words += [f"--out={out if launcher == 'skypilot' else Path(out).absolute()}"]
-    words += [f"--lease_seconds={values['lease_seconds'].value:g}"]
+    words += [f"--lease_seconds={values['lease_seconds']:g}"]
     words += [f"--config.{option}={_typed(value)}" for option, value in overrides.items()]
     return _Request(sweep, base, trials, Path(out), name, url, launchers.WorkerCommand(words, url, name))
 
@@ -259,7 +259,7 @@ def _submit(request: _Request, values: Mapping[str, Any]) -> int:
         parameters = _slurm_parameters(values["slurm"])
         cluster = str(parameters.pop("cluster", "slurm"))
         jobs = launchers.start_slurm(request.command, count, request.folder / "slurm", parameters, cluster)
-        print(f"submitted {', '.join(jobs)}")
+        print(f"submitted {', '.join(job.job_id for job in jobs)}")
     else:
         task = launchers.skypilot_task(Path(values["task"]), request.command, request.folder)
         launchers.start_skypilot(launchers.skypilot_commands(task, request.command, count), request.url, print)

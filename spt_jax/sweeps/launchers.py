@@ -78,8 +78,8 @@ class SlurmWorker:
 
 def start_slurm(
     command: WorkerCommand, count: int, folder: Path, parameters: Mapping[str, Any], cluster: str = "slurm"
-) -> list[str]:
-    """Submits `count` jobs through submitit; returns their ids.
+) -> list[Any]:
+    """Submits `count` jobs through submitit; returns its jobs.
 
     Args:
         command: The worker's command.
@@ -101,8 +101,7 @@ def start_slurm(
     except (RuntimeError, NameError, TypeError, AssertionError) as error:
         raise UserError(f"--launcher=slurm: submitit says: {' '.join(str(error).split())[:400]}") from error
     with executor.batch():
-        jobs = [executor.submit(SlurmWorker(command)) for _ in range(count)]
-    return [job.job_id for job in jobs]
+        return [executor.submit(SlurmWorker(command)) for _ in range(count)]
 
 
 def skypilot_task(task: Path, command: WorkerCommand, folder: Path) -> Path:

@@ -47,12 +47,11 @@ def test_local_workers_are_told_the_storage_by_their_environment(tmp_path):
 
 
 def test_slurm_workers_run_through_submitit(tmp_path):
-    import submitit
-
     jobs = start_slurm(noting(tmp_path), 2, tmp_path / "slurm", {"timeout_min": 5}, cluster="local")
-    assert len(set(jobs)) == 2
-    for number in jobs:
-        submitit.LocalJob(tmp_path / "slurm", number).result()
+    assert len({job.job_id for job in jobs}) == 2
+    for job in jobs:
+        job.result()
+        job._process.wait(30)
     assert seen(tmp_path) == [URL] * 2
 
 
