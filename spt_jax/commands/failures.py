@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from spt_jax.errors import UserError
+from spt_jax.exit_codes import INTERRUPTED, MISTAKE
 
 _SMALLER = (
     "less is needed with a smaller data.batch or evaluation.batch (--batch), a larger optimizer.micro_batches, "
@@ -14,12 +15,12 @@ _SMALLER = (
 def sentence_of(error: BaseException) -> tuple[str, int] | None:
     """The sentence and the exit code of an error that a user can mend; None for one of the program's own."""
     if isinstance(error, UserError):
-        return str(error), 2
+        return str(error), MISTAKE
     if isinstance(error, KeyboardInterrupt):
-        return "interrupted", 130
+        return "interrupted", INTERRUPTED
     if _memory_is_full(error):
         first = next(iter(str(error).splitlines()), "the host's memory is full")
-        return f"out of memory ({first[:200]}); {_SMALLER}", 2
+        return f"out of memory ({first[:200]}); {_SMALLER}", MISTAKE
     return None
 
 

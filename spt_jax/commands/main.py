@@ -55,7 +55,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments: Those behind the command's name: a door, then its flags.
 
     Returns:
-        The exit code: 0, or 2 after a user's mistake, which standard error tells in one sentence.
+        The exit code, of `spt_jax.exit_codes`; standard error tells a user's mistake in one sentence.
     """
     arguments = list(arguments)
     if arguments[:1] == ["help"]:

@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from spt_jax.commands.workdirs import local_workdir
 from spt_jax.config import Config
 from spt_jax.data.collate import inference_contexts
 from spt_jax.data.dialogue import Dialogue
@@ -124,15 +125,15 @@ def open_run(workdir: str, step: str = "best") -> Run:
     """Opens a working directory.
 
     Args:
-        workdir: The folder that `spt-jax train` made.
+        workdir: The folder that `spt-jax train` made, or its bucket.
         step: ``best``, ``latest`` or a step's number.
 
     Raises:
         UserError: There is no run or no such checkpoint, or the LM is not the one it was trained on.
     """
-    folder = Path(workdir)
     if step not in ("best", "latest") and not step.isdigit():
         raise UserError(f"the checkpoint is {step!r}; allowed: best, latest or a step's number")
+    folder = local_workdir(workdir, step)
     config, identity, fingerprint = read_config(folder)
     _fit_mesh(config, jax.device_count())
     with Checkpoints(folder / CHECKPOINT_FOLDER, read_only=True) as checkpoints:

@@ -174,6 +174,7 @@ def target_hidden(
     batch: ArrayBatch,
     subset: jax.Array | None = None,
     dropout: Dropout | None = None,
+    whole_rows: bool = False,
 ) -> jax.Array:
     """Hidden states at every target position, under every condition.
 
@@ -183,6 +184,8 @@ def target_hidden(
         batch: Uses ``tokens`` ``[D, T]``, ``lengths`` ``[D]`` and ``target_positions`` ``[D, S]``.
         subset: int ``[D, m]``, which conditions each row is seen under; None for all K.
         dropout: The LM's own.
+        whole_rows: Whether the LM makes hidden states of whole rows, of which the targets' are taken; else of the
+            targets alone, see `decode` on its wanted places. The same values.
 
     Returns:
         ``[D, S, K, M]`` (m in the place of K with a subset).
@@ -205,9 +208,11 @@ def target_hidden(
     valid = None
     if cache is not None:
         valid = positions < repeat(batch["lengths"], "d -> (d k) 1", k=num_prompts) + front
-    hidden, _ = decode(model.decoder, conditions.params, embeddings, positions, valid, cache, dropout)
-    at = repeat(batch["target_positions"], "d s -> (d k) s 1", k=num_prompts) + (front - first)
-    return rearrange(jnp.take_along_axis(hidden, at, axis=1), "(d k) s m -> d s k m", k=num_prompts)
+    at = repeat(batch["target_positions"], "d s -> (d k) s", k=num_prompts) + (front - first)
+    wanted = None if whole_rows else at
+    hidden, _ = decode(model.decoder, conditions.params, embeddings, positions, valid, cache, dropout, wanted=wanted)
+    hidden = jnp.take_along_axis(hidden, at[..., None], axis=1) if wanted is None else hidden
+    return rearrange(hidden, "(d k) s m -> d s k m", k=num_prompts)
 
 
 def target_turn_onehot(batch: ArrayBatch) -> jax.Array:

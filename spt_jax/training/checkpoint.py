@@ -131,7 +131,8 @@ class Checkpoints:
             metrics = folder / "metrics" / "metrics"
             if metrics.exists():
                 float(json.loads(metrics.read_text())[METRIC])
-            for item in ("trainable", "optimizer"):
+            # A copy to read has no optimizer.
+            for item in ("trainable",) if self._read_only else ("trainable", "optimizer"):
                 if not (folder / item).is_dir():
                     raise FileNotFoundError(f"{item} is missing")
             if not isinstance(meta, dict) or "digests" not in meta:
@@ -225,8 +226,8 @@ class Checkpoints:
         """The steps on disk, ascending."""
         return _step_folders(self.directory)
 
-    def _candidates(self, which: str) -> Iterator[int]:
-        """Steps in the order in which they should be tried."""
+    def candidates(self, which: str) -> Iterator[int]:
+        """Steps in the order in which they should be tried for ``best`` or ``latest``."""
         latest_first = _step_folders(self.directory)[::-1]
         if which == "latest":
             yield from latest_first
@@ -243,7 +244,7 @@ class Checkpoints:
 
     def meta(self, which: str) -> dict[str, Any] | None:
         """The JSON values beside the first readable checkpoint of ``latest``, ``best`` or a step; None without one."""
-        for step in [int(which)] if which.isdigit() else self._candidates(which):
+        for step in [int(which)] if which.isdigit() else self.candidates(which):
             try:
                 return self._peek(step)
             except DamagedCheckpointError:
@@ -264,7 +265,7 @@ class Checkpoints:
         Raises:
             UserError: The shapes differ from `targets`, there is no such step, or every checkpoint is damaged.
         """
-        candidates = list(self._candidates(which)) if which in ("latest", "best") else [int(which)]
+        candidates = list(self.candidates(which)) if which in ("latest", "best") else [int(which)]
         if not candidates:
             return None
         for step in candidates:
