@@ -141,7 +141,7 @@ def topology_mesh(topology: Topology, data: int = -1, fsdp: int = 1, tensor: int
     """
     devices = devices_of(topology)
     if topology.slices == 1 or topology.chip.kind == "gpu":
-        return make_mesh(data, fsdp, tensor, devices)
+        return make_mesh(data, fsdp, tensor, devices=devices)
     whole = len(devices) // (fsdp * tensor) if data == -1 else data
     if whole % topology.slices or whole * fsdp * tensor != len(devices):
         raise UserError(

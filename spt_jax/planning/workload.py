@@ -27,7 +27,7 @@ class Workload:
     mean_length: int = CONVAI2["mean_length"]
     longest: int = CONVAI2["longest"]
     mean_targets: int = CONVAI2["mean_targets"]
-    padding: float = 0.05
+    padding: float = 0.04
 
     def shape_of(self, length: float) -> BucketShape:
         """The shape of a batch of rows of `length` tokens, which have their share of turns and targets."""

@@ -1,4 +1,4 @@
-"""Plans without a compiler: what fits, what is advised where not, and the search; all on GPUs that are absent."""
+"""Plans without a compiler: what fits, what is advised where it does not, the search; on GPUs that are absent."""
 
 from __future__ import annotations
 

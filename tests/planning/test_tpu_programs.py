@@ -37,6 +37,11 @@ def only_program(facts: dict[str, Any]) -> dict[str, Any]:
     return program
 
 
+def the_estimate_is_close(facts: dict[str, Any]) -> bool:
+    """Whether arithmetic alone finds the memory that the compiler finds, within a quarter."""
+    return abs(sum(facts["memory"].values()) / facts["needed"] - 1) < 0.25
+
+
 def kinds(program: dict[str, Any]) -> set[str]:
     return {each["kind"] for each in program["traffic"]["collectives"]}
 
@@ -79,6 +84,7 @@ def test_llama2_7b_fits_one_v5e_with_int8_weights():
     program = only_program(facts)
     assert facts["prompts"] == 4 and facts["attention"] == "splash"
     assert program["peak"] < 16 * GIB
+    assert the_estimate_is_close(facts)
     assert kinds(program) == set()
 
 
@@ -87,6 +93,7 @@ def test_llama2_7b_fits_four_v5e_in_bfloat16():
     facts = plan(LLAMA2, "--config.model.source=shape:llama2-7b", "--config.mesh.fsdp=4", "--topology=v5e:2x2")
     assert facts["prompts"] == 4 and facts["quantization"] == "none"
     assert only_program(facts)["peak"] < 16 * GIB
+    assert the_estimate_is_close(facts)
     assert "all-gather" in kinds(only_program(facts))
 
 
@@ -97,6 +104,7 @@ def test_llama2_13b_fits_sixteen_v5e():
         *("--config.mesh.fsdp=16", "--topology=v5e:4x4"),
     )
     assert only_program(facts)["peak"] < 16 * GIB
+    assert the_estimate_is_close(facts)
 
 
 @pytest.mark.campaign
@@ -107,6 +115,7 @@ def test_llama3_70b_fits_sixteen_v5p():
     )
     program = only_program(facts)
     assert program["peak"] < 95 * GIB
+    assert the_estimate_is_close(facts)
     assert any("splash" in kernel for kernel in program["kernels"])
 
 
