@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 
 from spt_jax.errors import UserError
+from spt_jax.parallel import mesh
 from spt_jax.planning import topology as topologies
 from spt_jax.planning.chips import CHIPS
 from spt_jax.planning.topology import Topology, next_larger, topology_mesh
@@ -61,15 +62,16 @@ def test_without_the_compiler_a_tpu_topology_says_what_to_install(monkeypatch):
 def test_slices_are_neighbours_along_data_alone(monkeypatch):
     def device(number: int) -> SimpleNamespace:
         of_slice = {"slice_index": number // 4, "process_index": number // 4}
-        return SimpleNamespace(id=number, platform="none", device_kind="none", **of_slice)
+        place = {"coords": (number % 2, number // 2 % 2, 0), "core_on_chip": 0}
+        return SimpleNamespace(id=number, platform="tpu", device_kind="none", **of_slice, **place)
 
     devices = [device(number) for number in range(8)]
     monkeypatch.setattr(topologies, "devices_of", lambda _: devices)
-    monkeypatch.setattr(topologies, "Mesh", lambda found, axes, axis_types: dict(zip(axes, [found] * 3, strict=True)))
+    monkeypatch.setattr(mesh, "Mesh", lambda found, axes, axis_types: dict(zip(axes, [found] * 3, strict=True)))
     found = topology_mesh(Topology.parse("v5e:2x2", 2), data=4, fsdp=2)["data"]
     slices = [[[each.slice_index for each in row] for row in place] for place in found]
     assert slices == [[[0], [0]], [[0], [0]], [[1], [1]], [[1], [1]]]
-    with pytest.raises(UserError, match=r"mesh\.data a multiple of the 2 slices"):
+    with pytest.raises(UserError, match=r"mesh\.slices is 2; allowed: a divisor of mesh\.data \(1\)"):
         topology_mesh(Topology.parse("v5e:2x2", 2), data=1, fsdp=8)
 
 
