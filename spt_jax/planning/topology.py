@@ -9,11 +9,10 @@ import re
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 
 from spt_jax.errors import UserError
-from spt_jax.parallel.mesh import AXES, make_mesh
+from spt_jax.parallel.mesh import make_mesh
 from spt_jax.planning.chips import Chip, chip_named
 
 _SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
@@ -139,16 +138,4 @@ def topology_mesh(topology: Topology, data: int = -1, fsdp: int = 1, tensor: int
     Raises:
         UserError: The product does not equal the number of devices, or the slices do not divide ``data``.
     """
-    devices = devices_of(topology)
-    if topology.slices == 1 or topology.chip.kind == "gpu":
-        return make_mesh(data, fsdp, tensor, devices=devices)
-    whole = len(devices) // (fsdp * tensor) if data == -1 else data
-    if whole % topology.slices or whole * fsdp * tensor != len(devices):
-        raise UserError(
-            f"the mesh data × fsdp × tensor = {whole} × {fsdp} × {tensor} does not fit {topology}, {len(devices)} "
-            f"devices; allowed: as many places, and mesh.data a multiple of the {topology.slices} slices"
-        )
-    found = mesh_utils.create_hybrid_device_mesh(
-        (whole // topology.slices, fsdp, tensor), (topology.slices, 1, 1), devices
-    )
-    return Mesh(found, AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return make_mesh(data, fsdp, tensor, slices=topology.slices, devices=devices_of(topology))

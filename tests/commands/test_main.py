@@ -157,7 +157,7 @@ def config_of(monkeypatch):
 
     def read(*arguments: str):
         seen = []
-        monkeypatch.setattr(train, "train_run", lambda config, workdir: seen.append(config) or 0)
+        monkeypatch.setattr(train, "train_run", lambda config, workdir, name: seen.append(config) or 0)
         assert main(["train", *arguments, "--workdir=unused"]) == 0
         return seen[0]
 
