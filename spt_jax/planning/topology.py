@@ -138,5 +138,4 @@ def topology_mesh(topology: Topology, data: int = -1, fsdp: int = 1, tensor: int
     Raises:
         UserError: The product does not equal the number of devices, or the slices do not divide ``data``.
     """
-    slices = 1 if topology.chip.kind == "gpu" else topology.slices
-    return make_mesh(data, fsdp, tensor, slices=slices, devices=devices_of(topology))
+    return make_mesh(data, fsdp, tensor, slices=topology.slices, devices=devices_of(topology))

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import importlib.util
-from types import SimpleNamespace
 
 import pytest
 
 from spt_jax.errors import UserError
-from spt_jax.parallel import mesh
-from spt_jax.planning import topology as topologies
 from spt_jax.planning.chips import CHIPS
 from spt_jax.planning.topology import Topology, next_larger, topology_mesh
 
@@ -59,20 +56,12 @@ def test_without_the_compiler_a_tpu_topology_says_what_to_install(monkeypatch):
         topology_mesh(Topology.parse("v5e:2x2"))
 
 
-def test_slices_are_neighbours_along_data_alone(monkeypatch):
-    def device(number: int) -> SimpleNamespace:
-        of_slice = {"slice_index": number // 4, "process_index": number // 4}
-        place = {"coords": (number % 2, number // 2 % 2, 0), "core_on_chip": 0}
-        return SimpleNamespace(id=number, platform="tpu", device_kind="none", **of_slice, **place)
-
-    devices = [device(number) for number in range(8)]
-    monkeypatch.setattr(topologies, "devices_of", lambda _: devices)
-    monkeypatch.setattr(mesh, "Mesh", lambda found, axes, axis_types: dict(zip(axes, [found] * 3, strict=True)))
-    found = topology_mesh(Topology.parse("v5e:2x2", 2), data=4, fsdp=2)["data"]
-    slices = [[[each.slice_index for each in row] for row in place] for place in found]
-    assert slices == [[[0], [0]], [[0], [0]], [[1], [1]], [[1], [1]]]
+def test_slices_are_neighbours_along_data_alone():
+    mesh = topology_mesh(Topology.parse("h100:4", 2), data=4, fsdp=2)
+    machines = [[[device.id // 4 for device in row] for row in place] for place in mesh.devices]
+    assert machines == [[[0], [0]], [[0], [0]], [[1], [1]], [[1], [1]]]
     with pytest.raises(UserError, match=r"mesh\.slices is 2; allowed: a divisor of mesh\.data \(1\)"):
-        topology_mesh(Topology.parse("v5e:2x2", 2), data=1, fsdp=8)
+        topology_mesh(Topology.parse("h100:4", 2), data=1, fsdp=8)
 
 
 def test_gpus_have_cpu_devices_in_their_places_if_there_are_enough():
