@@ -216,11 +216,13 @@ def _run_locally(request: _Request, at: Workplace, leases: Leases, count: int) -
         workers = launchers.start_local(request.command, count, logs)
         try:
             _watch(at, leases, workers, stop)
+        except BaseException:
+            stop.requested = True
+            raise
         finally:
-            # Those that still run are asked to save and give their trial back.
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.send_signal(signal.SIGTERM)
+            # A worker that finds nothing left to do ends by itself.
+            for worker in workers if stop.requested else ():
+                worker.send_signal(signal.SIGTERM)
             codes = [worker.wait() for worker in workers]
     if stop.requested:
         print("stopped, every run is saved; the same command goes on from there", file=sys.stderr)
