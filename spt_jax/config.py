@@ -165,9 +165,10 @@ def default_config() -> Config:
     c.evaluation.samples = 6  # Turns whose replies under every prompt stand in report.html
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # Devices along the data axis; -1 for the rest
+    c.mesh.data = -1  # Devices along the data axis; -1, for one of the three axes, takes the rest
     c.mesh.fsdp = 1  # Devices over which the frozen weights and the rows are sharded
     c.mesh.tensor = 1  # Devices over which heads, MLP and vocabulary are sharded
+    c.mesh.slices = -1  # Groups of devices with a slow network between them; -1 for the TPU slices that are there
 
     c.tracking = ConfigDict()
     c.tracking.tensorboard = True  # Write TensorBoard events into workdir/tensorboard

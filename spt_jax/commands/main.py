@@ -11,9 +11,9 @@ from absl import flags
 
 import spt_jax
 from spt_jax.cache_folder import cache_home
+from spt_jax.commands.failures import sentence_of
 from spt_jax.commands.flag_reading import door_help, read_flags
 from spt_jax.errors import UserError, nearest
-from spt_jax.exit_codes import INTERRUPTED, MISTAKE
 
 DOORS = {
     "train": "train a bank of soft prompts and a retriever, or resume",
@@ -26,21 +26,6 @@ DOORS = {
     "convert": "authors' checkpoints and PEFT adapters, in and out",
 }
 _HELP = ("-h", "-help", "--help")
-
-
-_SMALLER = (
-    "less is needed with a smaller data.batch or evaluation.batch (--batch), a larger optimizer.micro_batches, "
-    "model.remat = full, model.quantization, a smaller model.max_logit_rows, or more devices (mesh.fsdp); where "
-    "another process shares a GPU, see XLA_PYTHON_CLIENT_PREALLOCATE"
-)
-
-
-def _memory_is_full(error: Exception) -> bool:
-    """Whether XLA, or Python, found no memory; JAX need not have been imported to ask."""
-    return isinstance(error, MemoryError) or (
-        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
-        and ("RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error))
-    )
 
 
 def overview() -> str:
@@ -100,18 +85,13 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         read_flags(door, flag_values, rest, **getattr(module, "ARGUMENTS", {}))
         return module.run(flag_values)
-    except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return MISTAKE
-    except (RuntimeError, MemoryError) as error:
-        if not _memory_is_full(error):
+    except (UserError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+        told = sentence_of(error)
+        if told is None:
             raise
-        first = next(iter(str(error).splitlines()), "the host's memory is full")
-        print(f"{name}: out of memory ({first[:200]}); {_SMALLER}", file=sys.stderr)
-        return MISTAKE
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        return INTERRUPTED
+        sentence, code = told
+        print("\n" * isinstance(error, KeyboardInterrupt) + f"{name}: {sentence}", file=sys.stderr)
+        return code
     except BrokenPipeError:
         # The reader left; what is still buffered must not raise again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -20,6 +20,7 @@ from spt_jax.data.template import Template, encode_context
 from spt_jax.errors import UserError
 from spt_jax.generation.replies import cut_reply_official
 from spt_jax.models.loading import LanguageModel
+from spt_jax.parallel.mesh import mesh_sizes
 from spt_jax.parallel.rules import replicated
 from spt_jax.prompting.adapters import Conditions, Trainable, WholeModel
 from spt_jax.prompting.selective_lm import batch_scores, inference_conditions
@@ -158,8 +159,10 @@ def _targets(experiment: Experiment) -> Trainable:
 def _fit_mesh(config: Config, devices: int) -> None:
     """A run trained on other hardware is opened with its weights sharded over all the devices that are here."""
     m = config.mesh
-    if (devices % (m.fsdp * m.tensor) != 0) if m.data == -1 else (m.data * m.fsdp * m.tensor != devices):
-        m.data, m.fsdp, m.tensor = 1, devices, 1
+    try:
+        mesh_sizes(m.data, m.fsdp, m.tensor, devices)
+    except UserError:
+        m.data, m.fsdp, m.tensor, m.slices = 1, devices, 1, 1
 
 
 SPLITS = {"test": "test", "development": "validation", "train": "train"}

@@ -20,6 +20,7 @@ from typing import Any
 
 from absl import flags
 
+from spt_jax.commands.joining import define_joining_flags, joined_processes
 from spt_jax.commands.workdirs import trained_in
 from spt_jax.config import Config, validate
 from spt_jax.errors import UserError
@@ -33,6 +34,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string(
         "workdir", None, "Folder of the run, or a bucket's (gs://…, s3://…); made when missing, resumed when not.", **fv
     )
+    define_joining_flags(flag_values)
 
 
 def run(flag_values: flags.FlagValues) -> int:
@@ -42,7 +44,8 @@ def run(flag_values: flags.FlagValues) -> int:
     config: Config = flag_values["config"].value
     validate(config)
     workdir: str = flag_values["workdir"].value
-    return trained_in(workdir, partial(print, flush=True), lambda folder: train_run(config, folder, workdir))
+    with joined_processes("spt-jax train", flag_values):
+        return trained_in(workdir, partial(print, flush=True), lambda folder: train_run(config, folder, workdir))
 
 
 def train_run(config: Config, workdir: Path, name: str) -> int:
@@ -58,6 +61,7 @@ def train_run(config: Config, workdir: Path, name: str) -> int:
     """
     from spt_jax.data.packing import Row
     from spt_jax.evaluation.likelihood import DevelopmentEvaluator
+    from spt_jax.parallel.distributed import is_lead
     from spt_jax.training.experiment import Experiment, pad_id_of
     from spt_jax.training.run_training import run_training
 
@@ -76,8 +80,8 @@ def train_run(config: Config, workdir: Path, name: str) -> int:
 
     outcome, total_steps = run_training(config, workdir, evaluators, partial(print, flush=True))
     step = int(outcome.state.step)
-    if outcome.finished:
+    if is_lead() and outcome.finished:
         print(f"finished {step} steps; evaluate with: spt-jax evaluate --workdir={shlex.quote(name)}")
-        return FINISHED
-    print(f"stopped after step {step} of {total_steps}, saved; the same command goes on from there")
-    return STOPPED
+    elif is_lead():
+        print(f"stopped after step {step} of {total_steps}, saved; the same command goes on from there")
+    return FINISHED if outcome.finished else STOPPED

@@ -39,11 +39,21 @@ def trained_in(workdir: str, say: Callable[[str], None], train: Callable[[Path],
 
     Returns:
         The exit code: that of `train`, unless the bucket lacks something.
+
+    Raises:
+        UserError: The bucket cannot be used, or this is one of several processes, which write checkpoints together.
     """
     if not is_bucket_url(workdir):
         return train(Path(workdir))
+    import jax
+
     from spt_jax.storage.staged_run import StagedRun
 
+    if jax.process_count() > 1:
+        raise UserError(
+            f"--workdir={workdir} is a bucket, which one process may train into; {jax.process_count()} processes need "
+            "a folder that their hosts share, such as an NFS mount"
+        )
     with StagedRun(workdir, say) as run:
         code = train(run.folder)
     return code if run.complete else STOPPED

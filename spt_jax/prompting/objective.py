@@ -37,6 +37,7 @@ from spt_jax.prompting.selective_lm import (
     target_hidden,
     target_turn_onehot,
     turn_means,
+    vocabulary_gathered,
 )
 from spt_jax.prompting.subset import Subset, draw_subset
 
@@ -167,6 +168,7 @@ def losses_and_gradients(
     Returns:
         The losses, and gradients shaped like `trainable`.
     """
+    params = vocabulary_gathered(model, params)
     lm_key, adapter_key, retriever_key, noise_key, subset_key = [None] * 5 if key is None else jax.random.split(key, 5)
     scores, retriever_vjp = _scores(model, params, trainable, batch, retriever_key)
     subset = draw_subset(scores, batch["turn_mask"], objective.prompts_per_step, subset_key)
@@ -178,6 +180,8 @@ def losses_and_gradients(
         keys = [None if k is None else jax.random.fold_in(k, part.number) for k in (lm_key, adapter_key)]
         dropout = Dropout(keys[0], model.dropout) if keys[0] is not None and model.dropout else None
         conditions = model.adapter.conditions(model.decoder, params, adapter_tree, keys[1])
+        if isinstance(model.adapter, WholeModel):
+            conditions = conditions._replace(params=vocabulary_gathered(model, conditions.params))
         hidden = target_hidden(model, conditions, part.batch, part.subset, dropout)
         onehot = target_turn_onehot(part.batch)
         rows, positions, num_prompts, _ = hidden.shape

@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_head, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.dropout import Dropout
-from spt_jax.parallel.rules import row_devices
+from spt_jax.parallel.rules import parameter_sharding, row_devices
 from spt_jax.prompting.adapters import Adapter, Conditions, LowRank, Nothing, Prefixes, SoftPrompts, Trainable
 from spt_jax.prompting.losses import Chunks, chunk_size, target_losses
 from spt_jax.prompting.prefixes import prefix_cache
@@ -144,6 +144,23 @@ def _per_row(bank: jax.Array, rows: int, rank: int) -> jax.Array:
 
 def _on_its_devices(model: SelectiveLM, rows: jax.Array) -> jax.Array:
     return rows if model.row_sharding is None else jax.lax.with_sharding_constraint(rows, model.row_sharding)
+
+
+def vocabulary_gathered(model: SelectiveLM, params: FrozenTree) -> FrozenTree:
+    """The frozen tree with the vocabulary's tables whole along ``fsdp``, for one step.
+
+    Left sharded they are gathered again for every chunk of targets, and a lookup moves its rows between devices.
+    """
+    if model.row_sharding is None or model.row_sharding.mesh.shape["fsdp"] == 1:
+        return params
+    axes = {"embed_tokens": ("vocab", None), "lm_head": (None, "vocab")}
+    return params | {
+        name: jax.lax.with_sharding_constraint(
+            params[name], parameter_sharding(model.row_sharding.mesh, names, params[name].shape)
+        )
+        for name, names in axes.items()
+        if name in params
+    }
 
 
 def embed_rows(model: SelectiveLM, params: FrozenTree, tokens: jax.Array) -> jax.Array:
@@ -285,6 +302,7 @@ def score_turns(model: SelectiveLM, params: FrozenTree, trainable: Trainable, ba
     Returns:
         See `TurnScores`.
     """
+    params = vocabulary_gathered(model, params)
     conditions = model.adapter.conditions(model.decoder, params, trainable)
     hidden = target_hidden(model, conditions, batch)
     onehot = target_turn_onehot(batch)

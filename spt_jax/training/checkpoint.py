@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from spt_jax.errors import UserError
+from spt_jax.parallel.distributed import any_process, barrier, is_lead, on_host
 
 Tree = Any
 METRIC = "perplexity"
@@ -99,11 +100,12 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         keep_latest, keep_best = self._keep
-        for step in _step_folders(self.directory):
+        for step in _step_folders(self.directory) if is_lead() else ():
             try:
                 self._peek(step)
             except DamagedCheckpointError as error:
                 self._set_aside(step, error)
+        barrier("checkpoints looked through")
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep_latest),
@@ -140,7 +142,7 @@ class Checkpoints:
         return meta
 
     def _set_aside(self, step: int, error: Exception) -> None:
-        if self._read_only:
+        if self._read_only or not is_lead():
             return
         source = self.directory / str(step)
         target = source.with_name(f"{step}.corrupt")
@@ -166,7 +168,7 @@ class Checkpoints:
         """
         assert self._manager is not None, "these checkpoints were opened to be read only"
         # jax may reuse a donated buffer for the next step, so the arrays are fetched before anything else happens.
-        trees = jax.device_get({"trainable": trainable, "optimizer": optimizer})
+        trees = on_host({"trainable": trainable, "optimizer": optimizer})
         meta = meta | {
             "step": step,
             "digests": {name: tree_digest(tree) for name, tree in trees.items()},
@@ -271,6 +273,7 @@ class Checkpoints:
                 trees, meta = self._restore_step(step, targets)
             except DamagedCheckpointError as error:
                 self._set_aside(step, error)
+                barrier("checkpoint set aside")
                 if self._manager is not None:
                     self._manager.close()
                     self._manager = self._open()
@@ -282,19 +285,24 @@ class Checkpoints:
     def _restore_step(self, step: int, targets: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:
         if step not in _step_folders(self.directory):
             raise UserError(f"there is no checkpoint of step {step} in {self.directory}; there are {self.steps()}")
-        meta = self._peek(step)
-        self._check_shapes(step, meta, targets)
+        failure, meta, trees = None, {}, {}
         try:
+            meta = self._peek(step)
+            self._check_shapes(step, meta, targets)
             folder = self.directory / str(step)
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
                 trees = {
                     name: _restored(tree, reader.restore(folder / name, args=ocp.args.StandardRestore(_stored(tree))))
                     for name, tree in targets.items()
                 }
-            whole = all(tree_digest(jax.device_get(trees[name])) == meta["digests"][name] for name in targets)
+        except UserError:
+            raise
         except Exception as error:
-            raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: {error}") from error
-        if not whole:
+            failure = error
+        if any_process(failure is not None):  # what one of several cannot read, none of them takes
+            reason = failure or "another process could not read it"
+            raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: {reason}") from failure
+        if any(tree_digest(on_host(trees[name])) != meta["digests"][name] for name in targets):
             raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: its arrays are not those saved")
         return trees, meta
 
@@ -325,7 +333,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None or jax.process_count() == 1:  # the others do not come to an end that only this process meets
+            self.close()
 
 
 def tree_shapes(tree: Tree) -> dict[str, list[int]]:
