@@ -71,7 +71,7 @@ def score_candidates(
     batch_size: int,
     pad_id: int,
     max_buckets: int = 4,
-    on_turns: Callable[[int], None] | None = None,
+    on_scores: Callable[[Sequence[int], Sequence[CandidateScores]], None] | None = None,
 ) -> list[CandidateScores]:
     """Scores every candidate of every turn behind the turn's selected prompt; batches and padding change nothing.
 
@@ -85,7 +85,7 @@ def score_candidates(
         batch_size: Rows read at once, rounded up to a multiple of the devices that share rows.
         pad_id: Fills rows.
         max_buckets: Lengths of rows, and of rows of candidates; each pair of them is a compilation.
-        on_turns: Called with the number of turns done after each batch.
+        on_scores: Called after each batch with the numbers of its turns, and their scores.
 
     Returns:
         One entry a turn, in the order of `turns`.
@@ -119,11 +119,13 @@ def score_candidates(
         for block, width in _blocks(turns, numbers, turns_at_once, widths):
             candidates = _turns_batch([(turns[n], place) for n, place in block], turns_at_once, width, places, pad_id)
             nll = jax.device_get(_scorer(mesh)(model, conditions, cached, place_whole_batch(mesh, candidates)))
+            scores = []
             for place, (number, _) in enumerate(block):
                 lengths = np.asarray([len(ids) + 1 for ids in turns[number].ids], np.int64)
-                found[number] = CandidateScores(nll[place, : len(lengths)].astype(np.float64), lengths)
-            if on_turns is not None:
-                on_turns(len(block))
+                scores.append(CandidateScores(nll[place, : len(lengths)].astype(np.float64), lengths))
+                found[number] = scores[-1]
+            if on_scores is not None:
+                on_scores([number for number, _ in block], scores)
     return [scores for scores in found if scores is not None]
 
 

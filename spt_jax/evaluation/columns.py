@@ -14,7 +14,7 @@ from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.packing import Row
 from spt_jax.data.template import PlainTemplate, Template, turn_history
 from spt_jax.evaluation import hits
-from spt_jax.evaluation.candidate_scores import score_candidates
+from spt_jax.evaluation.candidate_scores import CandidateScores, score_candidates
 from spt_jax.evaluation.candidates import RankedTurn, ranked_turns
 from spt_jax.evaluation.journal import KeptColumn
 from spt_jax.evaluation.likelihood import Likelihoods, score_rows
@@ -208,7 +208,7 @@ class ColumnEvaluator:
         references = [self.reference(*key) for key in keys]
         personas = None if self._learns_persona else [self._dialogues[d].persona for d, _ in keys]
         metrics = text_metrics(replies, references, personas, metrics=self._groups, **self._scorers)
-        ranking = self._rank(model, trainable, likelihoods, on_turns) if self._ranked else None
+        ranking = self._rank(model, trainable, likelihoods, on_turns, kept) if self._ranked else None
         words = [len(self.reference(d, t).split()) for d, t in zip(likelihoods.dialogue, likelihoods.turn, strict=True)]
         figures = {
             "perplexity": likelihoods.perplexity,
@@ -246,24 +246,39 @@ class ColumnEvaluator:
         return found
 
     def _rank(
-        self, model: SelectiveLM, trainable: Trainable, likelihoods: Likelihoods, on_turns: Callable[[int], None]
+        self,
+        model: SelectiveLM,
+        trainable: Trainable,
+        likelihoods: Likelihoods,
+        on_turns: Callable[[int], None],
+        kept: KeptColumn | None,
     ) -> hits.Hits:
         pairs = zip(likelihoods.dialogue.tolist(), likelihoods.turn.tolist(), strict=True)
         places = {key: u for u, key in enumerate(pairs)}
         selected = likelihoods.selected
+        known = {} if kept is None else kept.candidates()
+        left = [turn for turn in self._ranked if (turn.dialogue, turn.turn) not in known]
+        on_turns(len(self._ranked) - len(left))
+
+        def keep(numbers: Sequence[int], scores: Sequence[CandidateScores]) -> None:
+            if kept is not None:
+                kept.keep_candidates([(left[number].dialogue, left[number].turn) for number in numbers], scores)
+            on_turns(len(numbers))
+
         scores = score_candidates(
             model,
             inference_conditions(model, self._lm.params, trainable),
             self._rows,
-            self._ranked,
-            [int(selected[places[turn.dialogue, turn.turn]]) for turn in self._ranked],
+            left,
+            [int(selected[places[turn.dialogue, turn.turn]]) for turn in left],
             mesh=self._mesh,
             batch_size=self._batch_size,
             pad_id=self._pad_id,
             max_buckets=self._max_buckets,
-            on_turns=on_turns,
+            on_scores=keep,
         )
-        return hits.rank(self._ranked, scores)
+        known |= {(turn.dialogue, turn.turn): found for turn, found in zip(left, scores, strict=True)}
+        return hits.rank(self._ranked, [known[turn.dialogue, turn.turn] for turn in self._ranked])
 
     @property
     def ranked(self) -> dict[tuple[int, int], int]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import io
 import json
 import re
 import shutil
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
+from spt_jax.evaluation.candidate_scores import CandidateScores
 from spt_jax.evaluation.likelihood import Likelihoods
 
 FOLDER = "evaluation.partial"
@@ -24,7 +25,7 @@ Turn = tuple[int, int]
 
 
 class Journal:
-    """A folder with the likelihoods and replies of every column of an evaluation that has begun.
+    """A folder with what is known of every column of an evaluation that has begun.
 
     Each question has its own, so that a short evaluation in between takes nothing from a long one that was stopped. For
     one process: several would have to know the same.
@@ -37,62 +38,14 @@ class Journal:
     def __init__(self, workdir: Path, question: str) -> None:
         self._folder = workdir / FOLDER / question
 
-    def likelihoods(self, column: str) -> Likelihoods | None:
-        """Those of a column; None where they are not known yet."""
-        try:
-            with np.load(io.BytesIO(_read_bytes(self._file(column, "npz"))), allow_pickle=False) as found:
-                return Likelihoods(*(found[name] for name in _FIELDS))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-            return None
+    def column(self, name: str) -> KeptColumn:
+        """The part of a column."""
+        return KeptColumn(self._folder, name)
 
-    def keep_likelihoods(self, column: str, likelihoods: Likelihoods) -> None:
-        """Writes those of a column, whole or not at all.
-
-        Raises:
-            UserError: They cannot be written.
-        """
-        self._make_folder()
-        content = io.BytesIO()
-        np.savez(content, **{name: getattr(likelihoods, name) for name in _FIELDS})
-        write_atomically(self._file(column, "npz"), content.getvalue())
-
-    def replies(self, column: str) -> dict[Turn, str]:
-        """The replies of a column that are known; a line that was cut off while it was written is taken out."""
-        path = self._file(column, "jsonl")
-        known: dict[Turn, str] = {}
-        whole = 0
-        for line in _read_bytes(path).splitlines(keepends=True):
-            try:
-                row = json.loads(line)
-                key = int(row["dialogue"]), int(row["turn"])
-            except (ValueError, KeyError, TypeError):
-                break
-            if not line.endswith(b"\n"):
-                break
-            known[key] = str(row["reply"])
-            whole += len(line)
-        if path.exists() and path.stat().st_size > whole:
-            with path.open("r+b") as file:
-                file.truncate(whole)
-        return known
-
-    def keep_replies(self, column: str, turns: Sequence[Turn], replies: Sequence[str]) -> None:
-        """Adds replies of a column.
-
-        Raises:
-            UserError: They cannot be written.
-        """
-        rows = [
-            json.dumps({"dialogue": d, "turn": t, "reply": reply}, ensure_ascii=False) + "\n"
-            for (d, t), reply in zip(turns, replies, strict=True)
-        ]
-        self._make_folder()
-        path = self._file(column, "jsonl")
-        try:
-            with path.open("ab") as file:
-                file.write("".join(rows).encode())
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+    @property
+    def begun(self) -> int:
+        """How many replies an evaluation that was stopped has left, over all columns."""
+        return sum(len(_read_bytes(path).splitlines()) for path in self._folder.glob(f"*{_REPLIES}"))
 
     def close(self) -> None:
         """Throws everything of this question away: the results are written."""
@@ -100,14 +53,95 @@ class Journal:
         with contextlib.suppress(OSError):  # another question's is there
             self._folder.parent.rmdir()
 
-    @property
-    def begun(self) -> int:
-        """How many replies an evaluation that was stopped has left, over all columns."""
-        return sum(len(_read_bytes(path).splitlines()) for path in self._folder.glob("*.jsonl"))
 
-    def column(self, name: str) -> KeptColumn:
-        """The part of a column."""
-        return KeptColumn(self, name)
+class KeptColumn:
+    """Likelihoods, replies and candidates' scores of a column.
+
+    Args:
+        folder: Of the journal; made with the first thing that is kept.
+        name: The column's.
+    """
+
+    def __init__(self, folder: Path, name: str) -> None:
+        self._folder = folder
+        self._stem = re.sub(r"[^a-z0-9]+", "_", name.lower())
+
+    def likelihoods(self) -> Likelihoods | None:
+        """Those of all turns; None where they are not known yet."""
+        try:
+            with np.load(io.BytesIO(_read_bytes(self._file(_LIKELIHOODS))), allow_pickle=False) as found:
+                return Likelihoods(*(found[name] for name in _FIELDS))
+        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            return None
+
+    def keep_likelihoods(self, likelihoods: Likelihoods) -> None:
+        """Writes them, whole or not at all.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        self._make_folder()
+        content = io.BytesIO()
+        np.savez(content, **{name: getattr(likelihoods, name) for name in _FIELDS})
+        write_atomically(self._file(_LIKELIHOODS), content.getvalue())
+
+    def replies(self) -> dict[Turn, str]:
+        """The replies that are known; a line that was cut off while it was written is taken out."""
+        return {turn: str(row["reply"]) for turn, row in self._rows(_REPLIES, {"reply"})}
+
+    def keep_replies(self, turns: Sequence[Turn], replies: Sequence[str]) -> None:
+        """Adds replies.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        self._add(_REPLIES, turns, ({"reply": reply} for reply in replies))
+
+    def candidates(self) -> dict[Turn, CandidateScores]:
+        """The scores of candidates that are known, as `replies`."""
+        return {
+            turn: CandidateScores(np.asarray(row["nll"], np.float64), np.asarray(row["tokens"], np.int64))
+            for turn, row in self._rows(_CANDIDATES, {"nll", "tokens"})
+        }
+
+    def keep_candidates(self, turns: Sequence[Turn], scores: Sequence[CandidateScores]) -> None:
+        """Adds scores of candidates.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        self._add(_CANDIDATES, turns, ({"nll": s.nll.tolist(), "tokens": s.tokens.tolist()} for s in scores))
+
+    def _rows(self, kind: str, fields: set[str]) -> Iterator[tuple[Turn, Mapping[str, Any]]]:
+        """The lines of a file up to the first that is not whole, which is cut off with what follows it."""
+        path = self._file(kind)
+        whole = 0
+        for line in _read_bytes(path).splitlines(keepends=True):
+            try:
+                row = json.loads(line)
+                turn = int(row["dialogue"]), int(row["turn"])
+            except (ValueError, KeyError, TypeError):
+                break
+            if not line.endswith(b"\n") or not fields <= set(row):
+                break
+            yield turn, row
+            whole += len(line)
+        if path.exists() and path.stat().st_size > whole:
+            with path.open("r+b") as file:
+                file.truncate(whole)
+
+    def _add(self, kind: str, turns: Sequence[Turn], rows: Iterable[Mapping[str, Any]]) -> None:
+        lines = [
+            json.dumps({"dialogue": d, "turn": t, **row}, ensure_ascii=False) + "\n"
+            for (d, t), row in zip(turns, rows, strict=True)
+        ]
+        self._make_folder()
+        path = self._file(kind)
+        try:
+            with path.open("ab") as file:
+                file.write("".join(lines).encode())
+        except OSError as error:
+            raise UserError(f"{path} cannot be written: {error.strerror}") from None
 
     def _make_folder(self) -> None:
         try:
@@ -115,39 +149,11 @@ class Journal:
         except OSError as error:
             raise UserError(f"{self._folder} cannot be made: {error.strerror}") from None
 
-    def _file(self, column: str, ending: str) -> Path:
-        return self._folder / f"{re.sub(r'[^a-z0-9]+', '_', column.lower())}.{ending}"
+    def _file(self, kind: str) -> Path:
+        return self._folder / (self._stem + kind)
 
 
-@dataclasses.dataclass(frozen=True)
-class KeptColumn:
-    """A column of a journal.
-
-    Attributes:
-        journal: The journal.
-        name: The column's.
-    """
-
-    journal: Journal
-    name: str
-
-    def likelihoods(self) -> Likelihoods | None:
-        """See `Journal.likelihoods`."""
-        return self.journal.likelihoods(self.name)
-
-    def keep_likelihoods(self, likelihoods: Likelihoods) -> None:
-        """See `Journal.keep_likelihoods`."""
-        self.journal.keep_likelihoods(self.name, likelihoods)
-
-    def replies(self) -> dict[Turn, str]:
-        """See `Journal.replies`."""
-        return self.journal.replies(self.name)
-
-    def keep_replies(self, turns: Sequence[Turn], replies: Sequence[str]) -> None:
-        """See `Journal.keep_replies`."""
-        self.journal.keep_replies(self.name, turns, replies)
-
-
+_LIKELIHOODS, _REPLIES, _CANDIDATES = ".npz", ".replies.jsonl", ".candidates.jsonl"
 _FIELDS = ("dialogue", "turn", "tokens", "nll", "scores")
 
 

@@ -10,6 +10,7 @@ import tiny
 from tiny_experiment import experiment
 
 from spt_jax.errors import UserError
+from spt_jax.evaluation.candidate_scores import CandidateScores
 from spt_jax.evaluation.journal import FOLDER, Journal
 from spt_jax.evaluation.likelihood import Likelihoods
 from spt_jax.evaluation.run_evaluation import evaluate_run
@@ -27,30 +28,45 @@ FOUND = Likelihoods(
 
 def test_another_journal_of_the_question_knows_everything(tmp_path):
     journal = Journal(tmp_path, "why")
-    journal.keep_likelihoods(AFTER, FOUND)
-    journal.keep_replies(AFTER, [(0, 0), (1, 0)], ["yes\nand no", "ä \u2028 b"])
-    journal.keep_replies(AFTER, [(0, 1)], [""])
+    journal.column(AFTER).keep_likelihoods(FOUND)
+    journal.column(AFTER).keep_replies([(0, 0), (1, 0)], ["yes\nand no", "ä \u2028 b"])
+    journal.column(AFTER).keep_replies([(0, 1)], [""])
     again = Journal(tmp_path, "why")
-    assert again.replies(AFTER) == {(0, 0): "yes\nand no", (1, 0): "ä \u2028 b", (0, 1): ""}
-    assert again.replies("before training") == {}
-    kept = again.likelihoods(AFTER)
+    assert again.column(AFTER).replies() == {(0, 0): "yes\nand no", (1, 0): "ä \u2028 b", (0, 1): ""}
+    assert again.column("before training").replies() == {}
+    kept = again.column(AFTER).likelihoods()
     assert kept is not None
-    assert again.likelihoods("before training") is None
+    assert again.column("before training").likelihoods() is None
     for field in dataclasses.fields(Likelihoods):
         np.testing.assert_array_equal(getattr(kept, field.name), getattr(FOUND, field.name))
         assert getattr(kept, field.name).dtype == getattr(FOUND, field.name).dtype
 
 
+def test_scores_of_candidates_come_back_exactly(tmp_path):
+    scores = [
+        CandidateScores(np.array([0.1, 1 / 3]), np.array([4, 5])),
+        CandidateScores(np.array([2e-7]), np.array([1])),
+    ]
+    Journal(tmp_path, "why").column(AFTER).keep_candidates([(0, 1), (2, 0)], scores)
+    found = Journal(tmp_path, "why").column(AFTER).candidates()
+    assert list(found) == [(0, 1), (2, 0)]
+    for kept, given in zip(found.values(), scores, strict=True):
+        np.testing.assert_array_equal(kept.nll, given.nll)
+        np.testing.assert_array_equal(kept.tokens, given.tokens)
+        assert (kept.nll.dtype, kept.tokens.dtype) == (np.float64, np.int64)
+    assert Journal(tmp_path, "why").begun == 0, "these are no replies"
+
+
 def test_each_question_has_its_own_and_a_finished_one_leaves_nothing(tmp_path):
-    Journal(tmp_path, "why").keep_replies(AFTER, [(0, 0)], ["yes"])
+    Journal(tmp_path, "why").column(AFTER).keep_replies([(0, 0)], ["yes"])
     journal = Journal(tmp_path, "how")
-    assert journal.replies(AFTER) == {}
+    assert journal.column(AFTER).replies() == {}
     assert journal.begun == 0
-    journal.keep_replies(AFTER, [(0, 0)], ["so"])
-    assert Journal(tmp_path, "how").replies(AFTER) == {(0, 0): "so"}
+    journal.column(AFTER).keep_replies([(0, 0)], ["so"])
+    assert Journal(tmp_path, "how").column(AFTER).replies() == {(0, 0): "so"}
     journal.close()
     again = Journal(tmp_path, "why")
-    assert again.replies(AFTER) == {(0, 0): "yes"}
+    assert again.column(AFTER).replies() == {(0, 0): "yes"}
     again.close()
     assert not (tmp_path / FOLDER).exists()
 
@@ -58,32 +74,32 @@ def test_each_question_has_its_own_and_a_finished_one_leaves_nothing(tmp_path):
 @pytest.mark.parametrize("cut", range(1, 20))
 def test_a_line_that_was_cut_off_is_taken_out_wherever_the_cut(tmp_path, cut):
     journal = Journal(tmp_path, "why")
-    journal.keep_replies(AFTER, [(0, 0), (0, 1)], ["one", "zwölf"])
+    journal.column(AFTER).keep_replies([(0, 0), (0, 1)], ["one", "zwölf"])
     [path] = (tmp_path / FOLDER / "why").glob("*.jsonl")
     path.write_bytes(path.read_bytes()[:-cut])
     again = Journal(tmp_path, "why")
-    assert again.replies(AFTER) == {(0, 0): "one"}
-    again.keep_replies(AFTER, [(0, 1)], ["zwölf"])
-    assert Journal(tmp_path, "why").replies(AFTER) == {(0, 0): "one", (0, 1): "zwölf"}
+    assert again.column(AFTER).replies() == {(0, 0): "one"}
+    again.column(AFTER).keep_replies([(0, 1)], ["zwölf"])
+    assert Journal(tmp_path, "why").column(AFTER).replies() == {(0, 0): "one", (0, 1): "zwölf"}
 
 
 def test_damaged_likelihoods_are_computed_again(tmp_path):
     journal = Journal(tmp_path, "why")
-    journal.keep_likelihoods(AFTER, FOUND)
+    journal.column(AFTER).keep_likelihoods(FOUND)
     [path] = (tmp_path / FOLDER / "why").glob("*.npz")
     path.write_bytes(path.read_bytes()[:100])
-    assert journal.likelihoods(AFTER) is None
+    assert journal.column(AFTER).likelihoods() is None
 
 
 def test_a_workdir_that_is_no_folder_is_told_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be"):
-        Journal(tmp_path / "file", "why").keep_replies(AFTER, [(0, 0)], ["yes"])
+        Journal(tmp_path / "file", "why").column(AFTER).keep_replies([(0, 0)], ["yes"])
 
 
 def test_nothing_found_leaves_no_folder(tmp_path):
     journal = Journal(tmp_path, "why")
-    assert journal.replies(AFTER) == {}
+    assert journal.column(AFTER).replies() == {}
     assert not (tmp_path / FOLDER).exists()
 
 

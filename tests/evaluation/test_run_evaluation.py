@@ -13,6 +13,7 @@ from spt_jax.data.persona_task import PersonaTemplate
 from spt_jax.errors import UserError
 from spt_jax.evaluation import columns
 from spt_jax.evaluation.candidate_scores import CandidateScores
+from spt_jax.evaluation.journal import Journal, KeptColumn
 from spt_jax.evaluation.kept_results import kept_results
 from spt_jax.evaluation.run_evaluation import AFTER, BEFORE, NO_PROMPT, Evaluation, evaluate_run, write_results
 from spt_jax.prompting.adapters import SoftPrompts
@@ -155,6 +156,35 @@ def test_candidates_of_the_answered_turns_are_ranked_on_request():
     assert "mean nll a token" in found.results["definitions"]["hits_1"]
     alone = evaluate_run(setting, tiny.trainable(), None, with_candidates(()), replies=4)
     assert alone.results["columns"][AFTER]["hits_1"] == 100
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3])
+def test_a_ranking_that_was_stopped_goes_on_and_scores_no_candidate_twice(tmp_path, monkeypatch, batches):
+    setting = experiment(metrics=("hits",), batch=2)
+
+    def evaluated(journal):
+        return evaluate_run(setting, tiny.trainable(), None, with_candidates(), replies=5, journal=journal)
+
+    wanted = evaluated(None)
+    keep, kept = KeptColumn.keep_candidates, []
+
+    def counted(column, turns, scores):
+        if len(kept) == stop_before:
+            raise KeyboardInterrupt
+        keep(column, turns, scores)
+        kept.append(turns)
+
+    monkeypatch.setattr(KeptColumn, "keep_candidates", counted)
+    stop_before = batches
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(Journal(tmp_path, "why"))
+    assert len(kept) == batches
+    stop_before = -1
+    found = evaluated(Journal(tmp_path, "why"))
+    ranked = [turn for turns in kept for turn in turns]
+    assert len(ranked) == len(set(ranked)) == 5
+    assert found.results["columns"] == wanted.results["columns"]
+    assert found.predictions == wanted.predictions
 
 
 def test_the_candidates_are_scored_under_the_prompt_that_answers(monkeypatch):
