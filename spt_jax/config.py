@@ -33,7 +33,7 @@ def default_config() -> Config:
     c.model.context_length = 0  # Tokens of context where RoPE depends on it (dynamic, LongRoPE); 0 for the trained one
     c.model.dropout = 0.0  # The frozen LM's own dropout in training (OPT was trained with 0.1)
     c.model.remat = "auto"  # What the backward pass recomputes: none, dots (all but products), full; auto: what fits
-    c.model.attention = "auto"  # What computes attention over whole rows: xla, cudnn (bfloat16); auto: what can serve
+    c.model.attention = "auto"  # Attention over whole rows: xla, cudnn (GPU), splash (TPU); auto: what can serve
     c.model.max_logit_rows = 512  # Rows of vocabulary logits that may exist at once; bounds memory, changes no result
 
     c.method = ConfigDict()

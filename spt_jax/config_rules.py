@@ -43,7 +43,7 @@ RULES: dict[str, Rule] = {
     "model.context_length": AT_LEAST_0,
     "model.dropout": FRACTION,
     "model.remat": one_of("auto", "none", "dots", "full"),
-    "model.attention": one_of("auto", "xla", "cudnn"),
+    "model.attention": one_of("auto", "xla", "cudnn", "splash"),
     "model.max_logit_rows": AT_LEAST_1,
     "method.kind": one_of(*METHODS),
     "method.hidden_size": AT_LEAST_0,

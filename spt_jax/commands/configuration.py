@@ -3,28 +3,21 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import inspect
 import re
-import traceback
 from collections.abc import Sequence
 from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from spt_jax.commands.python_file import run_python_file, where_raised
 from spt_jax.config import Config, default_config, flatten
 from spt_jax.errors import UserError, nearest
 
 EXAMPLE = "--config=configs/quickstart.py"
 _FILE = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
 _OPTION = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
-# What ml_collections says of a value whose type is not the default's.
-_WRONG_TYPE = re.compile(
-    r"Could not override field '(.*)' \(reference\)\. (.*) is of original type <class '(\w+)'> .*<class '(\w+)'>"
-)
 _TRUTHS = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
 
 
@@ -106,7 +99,7 @@ def load_config(file: str) -> Config:
         UserError: No such file, it does not run, it has no ``get_config``, or that gives no config.
     """
     path, _, text = file.partition(":")
-    function = getattr(_run(Path(path)), "get_config", None)
+    function = getattr(run_python_file(Path(path), "--config", "config file", EXAMPLE), "get_config", None)
     if not callable(function):
         raise UserError(f"{path} has no function get_config(), which gives the configuration")
     given = [text] if ":" in file else []
@@ -118,40 +111,8 @@ def load_config(file: str) -> Config:
     try:
         config = function(*given)
     except Exception as error:
-        raise UserError(_where(Path(path), error)) from error
+        raise UserError(where_raised(Path(path), error, "config file")) from error
     if not isinstance(config, ConfigDict):
         kind = "nothing (is its return missing?)" if config is None else f"a {type(config).__name__}"
         raise UserError(f"get_config() of {path} returns {kind}; it must return a ConfigDict, as default_config() does")
     return config
-
-
-def _run(path: Path) -> ModuleType:
-    if path.is_dir():
-        raise UserError(f"--config={path} is a folder; give a Python file, such as {EXAMPLE}")
-    if not path.is_file():
-        siblings = [str(path.with_name(sibling.name)) for sibling in path.parent.glob("*.py")]
-        raise UserError(f"the config file {path} does not exist.{nearest(str(path), siblings)}")
-    spec: Any = importlib.util.spec_from_file_location("spt_jax_user_config", path)
-    if spec is None:
-        raise UserError(f"--config={path} is not a Python file; give one, such as {EXAMPLE}")
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except Exception as error:
-        raise UserError(_where(path, error)) from error
-    return module
-
-
-def _where(path: Path, error: Exception) -> str:
-    """The user's line that raised, and what was raised."""
-    if isinstance(error, SyntaxError):
-        return f"{error.filename or path}:{error.lineno}: the config file is not Python: {error.msg}"
-    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    place = f"{path}:{frames[-1].lineno}" if frames else str(path)
-    if isinstance(error, UserError):
-        return f"{place}: {error}"
-    reason = " ".join(str(error).split())
-    if isinstance(error, TypeError) and (match := _WRONG_TYPE.match(reason)):
-        name, value, found, expected = match.groups()
-        return f"{place}: the option {name!r} is {value} of type {found}; allowed: a value of type {expected}"
-    return f"{place}: the config file fails with {type(error).__name__}: {reason}"

@@ -23,6 +23,7 @@ DOORS = {
     "chat": "talk with the trained model in the terminal",
     "generate": "replies to a file of conversations",
     "inspect": "what a model is and takes, from its metadata alone",
+    "plan": "what a run takes on hardware that is not here",
     "convert": "authors' checkpoints and PEFT adapters, in and out",
 }
 _HELP = ("-h", "-help", "--help")

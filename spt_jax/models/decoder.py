@@ -111,7 +111,8 @@ class SelfAttention(nn.Module):
         mask = _chosen(layer.kind, places.masks)
         settings: dict[str, Any] = {"scale": c.attention_scale, "softcap": c.attention_softcap}
         if layer_cache is None:
-            y = attention(query, key, value, mask, ordered=True, kernel=c.attention_kernel, **settings)
+            kernel: dict[str, Any] = {"kernel": c.attention_kernel, "sharding": c.attention_sharding}
+            y = attention(query, key, value, mask, ordered=True, **kernel, **settings)
         else:
             y, layer_cache = layer_cache.attend(query, key, value, mask, places.slot, **settings)
         axes = ("heads", "head_dim", "embed")

@@ -24,7 +24,7 @@ LOGICAL_AXIS_RULES: Mapping[str, str | None] = {
 }
 
 
-def parameter_sharding(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+def parameter_sharding(mesh: Mesh | AbstractMesh, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """The sharding of one frozen parameter.
 
     An axis that its mesh axis does not divide evenly (three key-value heads on two devices, say) is replicated.
@@ -47,6 +47,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def row_sharding(mesh: Mesh) -> NamedSharding:
     """The first axis (rows) over ``data`` and ``fsdp``."""
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
+
+
+def attention_sharding(mesh: Mesh) -> NamedSharding:
+    """Of queries, keys and values ``[B, T, H, head_dim]`` of whole rows: rows as they are, heads as their weights."""
+    return NamedSharding(mesh, PartitionSpec(*row_sharding(mesh).spec, None, LOGICAL_AXIS_RULES["heads"], None))
 
 
 def row_devices(mesh: Mesh | AbstractMesh) -> int:

@@ -14,6 +14,8 @@ import pytest
 from several_processes import Job, start
 from tiny_run import train_arguments
 
+from spt_jax.exit_codes import STOPPED
+
 pytestmark = pytest.mark.first_python
 
 STEPS = 24
@@ -132,7 +134,7 @@ def test_sigterm_to_one_process_saves_and_stops_all_and_one_process_goes_on(argu
     workdir = tmp_path / "run"
     job = start([*arguments, f"--workdir={workdir}"], 2, 2)
     disturb(job, workdir, 5, lambda: job.processes[1].send_signal(signal.SIGTERM))
-    assert job.wait() == [0, 0], job.err
+    assert job.wait() == [STOPPED, STOPPED], job.err
     (stopped,) = [line for line in job.out[0].splitlines() if line.startswith("stopped after step")]
     step = int(stopped.split()[3])
     assert 5 < step < STEPS

@@ -1,0 +1,148 @@
+"""Ways to start a sweep's workers: processes here, jobs of SLURM, managed jobs of SkyPilot."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import shlex
+import shutil
+import subprocess
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from spt_jax.atomic_file import write_atomically
+from spt_jax.errors import UserError, nearest
+
+STORAGE_VARIABLE = "SPT_JAX_SWEEP_STORAGE"
+"""Environment variable with the storage's address: it may hold a password, which a command line would show."""
+
+
+@dataclasses.dataclass(frozen=True)
+class WorkerCommand:
+    """How a worker is started.
+
+    Attributes:
+        words: The command.
+        storage: The storage's address, for the worker's environment.
+        name: The sweep's.
+    """
+
+    words: Sequence[str]
+    storage: str
+    name: str
+
+    def shown(self) -> str:
+        """The command as a user would type it."""
+        return shlex.join(self.words)
+
+
+def start_local(command: WorkerCommand, count: int, logs: Path) -> list[subprocess.Popen[bytes]]:
+    """Starts `count` workers on this machine; what each says goes to ``logs/worker_N.txt``."""
+    logs.mkdir(parents=True, exist_ok=True)
+    environment = os.environ | {STORAGE_VARIABLE: command.storage}
+    workers = []
+    for number in range(count):
+        with (logs / f"worker_{number}.txt").open("a", encoding="utf-8") as output:
+            workers.append(
+                subprocess.Popen(
+                    command.words, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT
+                )
+            )
+    return workers
+
+
+class SlurmWorker:
+    """What a SLURM job does: it is a worker, and when SLURM takes its node away, a job that is put back in the queue.
+
+    Args:
+        command: The worker's command.
+    """
+
+    def __init__(self, command: WorkerCommand) -> None:
+        self.command = command
+
+    def __call__(self) -> None:
+        """Works until the sweep has no trial left."""
+        environment = os.environ | {STORAGE_VARIABLE: self.command.storage}
+        subprocess.run(self.command.words, env=environment, check=True)
+
+    def checkpoint(self) -> Any:
+        """Called by submitit before the job's time is over; runs are saved as they go."""
+        from submitit.helpers import DelayedSubmission
+
+        return DelayedSubmission(self)
+
+
+def start_slurm(
+    command: WorkerCommand, count: int, folder: Path, parameters: Mapping[str, Any], cluster: str = "slurm"
+) -> list[Any]:
+    """Submits `count` jobs through submitit; returns its jobs.
+
+    Args:
+        command: The worker's command.
+        count: How many.
+        folder: Where submitit keeps its files and the jobs' output; on a file system that the nodes share.
+        parameters: Of `submitit.AutoExecutor`, such as ``timeout_min``, ``gpus_per_node`` or ``slurm_partition``.
+        cluster: ``slurm``; submitit's ``local`` and ``debug`` run the jobs on this machine.
+
+    Raises:
+        UserError: submitit is not installed, there is no SLURM here, or a parameter is none.
+    """
+    try:
+        import submitit
+    except ImportError as error:
+        raise UserError("--launcher=slurm needs submitit; install spt_jax with the extra sweep") from error
+    try:
+        executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
+        executor.update_parameters(name=command.name, **parameters)
+    except (RuntimeError, NameError, TypeError, AssertionError) as error:
+        raise UserError(f"--launcher=slurm: submitit says: {' '.join(str(error).split())[:400]}") from error
+    with executor.batch():
+        return [executor.submit(SlurmWorker(command)) for _ in range(count)]
+
+
+def skypilot_task(task: Path, command: WorkerCommand, folder: Path) -> Path:
+    """Writes a SkyPilot task that is `task` with a worker in the place of what it runs; returns its path.
+
+    Raises:
+        UserError: The task cannot be read.
+    """
+    if not task.is_file():
+        hint = nearest(str(task), [str(path) for path in task.parent.glob("*.yaml")])
+        raise UserError(f"--task={task} does not exist; give a SkyPilot task whose machines a worker shall have.{hint}")
+    try:
+        described = yaml.safe_load(task.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{task} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(described, dict):
+        raise UserError(f"{task} is not a SkyPilot task: it holds no mapping with resources, setup and run")
+    described |= {"name": command.name, "run": command.shown() + "\n"}
+    path = folder / "skypilot_worker.yaml"
+    write_atomically(path, yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
+    return path
+
+
+def skypilot_commands(task: Path, command: WorkerCommand, count: int) -> list[list[str]]:
+    """A ``sky jobs launch`` for each worker; the storage's address comes from the environment."""
+    launch = ["sky", "jobs", "launch", "--yes", "--detach-run", "--env", STORAGE_VARIABLE]
+    return [[*launch, "--name", f"{command.name}-{number}", str(task)] for number in range(count)]
+
+
+def start_skypilot(commands: Sequence[Sequence[str]], storage: str, say: Callable[[str], None]) -> None:
+    """Runs the commands of `skypilot_commands` one after the other.
+
+    Raises:
+        UserError: There is no ``sky`` here, or one of the commands fails; those before it have started their workers.
+    """
+    if shutil.which("sky") is None:
+        raise UserError(
+            "--launcher=skypilot needs the command sky (pip install skypilot); --dry_run prints what it would run"
+        )
+    for words in commands:
+        say(shlex.join(words))
+        code = subprocess.run(words, env=os.environ | {STORAGE_VARIABLE: storage}, check=False).returncode
+        if code:
+            raise UserError(f"{shlex.join(words)} ended with exit code {code}; the workers before it were started")

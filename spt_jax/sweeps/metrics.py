@@ -1,0 +1,70 @@
+"""The objective's values, read from what a run writes into its working directory."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+from spt_jax.errors import UserError, nearest
+from spt_jax.sweeps.description import Objective
+
+
+def logged_values(workdir: Path, objective: Objective) -> list[tuple[int, float]]:
+    """``(step, value)`` of each row of metrics.jsonl that has the objective's metric, one a step.
+
+    A value that was not finite is the worst there is. A row that is being written is left for later.
+    """
+    try:
+        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    worst = math.inf if objective.direction == "minimize" else -math.inf
+    values: dict[int, float] = {}
+    for line in lines:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if objective.metric in row:
+            value = row[objective.metric]
+            values[int(row["step"])] = worst if value is None else float(value)
+    return sorted(values.items())
+
+
+def final_value(workdir: Path, objective: Objective) -> float:
+    """What a finished run is worth.
+
+    Raises:
+        UserError: The metric is not where the objective says.
+    """
+    if objective.file == "results.json":
+        return _evaluated(workdir, objective)
+    values = [value for _, value in logged_values(workdir, objective)]
+    if not values:
+        raise UserError(
+            f"{workdir / 'metrics.jsonl'} has no {objective.metric!r}.{nearest(objective.metric, _names(workdir))}"
+        )
+    if objective.take == "last":
+        return values[-1]
+    return min(values) if objective.direction == "minimize" else max(values)
+
+
+def _names(workdir: Path) -> set[str]:
+    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    return {name for line in lines for name in json.loads(line)}
+
+
+def _evaluated(workdir: Path, objective: Objective) -> float:
+    from spt_jax.evaluation.evaluated_runs import MEASURED  # with scipy, which no other objective needs
+
+    path = workdir / "results.json"
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))["columns"][MEASURED]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{path} has no number unders of the column {MEASURED!r}") from error
+    value = figures.get(objective.metric)
+    if not isinstance(value, int | float) or math.isnan(value):
+        numbers = [name for name, figure in figures.items() if isinstance(figure, int | float)]
+        raise UserError(f"{path} has no number under {objective.metric!r}.{nearest(objective.metric, numbers)}")
+    return float(value)

@@ -1,0 +1,142 @@
+"""One run of a trial as a process of ``spt-jax``, in a working directory that no two processes share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from spt_jax.errors import UserError
+from spt_jax.sweeps.locked import TAKEN, holder_here
+
+FINISHED = "finished "
+"""How the line begins with which ``spt-jax train`` ends a whole run; one that was stopped says something else."""
+SPT_JAX = (sys.executable, "-m", "spt_jax")
+MOST_KILLS = 3
+"""A run that was killed from outside so often, for want of memory for instance, has failed."""
+_POLITE_SECONDS = 120.0
+_POLL_SECONDS = 0.2
+
+
+class RunFailed(UserError):
+    """A run cannot be brought to its end; the sentence says why and where its output is."""
+
+
+class RunProcess:
+    """Starts a door of spt-jax and follows it to its end.
+
+    Args:
+        lock: The file that is locked while a process works in the run's folder.
+        log: Takes what the process prints; appended to.
+        tick: Called a few times a second meanwhile; what it raises stops the process.
+        confirm: Called before each start and before a failure is told; raises `LostLease` when the trial is another's.
+        program: The command ``spt-jax``.
+    """
+
+    def __init__(
+        self,
+        lock: Path,
+        log: Path,
+        tick: Callable[[], None],
+        confirm: Callable[[], None],
+        program: Sequence[str] = SPT_JAX,
+    ) -> None:
+        self._lock, self._log, self._tick, self._confirm, self._program = lock, log, tick, confirm, program
+
+    def finish(self, arguments: Sequence[str], *, ends_with: str = "") -> None:
+        """Runs ``spt-jax ARGUMENTS`` until it has done its work, starting it again when it is killed or stopped.
+
+        Args:
+            arguments: The door and its flags.
+            ends_with: How the last line begins that is printed when all work is done; empty if the exit code says it.
+
+        Raises:
+            RunFailed: It exits with an error, or was killed `MOST_KILLS` times.
+        """
+        kills = 0
+        while True:
+            begun = self._log.stat().st_size if self._log.exists() else 0
+            code = self._once(arguments)
+            printed = self._printed(begun)
+            if code == 0 and any(line.startswith(ends_with) for line in printed or [""]):
+                return
+            self._tick()  # a stop that was asked for is no failure
+            self._confirm()
+            if code > 0:
+                reason = next((line for line in reversed(printed) if line.strip()), "nothing was printed")
+                raise RunFailed(f"spt-jax {arguments[0]} ended with exit code {code}: {reason} (see {self._log})")
+            kills += 1
+            if kills == MOST_KILLS:
+                how = f"was killed by signal {-code}" if code else "was stopped"
+                raise RunFailed(f"spt-jax {arguments[0]} {how} {kills} times from outside; see {self._log}")
+
+    def _once(self, arguments: Sequence[str]) -> int:
+        command = [sys.executable, "-m", "spt_jax.sweeps.locked", str(self._lock)]
+        command += [*self._program, *arguments]
+        while True:
+            self._confirm()
+            with self._log.open("a", encoding="utf-8") as output:
+                # Ctrl-C in a terminal is for the worker alone, which passes it on.
+                process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+                )
+            code = self._followed(process)
+            if code != TAKEN:
+                return code
+            self._end_holder()
+
+    def _followed(self, process: subprocess.Popen[bytes]) -> int:
+        try:
+            while process.poll() is None:
+                self._tick()
+                time.sleep(_POLL_SECONDS)
+        except LostLease:
+            process.kill()
+            process.wait()
+            raise
+        except BaseException:
+            _stop(process)
+            raise
+        return process.returncode
+
+    def _end_holder(self) -> None:
+        """Ends what an earlier worker left behind, politely, then by force; on another machine, waits for it."""
+        began = time.monotonic()
+        asked: int | None = None
+        while (pid := holder_here(self._lock)) is not None:
+            with contextlib.suppress(ProcessLookupError):
+                if asked != pid:
+                    os.kill(pid, signal.SIGTERM)
+                    os.kill(pid, signal.SIGCONT)
+                    asked, began = pid, time.monotonic()
+                elif time.monotonic() - began > _POLITE_SECONDS:
+                    os.kill(pid, signal.SIGKILL)
+            self._tick()
+            time.sleep(_POLL_SECONDS)
+        if asked is None:
+            self._tick()
+            time.sleep(1.0)
+
+    def _printed(self, begun: int) -> list[str]:
+        with self._log.open("rb") as stream:
+            stream.seek(begun)
+            return stream.read().decode(errors="replace").splitlines()
+
+
+class LostLease(Exception):
+    """The trial is another worker's by now: nothing of this one may go on."""
+
+
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """Lets the run save and end; by force when it does not."""
+    process.terminate()
+    try:
+        process.wait(_POLITE_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()

@@ -1,0 +1,162 @@
+"""Where a sweep is kept: an Optuna storage in SQLite or PostgreSQL, opened so that any number of workers share it."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+import sqlalchemy
+from optuna.storages import RDBStorage
+from sqlalchemy.exc import DBAPIError, SQLAlchemyError
+
+from spt_jax.errors import UserError
+
+Direction = Literal["minimize", "maximize"]
+
+_DESCRIPTION = "sweep"
+_PART_LENGTH = 2000
+_BUSY_SECONDS = 30.0
+_OPENINGS = 8
+
+
+def storage_url(text: str, folder: Path) -> str:
+    """The SQLAlchemy address of a storage.
+
+    Args:
+        text: ``postgresql://USER@HOST/DATABASE``, ``sqlite:///FILE``, or nothing for ``sweep.db`` in `folder`.
+        folder: The sweep's.
+
+    Raises:
+        UserError: Another kind of address.
+    """
+    if not text:
+        return f"sqlite:///{(folder / 'sweep.db').absolute()}"
+    scheme, separator, rest = text.partition("://")
+    if separator and scheme in ("postgresql", "postgres", "postgresql+psycopg"):
+        return f"postgresql+psycopg://{rest}"
+    if separator and scheme == "sqlite" and rest.strip("/"):
+        return text
+    raise UserError(
+        f"--storage={hidden(text)} is not a storage; allowed: postgresql://USER@HOST/DATABASE, sqlite:///FILE"
+    )
+
+
+def hidden(url: str) -> str:
+    """An address without its password, for the eyes of others."""
+    try:
+        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+    except SQLAlchemyError:
+        return url.partition("@")[2] or url
+
+
+def open_storage(url: str) -> RDBStorage:
+    """The storage at an address of `storage_url`, its tables made where they are missing.
+
+    Several processes may open a new one at once: those that find tables half made try again.
+
+    Raises:
+        UserError: It cannot be reached or made.
+    """
+    sqlite = url.startswith("sqlite")
+    options = {"connect_args": {"timeout": _BUSY_SECONDS}} if sqlite else {"pool_pre_ping": True}
+    for opening in range(_OPENINGS):
+        try:
+            if sqlite:
+                _write_ahead(url, options)
+            return RDBStorage(url, engine_kwargs=options)
+        except ImportError as error:
+            raise UserError(f"--storage={hidden(url)} needs psycopg; install spt_jax with the extra sweep") from error
+        except (DBAPIError, RuntimeError) as error:
+            if opening == _OPENINGS - 1 or not _being_made(error):
+                raise UserError(f"the storage {hidden(url)} cannot be used: {_reason(error)}") from error
+            time.sleep(0.1 * 2**opening)
+    raise AssertionError
+
+
+def _write_ahead(url: str, options: Mapping[str, Any]) -> None:
+    """SQLite's write-ahead log: who reads does not wait for who writes, and is not waited for."""
+    engine = sqlalchemy.create_engine(url, **options)
+    with engine.connect() as connection:
+        connection.exec_driver_sql("PRAGMA journal_mode=WAL")
+    engine.dispose()
+
+
+def _being_made(error: Exception) -> bool:
+    text = str(error).lower()
+    return any(
+        sign in text for sign in ("already exists", "duplicate key", "locked", "unique constraint", "no such table")
+    )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(getattr(error, "orig", None) or error).split())[:300]
+
+
+def open_study(
+    storage: RDBStorage, name: str, description: Mapping[str, Any], direction: Direction, num_trials: int
+) -> optuna.Study:
+    """The sweep's study, made or found, with at least `num_trials` trials that wait to be run.
+
+    Any number of processes may do this at once. Trials are told by their numbers, which the storage counts up from 0:
+    one too many has a number that nobody runs.
+
+    Args:
+        storage: Where.
+        name: The sweep's name in it.
+        description: `spt_jax.sweeps.description.record`; a study that is there must have the same.
+        direction: ``minimize`` or ``maximize``.
+        num_trials: How many trials.
+
+    Raises:
+        UserError: A sweep of this name, but with another description, is there; the differences are named.
+    """
+    study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
+    _agree(study, name, description)
+    while len(study.get_trials(deepcopy=False)) < num_trials:
+        study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING))
+    return study
+
+
+def _agree(study: optuna.Study, name: str, description: Mapping[str, Any]) -> None:
+    kept = read_description(study)
+    if kept is None:
+        _write_description(study, description)
+        kept = read_description(study)
+    differing = _differences(kept or {}, json.loads(json.dumps(description)))
+    if differing:
+        raise UserError(
+            f"the storage holds another sweep of the name {name!r}: {'; '.join(differing)}; choose another --name, or "
+            "another --out"
+        )
+
+
+def _write_description(study: optuna.Study, description: Mapping[str, Any]) -> None:
+    """In parts, as an attribute of a study has a largest length in some databases; the count comes last."""
+    text = json.dumps(description)
+    parts = [text[start : start + _PART_LENGTH] for start in range(0, len(text), _PART_LENGTH)]
+    for index, part in enumerate(parts):
+        study.set_user_attr(f"{_DESCRIPTION}_{index}", part)
+    study.set_user_attr(_DESCRIPTION, len(parts))
+
+
+def read_description(study: optuna.Study) -> dict[str, Any] | None:
+    """The description that a sweep was begun with; None while it has none."""
+    kept = study.user_attrs
+    if _DESCRIPTION not in kept:
+        return None
+    return json.loads("".join(kept[f"{_DESCRIPTION}_{index}"] for index in range(kept[_DESCRIPTION])))
+
+
+def _differences(old: Any, new: Any, name: str = "") -> list[str]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        names = sorted(set(old) | set(new))
+        return [
+            difference
+            for key in names
+            for difference in _differences(old.get(key), new.get(key), f"{name}.{key}" if name else key)
+        ]
+    return [] if old == new else [f"{name} ({old!r} there, {new!r} here)"]

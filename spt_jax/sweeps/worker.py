@@ -1,0 +1,220 @@
+"""A worker: takes one trial after another until the sweep has none left, its own and those that others lost."""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.exceptions import UpdateFinishedTrialError
+from optuna.storages import RDBStorage
+from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.exc import DBAPIError
+
+from spt_jax.atomic_file import write_atomically
+from spt_jax.config import Config
+from spt_jax.errors import UserError
+from spt_jax.sweeps.config_file import config_file
+from spt_jax.sweeps.description import Sweep, trial_config
+from spt_jax.sweeps.leases import Leases
+from spt_jax.sweeps.metrics import final_value, logged_values
+from spt_jax.sweeps.points import suggest
+from spt_jax.sweeps.run_process import FINISHED, SPT_JAX, LostLease, RunProcess
+from spt_jax.training.absolute_paths import absolute_paths
+from spt_jax.training.signals import StopSignal
+
+ERROR = "error"
+"""User attribute of a trial that failed: the sentence."""
+_IDLE_SECONDS = 1.0
+
+
+class _Pruned(Exception):
+    """Optuna's pruner gives a trial up."""
+
+
+class _Stopped(Exception):
+    """The worker is asked to end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Workplace:
+    """What all workers of a sweep know alike.
+
+    Attributes:
+        sweep: What the sweep file says.
+        base: The configuration that trials share.
+        folder: Where the trials' folders lie.
+        num_trials: How many trials there are.
+        storage: The database.
+        study: The sweep in it.
+        program: The command ``spt-jax``.
+    """
+
+    sweep: Sweep
+    base: Config
+    folder: Path
+    num_trials: int
+    storage: RDBStorage
+    study: optuna.Study
+    program: Sequence[str] = SPT_JAX
+
+    def trials(self) -> list[FrozenTrial]:
+        """The trials that the sweep has, by number; those that were made beyond its number are not its."""
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.number < self.num_trials]
+
+
+class Worker:
+    """Runs trials of a sweep.
+
+    Args:
+        workplace: The sweep.
+        leases: This worker's leases.
+        stop: Asked all the time; a run that goes on is then asked to save, and its trial is given back.
+        say: Takes a line for each event.
+    """
+
+    def __init__(self, workplace: Workplace, leases: Leases, stop: StopSignal, say: Callable[[str], None]) -> None:
+        self._at, self._leases, self._stop, self._say = workplace, leases, stop, say
+        self._renewed = 0.0
+
+    def work(self) -> None:
+        """Returns when every trial has ended, or after a stop signal."""
+        while not self._stop.requested:
+            unfinished = [trial.number for trial in self._at.trials() if not trial.state.is_finished()]
+            if not unfinished:
+                return
+            # The lowest first: a trial that was lost goes on before new ones begin.
+            number = next((number for number in unfinished if self._leases.claim(number)), None)
+            if number is None:
+                time.sleep(_IDLE_SECONDS)
+                continue
+            self._renewed = time.monotonic()
+            try:
+                if not self._at.trials()[number].state.is_finished():
+                    self._run(number)
+            finally:
+                self._leases.release(number)
+
+    def _run(self, number: int) -> None:
+        trial = self._taken(number)
+        try:
+            params = suggest(self._at.sweep, self._at.study, trial)
+            self._say(f"trial {number}: {', '.join(f'{name}={value}' for name, value in params.items())}")
+            self._tell(trial, TrialState.COMPLETE, self._value(trial, params))
+        except _Pruned:
+            self._tell(trial, TrialState.PRUNED)
+        except _Stopped:
+            self._say(f"trial {number}: stopped, saved; a worker goes on with it")
+        except (LostLease, UpdateFinishedTrialError):
+            self._say(f"trial {number}: another worker has it by now")
+        except UserError as error:
+            self._fail(trial, str(error))
+
+    def _taken(self, number: int) -> optuna.Trial:
+        """The trial as a running one, freshly begun or as an earlier worker left it."""
+        storage, study = self._at.storage, self._at.study
+        study_id = storage.get_study_id_from_name(study.study_name)
+        trial_id = storage.get_trial_id_from_study_id_trial_number(study_id, number)
+        if storage.get_trial(trial_id).state == TrialState.WAITING:
+            storage.set_trial_state_values(trial_id, TrialState.RUNNING)
+        return optuna.Trial(study, trial_id)
+
+    def _fail(self, trial: optuna.Trial, reason: str) -> None:
+        if self._leases.renew(trial.number):
+            trial.set_user_attr(ERROR, reason[:1000])
+        self._tell(trial, TrialState.FAIL)
+
+    def _tell(self, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
+        """Ends a trial, unless it is another worker's: this one may have been stopped for longer than a lease."""
+        try:
+            if not self._leases.renew(trial.number):
+                raise LostLease
+            self._at.study.tell(trial, value, state)
+        except (LostLease, UpdateFinishedTrialError):
+            self._say(f"trial {trial.number}: another worker has it by now")
+            return
+        shown = "" if value is None else f", {self._at.sweep.objective.metric} {value:.6g}"
+        reason = f": {trial.user_attrs[ERROR]}" if state == TrialState.FAIL else ""
+        self._say(f"trial {trial.number}: {state.name.lower()}{shown}{reason}")
+
+    def _value(self, trial: optuna.Trial, params: dict[str, Any]) -> float:
+        """Trains, and where the objective needs it evaluates, a run for each seed; the mean of what they are worth."""
+        sweep, folder = self._at.sweep, trial_folder(self._at.folder, trial.number)
+        config = trial_config(self._at.base, params, sweep.seeds[0])
+        absolute_paths(config)
+        folder.mkdir(parents=True, exist_ok=True)
+        title = f"Trial {trial.number} of the sweep {self._at.study.study_name}."
+        write_atomically(folder / "config.py", config_file(config, title))
+        return statistics.fmean(self._seed_value(trial, folder, seed) for seed in sweep.seeds)
+
+    def _seed_value(self, trial: optuna.Trial, folder: Path, seed: int) -> float:
+        sweep, workdir = self._at.sweep, folder / f"seed_{seed}"
+        judged = sweep.pruner is not None and seed == sweep.seeds[0]
+        follow = _Reports(trial, workdir, sweep) if judged else None
+
+        def tick() -> None:
+            self._tick(trial.number)
+            if follow is not None:
+                follow.report()
+
+        lock, log = folder / f"seed_{seed}.lock", folder / f"seed_{seed}.log"
+        process = RunProcess(lock, log, tick, lambda: self._renew(trial.number), self._at.program)
+        flags = [f"--config={folder / 'config.py'}", f"--workdir={workdir}", f"--config.seed={seed}"]
+        process.finish(["train", *flags], ends_with=FINISHED)
+        tick()  # what a short run wrote before it was looked at counts like what a long one wrote
+        if sweep.objective.file == "results.json":
+            process.finish(["evaluate", f"--workdir={workdir}", "--nobaselines", "--reuse"])
+        return final_value(workdir, sweep.objective)
+
+    def _tick(self, number: int) -> None:
+        if self._stop.requested:
+            raise _Stopped
+        # A quarter of a lease: three renewals may come late before it is lost.
+        if time.monotonic() - self._renewed > self._leases.seconds / 4:
+            self._renew(number)
+
+    def _renew(self, number: int) -> None:
+        try:
+            held = self._leases.renew(number)
+        except DBAPIError:
+            # A database that is away for a moment stops nothing; for longer than a lease, others may have the trial.
+            if time.monotonic() - self._renewed > self._leases.seconds:
+                raise
+            return
+        if not held:
+            raise LostLease
+        self._renewed = time.monotonic()
+
+
+class _Reports:
+    """Tells Optuna each new value of a run, in the order of its steps, and hears whether to go on.
+
+    What the pruner says at a step does not depend on how far the run has got meanwhile.
+    """
+
+    def __init__(self, trial: optuna.Trial, workdir: Path, sweep: Sweep) -> None:
+        self._trial, self._workdir, self._objective = trial, workdir, sweep.objective
+        self._reported = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
+        self._resumed = bool(self._reported)
+
+    def report(self) -> None:
+        """Reports what is new; raises `_Pruned` when the trial is given up."""
+        if self._resumed and self._trial.should_prune():
+            raise _Pruned  # the worker before was lost between hearing it and telling it
+        self._resumed = False
+        for step, value in logged_values(self._workdir, self._objective):
+            if step in self._reported:
+                continue
+            self._trial.report(value, step)
+            self._reported.add(step)
+            if self._trial.should_prune():
+                raise _Pruned
+
+
+def trial_folder(folder: Path, number: int) -> Path:
+    """Where a trial's runs, their logs and its config file lie."""
+    return folder / f"trial_{number:04d}"

@@ -1,0 +1,99 @@
+"""launch/comparison.py with --jobs: so many runs at a time and no more; a failing one is told, the others finish."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+# The package's own modules behind a program that trains nothing and notes when it begins and ends.
+INIT = "__path__.append({real!r})\n__version__ = '0'\n"
+MAIN = """
+import json, os, sys, time
+from pathlib import Path
+
+door, *flags = sys.argv[1:]
+workdir = Path(next(flag for flag in flags if flag.startswith("--workdir=")).partition("=")[2])
+
+
+def note(what):
+    with open({notes!r}, "a") as file:
+        file.write(json.dumps([time.monotonic(), what, door, str(workdir)]) + "\\n")
+
+
+note("begins")
+time.sleep(0.4)
+workdir.mkdir(parents=True, exist_ok=True)
+failed = door == "train" and {failing!r} in str(workdir)
+if door == "train" and not failed:
+    (workdir / "metrics.jsonl").write_text(json.dumps({{"step": 1, "development/perplexity": 9.0}}) + "\\n")
+note("fails" if failed else "ends")
+print("the reason of the failure" if failed else "done")
+sys.exit(3 if failed else 0)
+"""
+
+
+def compare(folder: Path, jobs: int, failing: str = "nothing") -> tuple[subprocess.CompletedProcess[str], list[list]]:
+    """Runs the program over the stand-in; its notes are ``[time, what, door, workdir]``, by time."""
+    stand_in = folder / "stand_in" / "spt_jax"
+    stand_in.mkdir(parents=True)
+    (stand_in / "__init__.py").write_text(INIT.format(real=str(REPOSITORY / "spt_jax")))
+    (stand_in / "__main__.py").write_text(MAIN.format(notes=str(folder / "notes"), failing=failing))
+    dialogues = folder / "dialogues.txt"
+    dialogues.write_text("1 your persona: i sail.\n2 hi\thello\n")
+    command = [
+        sys.executable,
+        str(REPOSITORY / "launch" / "comparison.py"),
+        f"--train={dialogues}",
+        f"--test={dialogues}",
+    ]
+    command += [
+        f"--out={folder / 'out'}",
+        "--methods",
+        "lora",
+        "spt",
+        "--seeds",
+        "0",
+        "1",
+        "--runs_only",
+        f"--jobs={jobs}",
+    ]
+    environment = os.environ | {"PYTHONPATH": str(stand_in.parent)}
+    done = subprocess.run(
+        command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
+    )
+    return done, sorted(json.loads(line) for line in (folder / "notes").read_text().splitlines())
+
+
+def most_at_once(notes: list[list]) -> int:
+    running = most = 0
+    for _, what, *_ in notes:
+        running += 1 if what == "begins" else -1
+        most = max(most, running)
+    return most
+
+
+@pytest.mark.parametrize("jobs", [2, 3])
+def test_so_many_runs_go_at_once_and_no_more(tmp_path, jobs):
+    done, notes = compare(tmp_path, jobs)
+    assert done.returncode == 0, done.stderr
+    assert most_at_once(notes) == jobs
+    # Three rates for each method, of which the seed 0 of the chosen one is trained again, and so reused.
+    assert [note[1:3] for note in notes].count(["ends", "evaluate"]) == 4
+
+
+def test_a_failing_run_is_told_and_the_others_finish(tmp_path):
+    done, notes = compare(tmp_path, 2, failing="lora/lr_0.003")
+    assert done.returncode == 3
+    (told,) = [line for line in done.stdout.splitlines() if "failed, see" in line]
+    assert "lora-lr_0.003-seed_0-train" in told
+    assert Path(told.rpartition("failed, see ")[2]).read_text().strip() == "the reason of the failure"
+    ended = [(door, Path(workdir).parts[-3:]) for _, what, door, workdir in notes if what == "ends"]
+    assert {parts[1] for door, parts in ended if parts[0] == "lora" and door == "train"} == {"lr_0.001", "lr_0.01"}
+    assert sorted(parts[2] for door, parts in ended if parts[0] == "spt" and door == "evaluate") == ["seed_0", "seed_1"]

@@ -1,0 +1,63 @@
+"""A PostgreSQL server of the test's own, on a free port of the loopback, gone when the test is."""
+
+from __future__ import annotations
+
+import os
+import pwd
+import shutil
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+
+def _binaries() -> Path | None:
+    """The folder of Debian's newest server, or the one on the PATH."""
+    folders = sorted(Path("/usr/lib/postgresql").glob("*/bin"), key=lambda path: int(path.parent.name))
+    found = shutil.which("initdb")
+    return folders[-1] if folders else Path(found).resolve().parent if found else None
+
+
+def _as_user() -> dict[str, int]:
+    """PostgreSQL refuses to be root; who is root starts it as the user that its package made, or as nobody."""
+    if os.geteuid():
+        return {}
+    names = [entry.pw_name for entry in pwd.getpwall()]
+    account = pwd.getpwnam("postgres" if "postgres" in names else "nobody")
+    return {"user": account.pw_uid, "group": account.pw_gid}
+
+
+@contextmanager
+def postgres() -> Iterator[str]:
+    """The address of an empty database, with a password; skips the test where there is no server to start."""
+    binaries = _binaries()
+    if binaries is None:
+        pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
+    user = _as_user()
+    # Sockets have short paths, and another user must be able to enter: not pytest's folder.
+    folder = Path(tempfile.mkdtemp(prefix="spt_jax_postgres_"))
+    if user:
+        os.chown(folder, user["user"], user["group"])
+    (folder / "password").write_text("s3cret\n")
+    (folder / "password").chmod(0o644)
+    data, run = folder / "data", {"cwd": folder, "check": True, "capture_output": True, "text": True, **user}
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    initialise = ["initdb", "-D", str(data), "-U", "sweeper", "--auth=scram-sha-256", f"--pwfile={folder / 'password'}"]
+    options = f"-p {port} -c listen_addresses=127.0.0.1 -k {folder} -c fsync=off"
+    control = [str(binaries / "pg_ctl"), "-D", str(data), "-w"]
+    try:
+        subprocess.run([str(binaries / initialise[0]), *initialise[1:], "--no-sync"], **run)
+        subprocess.run(
+            [*control, "-l", str(folder / "log"), "-o", options, "start"], **{**run, "capture_output": False}
+        )
+        yield f"postgresql://sweeper:s3cret@127.0.0.1:{port}/postgres"
+    finally:
+        if (data / "postmaster.pid").exists():
+            subprocess.run([*control, "-m", "immediate", "stop"], **{**run, "check": False})
+        shutil.rmtree(folder, ignore_errors=True)

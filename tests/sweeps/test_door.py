@@ -1,0 +1,157 @@
+"""launch/sweep.py with the real ``spt-jax train`` on a tiny LM: two workers, a kill, and the results."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from llama_files import random_llama
+
+from spt_jax.commands.configuration import load_config
+from spt_jax.config import flatten
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+BASE = """
+from spt_jax.config import default_config
+
+def get_config():
+    config = default_config()
+    config.model.source = {source!r}
+    config.bank.num_prompts, config.bank.prompt_length = 2, 2
+    config.data.limit, config.data.batch, config.data.max_length, config.data.max_buckets = 6, 4, 512, 1
+    config.data.development_dialogues = config.data.test_dialogues = 1
+    config.train.steps, config.train.save_every, config.train.evaluate_every = 4, 1, 2
+    config.tracking.tensorboard = False
+    return config
+"""
+SWEEP = """
+from optuna.distributions import CategoricalDistribution, FloatDistribution
+from spt_jax.sweeps.description import Sweep
+
+def get_sweep():
+    return Sweep(
+        base="base.py",
+        space={
+            "optimizer.learning_rate": FloatDistribution(1e-3, 1.0, log=True),
+            "objective.fusion_weight": CategoricalDistribution([0.0, 1.0]),
+        },
+        sampler="tpe",
+        num_trials=3,
+    )
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("sweep")
+    small = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 4, "num_hidden_layers": 1}
+    source = random_llama(**small, max_position_embeddings=546).write_folder(path / "lm")
+    (path / "base.py").write_text(BASE.format(source=str(source)))
+    (path / "sweep.py").write_text(SWEEP)
+    return path
+
+
+def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
+    environment = os.environ | {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    command = [sys.executable, str(REPOSITORY / "launch" / "sweep.py"), f"--sweep={folder / 'sweep.py'}", *flags]
+    return subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def run(folder: Path, *flags: str) -> tuple[int, str, str]:
+    process = start(folder, *flags)
+    out, err = process.communicate(timeout=240)
+    return process.returncode, out, err
+
+
+def test_a_sweep_of_real_trainings_is_stopped_killed_resumed_and_its_best_config_is_the_best_trials(folder):
+    out = folder / "out"
+    flags = (f"--out={out}", "--jobs=2", "--config.seed=5", "--config.data.batch=2")
+    first = start(folder, *flags)
+    began = time.monotonic()
+    while first.poll() is None and not list(out.glob("trial_*/seed_0/checkpoints/1")):
+        assert time.monotonic() - began < 120
+        time.sleep(0.05)
+    first.send_signal(signal.SIGTERM)
+    _, told = first.communicate(timeout=120)
+    assert first.returncode == 0 and "stopped, every run is saved" in told
+    code, printed, told = run(folder, *flags)
+    assert code == 0, told
+    assert printed.count("wrote ") == 3 and "best: trial " in printed
+    trials = json.loads((out / "trials.json").read_text())
+    assert [trial["state"] for trial in trials] == ["COMPLETE"] * 3
+    assert any("trial 0: running" in line for line in told.splitlines())
+    best = min(trials, key=lambda trial: trial["value"])
+    assert f"best: trial {best['trial']}, development/perplexity {best['value']:.6g}" in printed
+    workdir = out / f"trial_{best['trial']:04d}" / "seed_0"
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    perplexities = [row.get("development/perplexity") for row in rows]
+    assert best["value"] == min(value for value in perplexities if value is not None)
+    trained = json.loads((workdir / "config.json").read_text())["config"]
+    assert json.dumps(flatten(trained)) == json.dumps(flatten(load_config(str(out / "best.py")).to_dict()))
+    assert (trained["seed"], trained["data"]["batch"]) == (0, 2)
+    assert "<svg" in (out / "report.html").read_text()
+
+
+def test_a_dry_run_prints_the_space_and_the_commands_and_makes_nothing(folder):
+    before = sorted(folder.iterdir())
+    url = "postgresql://me:s3cret@db/sweeps"
+    code, printed, _ = run(folder, "--dry-run", f"--storage={url}", "--launcher=skypilot", "--jobs=2", "--out=/runs/x")
+    assert code == 0 and sorted(folder.iterdir()) == before
+    assert "3 trials by tpe" in printed and "optimizer.learning_rate: FloatDistribution" in printed
+    assert printed.count("sky jobs launch") == 2 and "launch/sweep.py --worker" in printed
+    assert "s3cret" not in printed and "postgresql+psycopg://me:***@db/sweeps" in printed
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (("--jobs=0",), "--jobs is '0'; allowed"),
+        (("--job=2",), "there is no flag --job for sweep. Did you mean '--jobs'?"),
+        (("--config.optimizer.learning_rate=1",), "'optimizer.learning_rate' varies in this sweep"),
+        (("--config.optimizer.learning_rat=1",), "there is no option 'optimizer.learning_rat'"),
+        (("--config.bank.num_prompts=0",), "bank.num_prompts is 0"),
+        (("--storage=mysql://x/y",), "--storage=mysql://x/y is not a storage; allowed: postgresql://"),
+        (("--storage=postgresql://me:s3cret@127.0.0.1:1/x",), "cannot be used: connection failed"),
+        (("--launcher=slurm",), "which SQLite cannot serve; give --storage=postgresql://"),
+        (("--launcher=slurmm",), "--launcher is 'slurmm'; allowed: local, slurm, skypilot"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_leaves_no_run(folder, flags, sentence, capsys, monkeypatch, tmp_path):
+    from spt_jax.sweeps.door import main
+
+    monkeypatch.chdir(tmp_path)
+    assert main("launch/sweep.py", [f"--sweep={folder / 'sweep.py'}", "--out=out", *flags]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("sweep: ") and sentence in told and told.count("\n") == 1 and "s3cret" not in told
+    assert not list(tmp_path.glob("out/*"))
+
+
+def test_the_help_names_every_flag(capsys):
+    from spt_jax.sweeps.door import main
+
+    assert main("launch/sweep.py", ["--help"]) == 0
+    printed = capsys.readouterr().out
+    for flag in ("sweep", "out", "name", "storage", "jobs", "launcher", "slurm", "task", "lease_seconds"):
+        assert f"\n  --{flag}\n" in printed
+    for flag in ("worker", "watch", "report", "dry_run"):
+        assert f"\n  --[no]{flag}\n" in printed
+
+
+def test_without_optuna_the_program_says_which_extra_brings_it(tmp_path):
+    (tmp_path / "optuna.py").write_text("raise ImportError('absent')\n")
+    environment = os.environ | {"PYTHONPATH": f"{tmp_path}{os.pathsep}{os.environ.get('PYTHONPATH', '')}"}
+    command = [sys.executable, str(REPOSITORY / "launch" / "sweep.py"), "--help"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2 and "pip install '.[sweep]'" in done.stderr

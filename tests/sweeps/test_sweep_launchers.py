@@ -1,0 +1,125 @@
+"""Workers as jobs: of SLURM through submitit, and of SkyPilot through a stand-in for its command."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from spt_jax.errors import UserError
+from spt_jax.sweeps.launchers import (
+    STORAGE_VARIABLE,
+    SlurmWorker,
+    WorkerCommand,
+    skypilot_commands,
+    skypilot_task,
+    start_local,
+    start_skypilot,
+    start_slurm,
+)
+
+URL = "postgresql+psycopg://sweeper:s3cret@db/sweeps"
+
+
+def noting(folder: Path) -> WorkerCommand:
+    """A worker that writes the storage it was told of into a file of its own."""
+    program = (
+        "import os, sys; open(os.path.join(sys.argv[1], f'{os.getpid()}.seen'), 'w').write(os.environ[sys.argv[2]])"
+    )
+    return WorkerCommand([sys.executable, "-c", program, str(folder), STORAGE_VARIABLE], URL, "rates")
+
+
+def seen(folder: Path) -> list[str]:
+    return [path.read_text() for path in folder.glob("*.seen")]
+
+
+def test_local_workers_are_told_the_storage_by_their_environment(tmp_path):
+    command = noting(tmp_path)
+    workers = start_local(command, 3, tmp_path / "logs")
+    assert [worker.wait(30) for worker in workers] == [0, 0, 0]
+    assert seen(tmp_path) == [URL] * 3
+    assert "s3cret" not in command.shown()
+
+
+def test_slurm_workers_run_through_submitit(tmp_path):
+    jobs = start_slurm(noting(tmp_path), 2, tmp_path / "slurm", {"timeout_min": 5}, cluster="local")
+    assert len({job.job_id for job in jobs}) == 2
+    for job in jobs:
+        job.result()
+        job._process.wait(30)
+    assert seen(tmp_path) == [URL] * 2
+
+
+def test_a_slurm_job_that_loses_its_node_is_put_back_in_the_queue(tmp_path):
+    worker = SlurmWorker(noting(tmp_path))
+    delayed = worker.checkpoint()
+    assert delayed.function is worker
+
+
+def test_a_stand_in_sbatch_is_given_the_parameters(tmp_path, monkeypatch):
+    stand_in(tmp_path / "bin", "sbatch", 'cat "$1" >> batch; echo Submitted batch job 7')
+    stand_in(tmp_path / "bin", "srun", "")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(tmp_path)
+    parameters = {"timeout_min": 90, "gpus_per_node": 1, "slurm_partition": "gpu"}
+    jobs = start_slurm(noting(tmp_path), 2, tmp_path / "slurm", parameters)
+    assert len(jobs) == 2
+    batch = (tmp_path / "batch").read_text()
+    for line in ("--time=90", "--gpus-per-node=1", "--partition=gpu", "--job-name=rates", "--array=0-1"):
+        assert line in batch
+
+
+@pytest.mark.parametrize(
+    ("parameters", "cluster", "sentence"),
+    [({}, "slurm", "srun"), ({"timeout_minutes": 3}, "local", "timeout_minutes")],
+)
+def test_what_slurm_cannot_do_is_one_sentence(tmp_path, monkeypatch, parameters, cluster, sentence):
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(UserError, match=f"--launcher=slurm: submitit says: .*{sentence}"):
+        start_slurm(noting(tmp_path), 1, tmp_path / "slurm", parameters, cluster)
+
+
+def stand_in(folder: Path, name: str, script: str) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+    (folder / name).chmod(stat.S_IRWXU)
+
+
+def test_skypilot_workers_get_the_tasks_machines_and_the_storage_without_showing_it(tmp_path, monkeypatch):
+    task = tmp_path / "task.yaml"
+    task.write_text("resources:\n  accelerators: H100:1\nsetup: pip install .\nrun: spt-jax train --config=a.py\n")
+    command = WorkerCommand(["python", "launch/sweep.py", "--worker", "--out=/runs/a b"], URL, "rates")
+    written = skypilot_task(task, command, tmp_path)
+    described = yaml.safe_load(written.read_text())
+    assert described["resources"] == {"accelerators": "H100:1"} and described["setup"] == "pip install ."
+    assert described["run"] == "python launch/sweep.py --worker '--out=/runs/a b'\n"
+    script = f'printf "%s\\n" "$*" >> {tmp_path}/calls; printf "%s\\n" "${STORAGE_VARIABLE}" >> {tmp_path}/storages'
+    stand_in(tmp_path / "bin", "sky", script)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    said: list[str] = []
+    start_skypilot(skypilot_commands(written, command, 3), URL, said.append)
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert [call.split()[:2] for call in calls] == [["jobs", "launch"]] * 3
+    assert [f"--name rates-{number}" in call for number, call in enumerate(calls)] == [True] * 3
+    assert (tmp_path / "storages").read_text().split() == [URL] * 3
+    assert "s3cret" not in json.dumps([calls, said, written.read_text()])
+
+
+def test_a_missing_sky_a_missing_task_and_a_failing_launch_are_sentences(tmp_path, monkeypatch):
+    command = WorkerCommand(["python"], URL, "rates")
+    with pytest.raises(UserError, match="does not exist; give a SkyPilot task"):
+        skypilot_task(tmp_path / "task.yaml", command, tmp_path)
+    (tmp_path / "task.yaml").write_text("- a list")
+    with pytest.raises(UserError, match="is not a SkyPilot task"):
+        skypilot_task(tmp_path / "task.yaml", command, tmp_path)
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    with pytest.raises(UserError, match="needs the command sky"):
+        start_skypilot([["sky"]], URL, print)
+    stand_in(tmp_path / "bin", "sky", "exit 4")
+    with pytest.raises(UserError, match="ended with exit code 4; the workers before it were started"):
+        start_skypilot([["sky"]], URL, print)
