@@ -107,6 +107,12 @@ def test_a_search_that_nothing_goes_with_says_so():
         candidates(config, decoder_of(config), Topology.parse("h100:8"), WORK, (8,))
 
 
+def test_the_official_mode_is_planned_with_a_turn_a_row():
+    config = config_of("shape:smollm2-135m", 16, data__layout="turn", retriever__context="official")
+    facts, _, shortfall = report(Request(config, CONVAI2, "h100:1"))
+    assert shortfall == "" and facts["steps"] == -(-131_438 // 16)
+
+
 def test_epoch_and_facts_are_those_of_the_request():
     config = config_of("shape:smollm2-135m", 16)
     facts, lines, shortfall = report(Request(config, {**CONVAI2, "dialogues": 161}, "h100:1"))
