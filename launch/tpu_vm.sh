@@ -4,6 +4,8 @@
 #
 #   bash launch/tpu_vm.sh --name NAME --zone ZONE --type v5litepod-8 --workdir gs://BUCKET/RUN [options] -- --config=FILE
 #
+#   --nfs SERVER:/DIR  mounted on every host as /mnt/runs; several hosts (v5litepod-16 and larger) need a folder that
+#                      they share, so that --workdir is /mnt/runs/RUN then
 #   --spot             cheaper, and may be taken away at any time
 #   --queued           wait in Google's queue until there is room
 #   --runtime VERSION  the TPU software (default: v2-alpha-tpuv5-lite)
@@ -17,23 +19,26 @@ set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
 fail() { echo "tpu_vm: $1" >&2; exit 2; }
-name="" zone="" type="" workdir="" runtime="v2-alpha-tpuv5-lite" retries=20 logs="" spot="" queued="" keep="" dry=""
+nfs="" name="" zone="" type="" workdir="" runtime="v2-alpha-tpuv5-lite" retries=20 logs="" spot="" queued="" keep="" dry=""
 while [ $# -gt 0 ]; do
   case "$1" in
-    --name | --zone | --type | --workdir | --runtime | --retries | --logs)
+    --nfs | --name | --zone | --type | --workdir | --runtime | --retries | --logs)
       [ -n "${2:-}" ] || fail "$1 needs a value"
       printf -v "${1#--}" '%s' "$2"
       shift 2
       ;;
     --spot | --queued | --keep) printf -v "${1#--}" 1; shift ;;
     --dry-run) dry=1; shift ;;
-    -h | --help) sed -n '2,16s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     --) shift; break ;;
     *) fail "unknown argument '$1'; see --help; flags of spt-jax train go behind --" ;;
   esac
 done
 for needed in name zone type workdir; do [ -n "${!needed}" ] || fail "--$needed is missing; see --help"; done
-case "$workdir" in gs://*) ;; *) fail "--workdir is '$workdir'; allowed: gs://BUCKET/RUN, for a TPU's own disk goes with it" ;; esac
+case "${nfs:+nfs }$workdir" in
+  gs://?* | "nfs /mnt/runs/"?*) ;;
+  *) fail "--workdir is '$workdir'; allowed: gs://BUCKET/RUN, or /mnt/runs/RUN with --nfs, for a TPU's own disk goes with it" ;;
+esac
 case "$retries" in *[!0-9]*) fail "--retries is '$retries'; allowed: a whole number" ;; esac
 [ $# -gt 0 ] || fail "nothing to train; give the flags of spt-jax train behind --"
 logs="${logs:-logs/$name}"
@@ -90,6 +95,14 @@ set_up() {
     source launch/environment.sh; install .venv .venv/bin/python "[tpu,buckets]"'
 }
 
+mount_share() {
+  local source
+  [ -n "$nfs" ] || return 0
+  printf -v source '%q' "$nfs"
+  on_hosts all "mountpoint -q /mnt/runs || {
+    sudo apt-get install -y nfs-common && sudo mkdir -p /mnt/runs && sudo mount -t nfs $source /mnt/runs; }"
+}
+
 # One that is running already, after a connection that was lost, is waited for; the same command then finds it finished.
 train() {
   local command
@@ -126,6 +139,7 @@ for ((attempt = 0; attempt <= retries; attempt++)); do
   ready
   dry_state=READY
   set_up
+  mount_share
   train "$@" || true
   if [ "$(state)" != READY ]; then echo "tpu_vm: $name was preempted" >&2; continue; fi
   bring_logs

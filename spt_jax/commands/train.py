@@ -80,11 +80,8 @@ def train_run(config: Config, workdir: Path, name: str) -> int:
 
     outcome, total_steps = run_training(config, workdir, evaluators, partial(print, flush=True))
     step = int(outcome.state.step)
-    code = FINISHED if outcome.finished else STOPPED
-    if not is_lead():
-        return code
-    if outcome.finished:
+    if is_lead() and outcome.finished:
         print(f"finished {step} steps; evaluate with: spt-jax evaluate --workdir={shlex.quote(name)}")
-    else:
+    elif is_lead():
         print(f"stopped after step {step} of {total_steps}, saved; the same command goes on from there")
-    return code
+    return FINISHED if outcome.finished else STOPPED

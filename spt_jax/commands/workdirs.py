@@ -41,16 +41,19 @@ def trained_in(workdir: str, say: Callable[[str], None], train: Callable[[Path],
         The exit code: that of `train`, unless the bucket lacks something.
 
     Raises:
-        UserError: Several processes train in a bucket, or it cannot be used.
+        UserError: The bucket cannot be used, or this is one of several processes, which write checkpoints together.
     """
     if not is_bucket_url(workdir):
         return train(Path(workdir))
     import jax
 
-    if jax.process_count() > 1:
-        refuse_bucket(workdir, "several processes need a folder that all of them share, such as a mounted bucket")
     from spt_jax.storage.staged_run import StagedRun
 
+    if jax.process_count() > 1:
+        raise UserError(
+            f"--workdir={workdir} is a bucket, which one process may train into; {jax.process_count()} processes need "
+            "a folder that their hosts share, such as an NFS mount"
+        )
     with StagedRun(workdir, say) as run:
         code = train(run.folder)
     return code if run.complete else STOPPED

@@ -9,13 +9,14 @@ import jax
 from spt_jax.errors import UserError
 from spt_jax.interop.whole_folder import check_new_folder, new_folder
 from spt_jax.prompting.adapters import Trainable
+from spt_jax.training.absolute_paths import absolute_paths
 from spt_jax.training.checkpoint import Checkpoints, tree_shapes
 from spt_jax.training.experiment import Experiment
 from spt_jax.training.initial import initial_trainable
 from spt_jax.training.loop import save
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.step import init_state
-from spt_jax.training.workdir import CHECKPOINT_FOLDER, absolute_paths, claim_workdir, write_initial
+from spt_jax.training.workdir import CHECKPOINT_FOLDER, claim_workdir, write_initial
 
 
 def check_fits(where: str, trainable: Trainable, experiment: Experiment) -> None:

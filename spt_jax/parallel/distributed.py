@@ -37,7 +37,7 @@ def joined(
 ) -> Iterator[Peers | None]:
     """Makes this process one of several for as long as the context is open.
 
-    The context is to be left with `jax.distributed` at peace: after an error call `Peers.fail`, which does not return.
+    After an error inside, call `Peers.fail`, which ends the process: to leave the context waits for the others.
 
     Args:
         launch: How to join; None leaves the process alone.
@@ -54,10 +54,11 @@ def joined(
     if launch is None or not _initialize(launch, silence_seconds, join_seconds, end):
         yield None
         return
-    if jax.process_count() == 1:
+    if jax_distributed.global_state.num_processes == 1:
         yield None
         jax.distributed.shutdown()
         return
+    # Before the devices are asked for anything, which would wait for a process that is gone already.
     peers = _watched(silence_seconds, join_seconds, end)
     yield peers
     barrier("leaving")
@@ -105,9 +106,9 @@ def _initialize(launch: Launch, silence_seconds: float, join_seconds: float, end
 
 def _watched(silence_seconds: float, join_seconds: float, end: End) -> Peers:
     # JAX has no public way to its service's store of keys and values, which Orbax uses the same way.
-    client: Any = jax_distributed.global_state.client
-    address = str(jax_distributed.global_state.coordinator_address)
-    index, count = jax.process_index(), jax.process_count()
+    state = jax_distributed.global_state
+    client: Any = state.client
+    index, count, address = state.process_id, state.num_processes, str(state.coordinator_address)
     try:
         if index == 0:
             links = serve(count, functools.partial(client.key_value_set, _PUBLISHED), join_seconds)

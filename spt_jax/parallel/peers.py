@@ -21,7 +21,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 _HELLO_SECONDS = 10.0
-"""How long a connection may take to say whose it is."""
+"""How long a connection may take to say whose it is, and process 0 to answer a failure."""
+_DELIVERY_SECONDS = 0.2
 
 
 @dataclasses.dataclass
@@ -73,8 +74,7 @@ class Peers:
             self._end(sentence, code, True)
         else:
             self._ending.acquire()  # whatever the others report from now on comes too late
-            self._send_all({"end": sentence, "code": code, "said": True})
-            self._end(sentence, code, True)
+            self._tell_end(sentence, code, said=True)
 
     def close(self) -> None:
         """Leaves in peace; the others do not take it for a loss."""
@@ -136,8 +136,13 @@ class Peers:
     def _end_all(self, sentence: str, code: int, *, said: bool) -> None:
         """Tells the others, if this is process 0; `said` when that is enough for them to be silent."""
         if self._ending.acquire(blocking=False):
-            self._send_all({"end": sentence, "code": code, "said": said})
-            self._end(sentence, code, True)
+            self._tell_end(sentence, code, said=said)
+
+    def _tell_end(self, sentence: str, code: int, *, said: bool) -> None:
+        self._send_all({"end": sentence, "code": code, "said": said})
+        # A connection that closes with something unread drops what it has not delivered.
+        time.sleep(_DELIVERY_SECONDS)
+        self._end(sentence, code, True)
 
     def _name(self, link: _Link) -> str:
         return f"process {link.index} of {self._count} ({link.host})"

@@ -24,7 +24,7 @@ LOGICAL_AXIS_RULES: Mapping[str, str | None] = {
 }
 
 
-def parameter_sharding(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+def parameter_sharding(mesh: Mesh | AbstractMesh, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """The sharding of one frozen parameter.
 
     An axis that its mesh axis does not divide evenly (three key-value heads on two devices, say) is replicated.

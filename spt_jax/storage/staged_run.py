@@ -83,6 +83,7 @@ class StagedRun:
         same = {step for step in here if step in steps and manifest_of(here[step]) == steps[step]}
         self._equal = {step: _identity(here[step]) if step in same else _NEVER for step in steps}
         if max(here, default=-1) > max(steps, default=-1):
+            self._copy(last=True)
             return
         for step in here.keys() - same:
             shutil.rmtree(here[step])

@@ -24,7 +24,7 @@ class Objective:
     """The figure that a sweep makes small or large.
 
     Attributes:
-        metric: A name of metrics.jsonl, or, with ``file = "results.json"``, a path in it such as ``replies.f1``.
+        metric: A name of metrics.jsonl; or, with ``file = "results.json"``, a figure of the trained model (``f1``).
         direction: ``minimize`` or ``maximize``.
         file: ``metrics.jsonl``, written as a run goes, so that a pruner can judge it early; or ``results.json``, for
             which every run is evaluated when it ends.

@@ -39,7 +39,7 @@ from spt_jax.sweeps.description import Sweep, base_config, load_sweep, record
 from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.points import check_space, grid, num_trials
 from spt_jax.sweeps.process_identity import this_process
-from spt_jax.sweeps.results import results_of, sweep_trials, write_results
+from spt_jax.sweeps.results import results_of, write_results
 from spt_jax.sweeps.storage import hidden, open_storage, open_study, storage_url
 from spt_jax.sweeps.watching import watch
 from spt_jax.sweeps.worker import Worker, Workplace
@@ -216,11 +216,13 @@ def _run_locally(request: _Request, at: Workplace, leases: Leases, count: int) -
         workers = launchers.start_local(request.command, count, logs)
         try:
             _watch(at, leases, workers, stop)
+        except BaseException:
+            stop.requested = True
+            raise
         finally:
-            # Those that still run are asked to save and give their trial back.
-            for worker in workers:
-                if worker.poll() is None:
-                    worker.send_signal(signal.SIGTERM)
+            # A worker that finds nothing left to do ends by itself.
+            for worker in workers if stop.requested else ():
+                worker.send_signal(signal.SIGTERM)
             codes = [worker.wait() for worker in workers]
     if stop.requested:
         print("stopped, every run is saved; the same command goes on from there", file=sys.stderr)
@@ -237,7 +239,7 @@ def _watch(
         stopped = stop is not None and stop.requested
         return not stopped and (not workers or any(worker.poll() is None for worker in workers))
 
-    watch(lambda: (sweep_trials(at), leases.read()), going, list(at.sweep.space), at.sweep.objective.metric)
+    watch(lambda: (at.trials(), leases.read()), going, list(at.sweep.space), at.sweep.objective.metric)
 
 
 def _finish(at: Workplace) -> int:

@@ -7,7 +7,6 @@ import math
 from pathlib import Path
 
 from spt_jax.errors import UserError, nearest
-from spt_jax.evaluation.evaluated_runs import MEASURED
 from spt_jax.sweeps.description import Objective
 
 
@@ -57,6 +56,8 @@ def _names(workdir: Path) -> set[str]:
 
 
 def _evaluated(workdir: Path, objective: Objective) -> float:
+    from spt_jax.evaluation.evaluated_runs import MEASURED  # with scipy, which no other objective needs
+
     path = workdir / "results.json"
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))["columns"][MEASURED]

@@ -59,8 +59,6 @@ def parallel_coordinates(
     axes = [_option_axis(name, distribution, drawn) for name, distribution in space.items()]
     axes.append(_Axis(objective, *_range(values), False))
     parts = [heading]
-    for place, axis in enumerate(axes):
-        parts += axis.drawn(_SIDE + place * _AXIS_GAP)
     for rank, (number, params, value) in enumerate(ordered):
         heights = [
             axis.height(at)
@@ -82,6 +80,8 @@ def parallel_coordinates(
                 stroke_linejoin="round",
             )
         )
+    for place, axis in enumerate(axes):  # over the lines, which would cross their labels
+        parts += axis.drawn(_SIDE + place * _AXIS_GAP)
     number, params, value = ordered[-1]
     chosen = ", ".join(f"{name} {params.get(name)}" for name in space)
     description = f"{len(drawn)} trials. The best is trial {number} with {objective} {value:.5g}: {chosen}."
@@ -129,7 +129,8 @@ class _Axis:
         for value, text in self._marks():
             y = self.height(value)
             parts.append(element("line", x1=x - 4, x2=x, y1=y, y2=y, stroke=MUTED))
-            parts.append(label(x - 7, y + 4, text, size=10.5, text_anchor="end"))
+            halo = {"stroke": "var(--card, #ffffff)", "stroke_width": 3, "paint_order": "stroke"}
+            parts.append(label(x - 7, y + 4, text, size=10.5, text_anchor="end", **halo))
         return parts
 
 

@@ -20,9 +20,16 @@ from spt_jax.sweeps.config_file import config_file
 from spt_jax.sweeps.description import Sweep, trial_config
 from spt_jax.sweeps.pictures import coordinates_width, importance_chart, parallel_coordinates
 from spt_jax.sweeps.worker import ERROR, Workplace
-from spt_jax.training.workdir import absolute_paths
+from spt_jax.training.absolute_paths import absolute_paths
 
 _LEAST_FOR_IMPORTANCE = 4
+_STATES = {
+    TrialState.COMPLETE: "complete",
+    TrialState.PRUNED: "pruned",
+    TrialState.FAIL: "failed",
+    TrialState.RUNNING: "running",
+    TrialState.WAITING: "waiting",
+}
 
 
 def write_results(at: Workplace) -> FrozenTrial | None:
@@ -34,7 +41,7 @@ def write_results(at: Workplace) -> FrozenTrial | None:
     Raises:
         UserError: A file cannot be written.
     """
-    trials = sweep_trials(at)
+    trials = at.trials()
     best = best_trial(trials, at.sweep)
     if best is not None:
         write_atomically(at.folder / "best.py", best_config_file(at, best))
@@ -46,12 +53,6 @@ def write_results(at: Workplace) -> FrozenTrial | None:
     write_atomically(at.folder / "trials.json", json.dumps(rows, indent=2) + "\n")
     write_atomically(at.folder / "report.html", report(at, trials, best))
     return best
-
-
-def sweep_trials(at: Workplace) -> list[FrozenTrial]:
-    """The trials that the sweep has, by number."""
-    trials = at.study.get_trials(deepcopy=False)
-    return [trial for trial in trials if trial.number < at.num_trials]
 
 
 def best_trial(trials: Sequence[FrozenTrial], sweep: Sweep) -> FrozenTrial | None:
@@ -76,7 +77,8 @@ def report(at: Workplace, trials: Sequence[FrozenTrial], best: FrozenTrial | Non
     drawn = [(trial.number, trial.params, _value(trial)) for trial in complete]
     minimize = sweep.objective.direction == "minimize"
     picture = parallel_coordinates(sweep.space, drawn, metric, minimize=minimize)
-    counts = ", ".join(f"{sum(t.state == s for t in trials)} {s.name.lower()}" for s in {t.state: None for t in trials})
+    states = [_STATES[trial.state] for trial in trials]
+    counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
     header = (
         f"<header><h1>Sweep {html.escape(at.study.study_name)}</h1><p class='muted'>{html.escape(counts)}</p></header>"
     )
@@ -155,7 +157,7 @@ def _table(trials: Sequence[FrozenTrial], sweep: Sweep) -> str:
     for trial in ordered:
         cells: list[Any] = [_value(trial) if _complete(trial) else None, *(trial.params.get(n) for n in sweep.space)]
         error = trial.user_attrs.get(ERROR)
-        state = trial.state.name.lower() + (f": {error}" if error and trial.state == TrialState.FAIL else "")
+        state = _STATES[trial.state] + (f": {error}" if error and trial.state == TrialState.FAIL else "")
         shown = "".join(f"<td>{html.escape(_shown(cell))}</td>" for cell in cells)
         rows.append(f"<tr><th>{trial.number}</th>{shown}<td>{html.escape(state)}</td></tr>")
     table = f'<table class="figures"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'

@@ -12,7 +12,7 @@ from typing import Any
 import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.exc import DBAPIError
 
 from spt_jax.atomic_file import write_atomically
@@ -24,8 +24,8 @@ from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.metrics import final_value, logged_values
 from spt_jax.sweeps.points import suggest
 from spt_jax.sweeps.run_process import FINISHED, SPT_JAX, LostLease, RunProcess
+from spt_jax.training.absolute_paths import absolute_paths
 from spt_jax.training.signals import StopSignal
-from spt_jax.training.workdir import absolute_paths
 
 ERROR = "error"
 """User attribute of a trial that failed: the sentence."""
@@ -62,6 +62,10 @@ class Workplace:
     study: optuna.Study
     program: Sequence[str] = SPT_JAX
 
+    def trials(self) -> list[FrozenTrial]:
+        """The trials that the sweep has, by number; those that were made beyond its number are not its."""
+        return [trial for trial in self.study.get_trials(deepcopy=False) if trial.number < self.num_trials]
+
 
 class Worker:
     """Runs trials of a sweep.
@@ -80,8 +84,7 @@ class Worker:
     def work(self) -> None:
         """Returns when every trial has ended, or after a stop signal."""
         while not self._stop.requested:
-            trials = self._trials()
-            unfinished = [number for number, trial in trials.items() if not trial.state.is_finished()]
+            unfinished = [trial.number for trial in self._at.trials() if not trial.state.is_finished()]
             if not unfinished:
                 return
             # The lowest first: a trial that was lost goes on before new ones begin.
@@ -91,14 +94,10 @@ class Worker:
                 continue
             self._renewed = time.monotonic()
             try:
-                if not self._trials()[number].state.is_finished():
+                if not self._at.trials()[number].state.is_finished():
                     self._run(number)
             finally:
                 self._leases.release(number)
-
-    def _trials(self) -> dict[int, optuna.trial.FrozenTrial]:
-        trials = self._at.study.get_trials(deepcopy=False)
-        return {trial.number: trial for trial in trials if trial.number < self._at.num_trials}
 
     def _run(self, number: int) -> None:
         trial = self._taken(number)

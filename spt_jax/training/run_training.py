@@ -20,6 +20,7 @@ from spt_jax.models.quantized import tree_bytes
 from spt_jax.parallel.distributed import barrier, is_lead, one_at_a_time
 from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.training import experiment as setup
+from spt_jax.training.absolute_paths import absolute_paths
 from spt_jax.training.checkpoint import Checkpoints, restore_targets
 from spt_jax.training.description import TEXTUAL, attention_remark, objective_of
 from spt_jax.training.experiment import Experiment
@@ -30,7 +31,7 @@ from spt_jax.training.remat import device_memory, fitting_remat, with_remat
 from spt_jax.training.signals import StopSignal
 from spt_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 from spt_jax.training.tracking import open_trackers
-from spt_jax.training.workdir import CHECKPOINT_FOLDER, absolute_paths, check_workdir, claim_workdir, write_initial
+from spt_jax.training.workdir import CHECKPOINT_FOLDER, check_workdir, claim_workdir, write_initial
 
 MakeEvaluators = Callable[[Experiment, Sequence[Row]], Sequence[Evaluator]]
 """Makes what measures a state, from the experiment and the rows of the development dialogues."""

@@ -17,7 +17,6 @@ from spt_jax.config import Config, flatten, from_dict
 from spt_jax.errors import UserError
 from spt_jax.models.loading import LMIdentity
 from spt_jax.prompting.adapters import Trainable
-from spt_jax.prompting.peft_prompts import absolute_source
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -45,18 +44,6 @@ MAY_CHANGE = (
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, whole or not at all; UserError when it cannot be written."""
     write_atomically(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-
-
-def absolute_paths(config: Config) -> None:
-    """Makes the paths of files in a config absolute, so that a restore works from any folder."""
-    for section, name in (("model", "source"), ("data", "train"), ("data", "development"), ("data", "test")):
-        value = config[section][name]
-        if value and Path(value).exists():
-            config[section][name] = str(Path(value).absolute())
-    if config.bank.init == "peft":
-        config.bank.init_file = absolute_source(config.bank.init_file)
-    elif config.bank.init_file:
-        config.bank.init_file = str(Path(config.bank.init_file).absolute())
 
 
 def _read(workdir: Path) -> dict[str, Any]:

@@ -122,6 +122,15 @@ def test_what_is_wrong_with_a_bucket_is_one_sentence(trained, tmp_path, url, cap
 
 
 @pytest.mark.usefixtures("cache_home")
+def test_several_processes_are_refused_before_the_bucket_is_touched(tmp_path, url, monkeypatch, capsys):
+    monkeypatch.setattr("jax.process_count", lambda: 2)
+    arguments = [*train_arguments(tmp_path, workdir=Path("unused"))[:-1], f"--workdir={url}"]
+    assert main([str(argument) for argument in arguments]) == MISTAKE
+    assert "2 processes need a folder that their hosts share" in capsys.readouterr().err
+    assert open_bucket(url).files() == {}
+
+
+@pytest.mark.usefixtures("cache_home")
 def test_a_training_whose_bucket_fails_at_the_end_tells_it_and_the_same_command_copies_the_rest(
     tmp_path, url, capsys, monkeypatch
 ):

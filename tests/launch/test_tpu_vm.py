@@ -50,7 +50,15 @@ def steps(stand_ins: StandIns) -> list[str]:
         text = " ".join(call)
         verb = call[4]
         if verb == "ssh":
-            verb = "install" if "launch/environment.sh" in text else "train" if "spt-jax train" in text else "code"
+            verb = (
+                "mount"
+                if "mountpoint" in text
+                else "install"
+                if "launch/environment.sh" in text
+                else "train"
+                if "spt-jax train" in text
+                else "code"
+            )
         elif verb == "scp":
             verb = "logs" if "train.log" in text else "send"
         if verb not in ("describe", "code"):
@@ -167,6 +175,18 @@ def test_whatever_fails_the_tpu_is_deleted(stand_ins, failing):
     assert "train" not in steps(stand_ins)
 
 
+def test_a_share_is_mounted_on_all_hosts_before_training_and_the_run_lies_there(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY])
+    named = ("--name", "a", "--zone", "z", "--type", "v5litepod-16", "--logs", str(stand_ins.folder / "logs"))
+    stand_ins.add("tar")
+    done = stand_ins.run("tpu_vm.sh", *named, "--nfs", "10.0.0.2:/my share", "--workdir", "/mnt/runs/a", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == ["create", "send", "install", "mount", "train", "logs", "delete"]
+    (call,) = [call for call in calls(stand_ins) if "mountpoint" in " ".join(call)]
+    assert "--worker=all" in call
+    assert "sudo mount -t nfs 10.0.0.2:/my\\ share /mnt/runs" in call[-1]
+
+
 def test_the_queue_is_waited_for_and_its_refusal_is_told(stand_ins):
     gcloud(stand_ins, [ABSENT, READY], queue=["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
     assert script(stand_ins, "--queued").returncode == 0
@@ -209,6 +229,8 @@ def test_a_dry_run_prints_every_command_and_runs_none(stand_ins):
     [
         (("--zone", "z"), "--name is missing"),
         (("--name", "a", "--zone", "z", "--type", "t", "--workdir", "runs/a"), "allowed: gs://BUCKET/RUN"),
+        (("--name", "a", "--zone", "z", "--type", "t", "--workdir", "/mnt/runs/a"), "/mnt/runs/RUN with --nfs"),
+        (("--name", "a", "--zone", "z", "--type", "t", "--nfs", "s:/d", "--workdir", "gs://b/r"), "with --nfs"),
         (("--name",), "--name needs a value"),
         (("--nmae", "a"), "unknown argument '--nmae'"),
         (("--name", "a", "--zone", "z", "--type", "t", "--workdir", "gs://b/r"), "nothing to train"),

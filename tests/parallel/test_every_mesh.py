@@ -140,6 +140,10 @@ def check_traffic(found: list[Collective], kind: str, sizes: tuple[int, int, int
         if kind != "full":
             vocabulary = tiny.params()["lm_head"].nbytes // tensor
             assert [c.bytes for c in whole] == [vocabulary] * 2, "the vocabulary's two tables, once"
+    if kind != "full":
+        # The data axis, which may run over a slow network, carries nothing a layer, or a chunk of targets, at a time.
+        inner = fsdp * tensor
+        assert all(len({place // inner for place in group}) == 1 for c in found if c.in_loop for group in c.groups)
     if tensor == 1 and kind != "full":
         assert not [c for c in found if c.kind == "all-reduce" and c.in_loop]
         assert sum(c.bytes for c in found if c.kind == "all-reduce") <= 2 * learned + SCALARS

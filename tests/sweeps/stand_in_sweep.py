@@ -12,13 +12,11 @@ from typing import Any
 
 import optuna
 from optuna.storages import RDBStorage
-from optuna.trial import FrozenTrial
 
 from spt_jax.sweeps.description import base_config, load_sweep, record
 from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.points import num_trials
 from spt_jax.sweeps.process_identity import this_process
-from spt_jax.sweeps.results import sweep_trials
 from spt_jax.sweeps.storage import open_storage, open_study, storage_url
 from spt_jax.sweeps.worker import Worker, Workplace, trial_folder
 from spt_jax.training.signals import StopSignal
@@ -87,15 +85,11 @@ def start_worker(
         return subprocess.Popen(command, env=environment, stdout=output, stderr=subprocess.STDOUT)
 
 
-def trials_of(at: Workplace) -> list[FrozenTrial]:
-    return sweep_trials(at)
-
-
 def outcome(at: Workplace) -> dict[int, tuple[str, dict[str, Any], float | None, dict[int, float]]]:
     """What a sweep found, by trial: state, values of the options, objective, values on the way."""
     return {
         t.number: (t.state.name, t.params, t.value if t.state.name == "COMPLETE" else None, t.intermediate_values)
-        for t in sweep_trials(at)
+        for t in at.trials()
     }
 
 

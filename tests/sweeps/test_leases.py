@@ -55,11 +55,19 @@ def test_of_many_who_claim_at_once_one_gets_it(engine):
         assert claims.count(True) == 1
 
 
-def test_of_many_who_find_a_lease_run_out_one_gets_it(engine):
-    gone = Leases(engine, "s", "elsewhere 9 9 gone", -1.0)
+def test_who_read_a_lease_before_another_took_it_does_not_take_it_too(engine, monkeypatch):
+    gone, slow, quick = (Leases(engine, "s", f"elsewhere 1 1 {name}", 60.0) for name in ("gone", "slow", "quick"))
+    gone.seconds = -1.0
     assert gone.claim(0)
-    seen = [Leases(engine, "s", f"elsewhere 1 1 {name}", 60.0) for name in "abcd"]
-    assert [leases.claim(0) for leases in seen] == [True, False, False, False]
+    update = slow._update
+
+    def late(where, **values):
+        assert quick.claim(0)
+        return update(where, **values)
+
+    monkeypatch.setattr(slow, "_update", late)
+    assert not slow.claim(0)
+    assert quick.renew(0)
 
 
 @pytest.mark.skipif(not machine(), reason="this system does not tell machines and processes apart by /proc")

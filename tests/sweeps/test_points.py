@@ -5,7 +5,7 @@ from __future__ import annotations
 import optuna
 import pytest
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
-from stand_in_sweep import outcome, start_worker, trials_of, work, workplace, write_sweep
+from stand_in_sweep import outcome, start_worker, work, workplace, write_sweep
 from test_workers import ended, wait_until
 
 from spt_jax.config import default_config
@@ -109,6 +109,6 @@ def test_a_sweep_of_one_worker_killed_and_started_again_suggests_what_an_undistu
     at = workplace(file)
     worker = start_worker(file)
     with ended([worker]):
-        wait_until(lambda: trials_of(at)[9].state.name != "WAITING")
+        wait_until(lambda: at.trials()[9].state.name != "WAITING")
     work(file)
     assert outcome(at) == outcome(calm)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 from optuna.trial import TrialState
-from stand_in_sweep import metrics, outcome, processes, start_worker, trials_of, work, workplace, write_sweep
+from stand_in_sweep import metrics, outcome, processes, start_worker, work, workplace, write_sweep
 from test_workers import ended, wait_until
 
 FIELDS = """
@@ -23,7 +23,7 @@ def test_a_run_is_given_up_at_the_step_where_the_pruner_says_so_however_far_it_h
         assert worker.wait(60) == 0
     slow = workplace(file)
     assert outcome(slow) == outcome(quick)
-    good, bad = trials_of(slow)
+    good, bad = slow.trials()
     assert (good.state, bad.state) == (TrialState.COMPLETE, TrialState.PRUNED)
     assert list(good.intermediate_values) == list(range(8)) and list(bad.intermediate_values) == [0, 1, 2]
     # It was asked to end, and saved: nothing of it was left running.
@@ -35,12 +35,12 @@ def test_a_pruned_trial_whose_worker_was_lost_before_it_said_so_is_not_trained_o
     at = workplace(file)
     worker = start_worker(file, step=0.5)
     with ended([worker]):
-        wait_until(lambda: len(trials_of(at)[1].intermediate_values) == 2)
-    trial_id = trials_of(at)[1]._trial_id
+        wait_until(lambda: len(at.trials()[1].intermediate_values) == 2)
+    trial_id = at.trials()[1]._trial_id
     at.storage.set_trial_intermediate_value(trial_id, 2, 40.0)
     work(file)
-    assert trials_of(at)[1].state == TrialState.PRUNED
-    assert list(trials_of(at)[1].intermediate_values) == [0, 1, 2]
+    assert at.trials()[1].state == TrialState.PRUNED
+    assert list(at.trials()[1].intermediate_values) == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("take", "value"), [("best", 0), ("last", -1)])
@@ -50,4 +50,4 @@ def test_the_objective_is_the_best_value_or_the_last(tmp_path, take, value):
         objective=Objective(direction="maximize", take={take!r}),
     """
     at = work(write_sweep(tmp_path / "sweep.py", fields, steps=4))
-    assert trials_of(at)[0].value == metrics(at, 0)[value]["development/perplexity"]
+    assert at.trials()[0].value == metrics(at, 0)[value]["development/perplexity"]

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from optuna.trial import TrialState, create_trial
 from stand_in import OVERLAP, STAND_IN_FINISHED
-from stand_in_sweep import metrics, outcome, processes, start_worker, trials_of, work, workplace, write_sweep
+from stand_in_sweep import metrics, outcome, processes, start_worker, work, workplace, write_sweep
 
 from spt_jax.sweeps.locked import holder_here
 from spt_jax.sweeps.worker import ERROR, Workplace, trial_folder
@@ -62,7 +62,7 @@ def disturb(file: Path, storage: str, at: Workplace, kills: int, draws: random.R
     """Three workers, of which one after another is killed with -9 at a random moment and replaced."""
     workers = [start_worker(file, storage, step=0.2) for _ in range(3)]
     with ended(workers):
-        wait_until(lambda: any(trial.state == TrialState.RUNNING for trial in trials_of(at)))
+        wait_until(lambda: any(trial.state == TrialState.RUNNING for trial in at.trials()))
         for _ in range(kills):
             time.sleep(draws.uniform(0.1, 1.5))
             place = draws.randrange(3)
@@ -129,9 +129,9 @@ def test_a_run_killed_behind_its_workers_back_goes_on_and_one_that_always_dies_f
             with suppress(ProcessLookupError):
                 os.kill(holder or 0, signal.SIGKILL)
             if begun == 2:
-                assert trials_of(at)[0].state == TrialState.RUNNING
+                assert at.trials()[0].state == TrialState.RUNNING
         assert worker.wait(60) == 0
-    (trial,) = trials_of(at)
+    (trial,) = at.trials()
     assert trial.state == TrialState.FAIL
     assert "was killed by signal 9 3 times" in trial.user_attrs[ERROR]
 
@@ -153,7 +153,7 @@ def test_a_polite_stop_gives_the_trial_back_at_once(tmp_path, undisturbed):
 def test_a_failing_trial_is_told_and_the_others_finish(tmp_path):
     fields = 'space={"optimizer.weight_decay": CategoricalDistribution([0.1, 0.0])}, sampler="grid", seeds=(0, 1)'
     at = work(write_sweep(tmp_path / "sweep.py", fields, steps=2))
-    failed, complete = trials_of(at)
+    failed, complete = at.trials()
     assert failed.state == TrialState.FAIL and complete.state == TrialState.COMPLETE
     assert "exit code 2: train: this one cannot be trained" in failed.user_attrs[ERROR]
 
@@ -163,7 +163,7 @@ def test_a_trials_value_is_the_mean_of_its_seeds_best(tmp_path):
     at = work(write_sweep(tmp_path / "sweep.py", fields, steps=3))
     best = [min(row["development/perplexity"] for row in metrics(at, 0, seed)) for seed in (0, 7)]
     assert best[1] - best[0] == pytest.approx(1.0)
-    assert trials_of(at)[0].value == pytest.approx(sum(best) / 2)
+    assert at.trials()[0].value == pytest.approx(sum(best) / 2)
 
 
 def test_an_objective_of_results_json_is_a_figure_of_the_evaluated_run_and_a_wrong_name_is_told(tmp_path):
@@ -174,7 +174,7 @@ def test_an_objective_of_results_json_is_a_figure_of_the_evaluated_run_and_a_wro
             objective=Objective({name!r}, "maximize", file="results.json"),
         """
         at = work(write_sweep(tmp_path / name / "sweep.py", fields, steps=2))
-        (trial,) = trials_of(at)
+        (trial,) = at.trials()
         if name == "f1":
             assert trial.value == pytest.approx(100 - metrics(at, 0)[-1]["development/perplexity"])
         else:

@@ -10,11 +10,11 @@ import pytest
 from spt_jax.config import default_config, flatten, set_option
 from spt_jax.errors import UserError
 from spt_jax.models.loading import LMIdentity
+from spt_jax.training.absolute_paths import absolute_paths
 from spt_jax.training.workdir import (
     CONFIG_FILE,
     FREE_SECTIONS,
     MAY_CHANGE,
-    absolute_paths,
     check_lm,
     check_workdir,
     claim_workdir,
