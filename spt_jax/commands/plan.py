@@ -24,9 +24,9 @@ ARGUMENTS: dict[str, Any] = {"config_file_needed": False}
 """How `spt_jax.commands.flag_reading.read_flags` reads this door's arguments."""
 
 _NUMBERS = {
-    "dialogues": "Rows of an epoch",
+    "dialogues": "Dialogues of an epoch, ConvAI2's by default as all of these are",
     "turns": "Turns to learn from in all of them",
-    "mean_length": "Tokens of a row on average",
+    "mean_length": "Tokens of a row on average; 0 for ConvAI2's rows of data.layout",
     "longest": "Tokens of the longest row, at most data.max_length, which decides about memory",
     "mean_targets": "Target tokens of a turn on average",
 }
@@ -45,7 +45,8 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_list("rows", [], "Batch sizes to --search; default: data.batch, its half and its double.", **fv)
     flags.DEFINE_integer("tries", 6, "Choices that --search compiles at most.", lower_bound=1, **fv)
     for name, text in _NUMBERS.items():
-        flags.DEFINE_integer(name, CONVAI2[name], f"{text}; ConvAI2's by default.", lower_bound=1, **fv)
+        lowest = 0 if name == "mean_length" else 1
+        flags.DEFINE_integer(name, CONVAI2.get(name, 0), f"{text}.", lower_bound=lowest, **fv)
     flags.DEFINE_boolean("json", False, "Print one JSON object for programs.", **fv)
 
 
@@ -85,7 +86,9 @@ def _prepare_jax(topology: str, slices: int) -> None:
     os.environ |= {"JAX_PLATFORMS": "cpu", "JAX_ENABLE_COMPILATION_CACHE": "false"}
     quiet = {"TPU_STDERR_LOG_LEVEL": "3", "TPU_MIN_LOG_LEVEL": "3"}
     nowhere = {"TPU_SKIP_MDS_QUERY": "1", "TPU_WORKER_HOSTNAMES": "localhost", "TPU_ACCELERATOR_TYPE": "v5litepod-1"}
-    for name, value in (quiet | nowhere).items():
+    # One process may hold TPUs, any number may compile.
+    together = {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}
+    for name, value in (quiet | nowhere | together).items():
         os.environ.setdefault(name, value)
     import jax
 

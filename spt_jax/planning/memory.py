@@ -36,7 +36,7 @@ class Memory:
 
     Attributes:
         frozen: The LM's weights.
-        learned: What is learned and its moments.
+        learned: What is learned, its moments, its gradients, and the batch.
         kept: Activations that wait for the backward pass.
         layer: Activations of the layer at work.
         kernels: Of that layer, as they are multiplied.
@@ -77,7 +77,7 @@ def estimated_memory(
     rows_of_logits = config.model.max_logit_rows / row_devices(mesh)
     return Memory(
         frozen=device_bytes(frozen),
-        learned=device_bytes((state, batch)),
+        learned=device_bytes((state, state.trainable, batch)),
         kept=tokens * kept * width * decoder.num_layers,
         layer=2 * tokens * (inputs + products + between) * width,
         kernels=_kernels(decoder, tensor),

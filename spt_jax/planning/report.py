@@ -10,6 +10,7 @@ from spt_jax.errors import UserError
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.loading import open_lm
 from spt_jax.planning.advice import Advice, advice
+from spt_jax.planning.convai2 import MEAN_LENGTHS
 from spt_jax.planning.plan import Plan, plan_generation, plan_training
 from spt_jax.planning.search import search
 from spt_jax.planning.table import Facts, advice_lines, facts_of, lines_of, search_lines, size
@@ -88,8 +89,9 @@ def _decoder(config: Config) -> DecoderConfig:
 
 
 def _workload(config: Config, numbers: Mapping[str, int]) -> Workload:
-    longest = min(numbers["longest"], config.data.max_length)
-    workload = Workload(**{**numbers, "longest": longest, "mean_length": min(numbers["mean_length"], longest)})
+    layout, longest = config.data.layout, min(numbers["longest"], config.data.max_length)
+    mean = min(numbers.get("mean_length") or MEAN_LENGTHS[layout], longest)
+    workload = Workload(**{**numbers, "longest": longest, "mean_length": mean}, layout=layout)
     if workload.turns < workload.dialogues:
         raise UserError(f"--turns is {workload.turns}; allowed: --dialogues ({workload.dialogues}) or more")
     return workload

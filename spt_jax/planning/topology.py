@@ -70,7 +70,7 @@ def compile_only_devices(topology: Topology) -> list[Any]:
     """Devices to compile for, of TPUs, which need not be here.
 
     Raises:
-        UserError: libtpu, which holds the compiler, is not installed, or it does not know the topology.
+        UserError: libtpu, which holds the compiler, is not installed, or it refuses the topology.
     """
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(
@@ -86,7 +86,7 @@ def compile_only_devices(topology: Topology) -> list[Any]:
         found = topologies.get_topology_desc(topology.name, "tpu", **options)
     except (jax.errors.JaxRuntimeError, ValueError) as error:
         first = str(error).splitlines()[0]
-        raise UserError(f"the TPU compiler does not know the topology {topology.name!r} ({first[:200]})") from error
+        raise UserError(f"the TPU compiler refuses the topology {topology.name!r} ({first[:200]})") from error
     return list(found.devices)
 
 

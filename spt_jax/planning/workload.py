@@ -6,7 +6,7 @@ import dataclasses
 import math
 
 from spt_jax.data.buckets import MULTIPLE, BucketShape
-from spt_jax.planning.convai2 import CONVAI2
+from spt_jax.planning.convai2 import CONVAI2, MEAN_LENGTHS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -14,24 +14,27 @@ class Workload:
     """One epoch of packed dialogues; the defaults are ConvAI2's training set.
 
     Attributes:
-        dialogues: Rows of an epoch.
+        dialogues: How many.
         turns: Turns to learn from in all of them.
         mean_length: Tokens of a row on average, padding left out.
         longest: Tokens of the longest row, which decides about memory.
         mean_targets: Target tokens of a turn on average.
+        layout: ``data.layout``: ``"dialogue"``, a dialogue a row, or ``"turn"``, a turn a row.
         padding: Share of padding among the tokens of an epoch's batches.
     """
 
     dialogues: int = CONVAI2["dialogues"]
     turns: int = CONVAI2["turns"]
-    mean_length: int = CONVAI2["mean_length"]
+    mean_length: int = MEAN_LENGTHS["dialogue"]
     longest: int = CONVAI2["longest"]
     mean_targets: int = CONVAI2["mean_targets"]
+    layout: str = "dialogue"
     padding: float = 0.04
 
     def shape_of(self, length: float) -> BucketShape:
         """The shape of a batch of rows of `length` tokens, which have their share of turns and targets."""
-        turns = math.ceil(self.turns / self.dialogues * length / self.mean_length)
+        share = self.turns / self.dialogues * length / self.mean_length
+        turns = 1 if self.layout == "turn" else math.ceil(share)
         return BucketShape(_rounded(length), _rounded(turns * self.mean_targets), turns)
 
     @property
@@ -46,7 +49,7 @@ class Workload:
 
     def steps(self, rows: int) -> int:
         """Steps of an epoch in batches of `rows`."""
-        return math.ceil(self.dialogues / rows)
+        return math.ceil((self.turns if self.layout == "turn" else self.dialogues) / rows)
 
 
 def _rounded(tokens: float) -> int:

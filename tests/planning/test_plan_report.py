@@ -86,6 +86,15 @@ def test_advice_names_changes_that_fit_when_they_are_made():
     assert larger.change == "--topology=h100:4 --config.mesh.data=1 --config.mesh.fsdp=4"
 
 
+def test_advice_moves_what_the_compiler_found_by_the_difference_of_the_estimates():
+    config = config_of("shape:smollm2-135m", 8, model__remat="full")
+    plan = planned(config, "h100:1")
+    compiled = dataclasses.replace(plan, needed=2 * plan.needed)
+    of = [{each.change: each.needed for each in advice(config, decoder_of(config), p, WORK)} for p in (plan, compiled)]
+    assert "--config.data.batch=4" in of[0] and of[0].keys() == of[1].keys()
+    assert all(of[1][change] == pytest.approx(of[0][change] + plan.needed) for change in of[0])
+
+
 def test_the_search_tries_every_mesh_and_stops_at_the_first_that_fits():
     config = config_of("shape:llama2-13b", 8)
     topology, decoder = Topology.parse("h100:8"), decoder_of(config)
@@ -105,6 +114,12 @@ def test_a_search_that_nothing_goes_with_says_so():
     config = config_of("shape:llama2-7b", 8, optimizer__micro_batches=3)
     with pytest.raises(UserError, match="no mesh of h100:8 shares 8 rows in 3 micro-batches"):
         candidates(config, decoder_of(config), Topology.parse("h100:8"), WORK, (8,))
+
+
+def test_the_official_mode_is_planned_with_a_turn_a_row():
+    config = config_of("shape:smollm2-135m", 16, data__layout="turn", retriever__context="official")
+    facts, _, shortfall = report(Request(config, CONVAI2, "h100:1"))
+    assert shortfall == "" and facts["steps"] == -(-131_438 // 16)
 
 
 def test_epoch_and_facts_are_those_of_the_request():

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 
 from spt_jax.data.buckets import MULTIPLE
-from spt_jax.planning.convai2 import CONVAI2
+from spt_jax.planning.convai2 import CONVAI2, MEAN_LENGTHS
 from spt_jax.planning.workload import Workload
 
 
 def test_convai2_is_the_default():
-    assert Workload() == Workload(**CONVAI2)
+    assert Workload() == Workload(**CONVAI2, mean_length=MEAN_LENGTHS["dialogue"], layout="dialogue")
 
 
 def test_a_longer_row_has_its_share_of_turns_and_targets_in_multiples():
@@ -30,3 +30,10 @@ def test_an_epoch_takes_every_row_once(rows, steps):
 
 def test_padding_makes_rows_longer():
     assert Workload(padding=0.5).mean_shape.length == Workload(padding=0.0, mean_length=540).mean_shape.length
+
+
+def test_a_turn_a_row_makes_more_rows_of_one_turn():
+    work = Workload(dialogues=100, turns=800, mean_length=150, longest=400, mean_targets=14, layout="turn")
+    assert work.mean_shape.turns == work.longest_shape.turns == 1
+    assert work.longest_shape.targets == work.shape_of(10).targets == 16
+    assert work.steps(8) == 100
