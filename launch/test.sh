@@ -15,7 +15,7 @@ python="$(find_python python3.11 python3 python3.12 python3.13 .venv/bin/python)
   echo "test: no Python 3.11 or newer was found on the PATH" >&2
   exit 2
 }
-install .venv "$python" "[test,test-torch]"
+install .venv "$python" "[test,test-torch,plan]"
 fetch_smollm2 .venv
 fetch_minilm .venv
 for argument in "$@"; do

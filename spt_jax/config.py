@@ -33,7 +33,7 @@ def default_config() -> Config:
     c.model.context_length = 0  # Tokens of context where RoPE depends on it (dynamic, LongRoPE); 0 for the trained one
     c.model.dropout = 0.0  # The frozen LM's own dropout in training (OPT was trained with 0.1)
     c.model.remat = "auto"  # What the backward pass recomputes: none, dots (all but products), full; auto: what fits
-    c.model.attention = "auto"  # What computes attention over whole rows: xla, cudnn (bfloat16); auto: what can serve
+    c.model.attention = "auto"  # Attention over whole rows: xla, cudnn (GPU), splash (TPU); auto: what can serve
     c.model.max_logit_rows = 512  # Rows of vocabulary logits that may exist at once; bounds memory, changes no result
 
     c.method = ConfigDict()
@@ -165,9 +165,10 @@ def default_config() -> Config:
     c.evaluation.samples = 6  # Turns whose replies under every prompt stand in report.html
 
     c.mesh = ConfigDict()
-    c.mesh.data = -1  # Devices along the data axis; -1 for the rest
+    c.mesh.data = -1  # Devices along the data axis; -1, for one of the three axes, takes the rest
     c.mesh.fsdp = 1  # Devices over which the frozen weights and the rows are sharded
     c.mesh.tensor = 1  # Devices over which heads, MLP and vocabulary are sharded
+    c.mesh.slices = -1  # Groups of devices with a slow network between them; -1 for the TPU slices that are there
 
     c.tracking = ConfigDict()
     c.tracking.tensorboard = True  # Write TensorBoard events into workdir/tensorboard

@@ -32,6 +32,7 @@ AT_LEAST_1 = Rule(lambda value: 1 <= value < math.inf, "1 or more")
 POSITIVE = Rule(lambda value: 0 < value < math.inf, "more than 0")
 SHARE = Rule(lambda value: 0 < value <= 1, "more than 0, up to 1")
 FINITE = Rule(math.isfinite, "a finite number")
+OR_THE_REST = Rule(lambda value: value == -1 or value >= 1, "1 or more, or -1 for the rest")
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 RULES: dict[str, Rule] = {
@@ -42,7 +43,7 @@ RULES: dict[str, Rule] = {
     "model.context_length": AT_LEAST_0,
     "model.dropout": FRACTION,
     "model.remat": one_of("auto", "none", "dots", "full"),
-    "model.attention": one_of("auto", "xla", "cudnn"),
+    "model.attention": one_of("auto", "xla", "cudnn", "splash"),
     "model.max_logit_rows": AT_LEAST_1,
     "method.kind": one_of(*METHODS),
     "method.hidden_size": AT_LEAST_0,
@@ -140,9 +141,10 @@ RULES: dict[str, Rule] = {
     ),
     "evaluation.replies": AT_LEAST_0,
     "evaluation.samples": AT_LEAST_0,
-    "mesh.data": Rule(lambda value: value == -1 or value >= 1, "1 or more, or -1 for the rest"),
-    "mesh.fsdp": AT_LEAST_1,
-    "mesh.tensor": AT_LEAST_1,
+    "mesh.data": OR_THE_REST,
+    "mesh.fsdp": OR_THE_REST,
+    "mesh.tensor": OR_THE_REST,
+    "mesh.slices": Rule(lambda value: value == -1 or value >= 1, "1 or more, or -1 for those that are there"),
 }
 
 UNRULED: dict[str, str] = {

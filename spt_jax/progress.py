@@ -25,9 +25,11 @@ class ProgressBar:
         description: What is going on.
         total: How many units of work there are.
         start: How many are already done.
+        shown: False says nothing, where another process shows the same work.
     """
 
-    def __init__(self, description: str, total: int, start: int = 0) -> None:
+    def __init__(self, description: str, total: int, start: int = 0, *, shown: bool = True) -> None:
+        self._shown = shown
         self._description, self._total, self._done, self._first = description, total, start, start
         self._note = ""
         self._console = Console(stderr=True)
@@ -36,6 +38,8 @@ class ProgressBar:
         self._began = self._printed = time.monotonic()
 
     def __enter__(self) -> ProgressBar:
+        if not self._shown:
+            return self
         if self._console.is_terminal:
             self._bar = Progress(
                 SpinnerColumn(),
@@ -59,7 +63,7 @@ class ProgressBar:
         self._left.set()
         if self._bar is not None:
             self._bar.stop()
-        elif self._done > self._first:
+        elif self._shown and self._done > self._first:
             self._line()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -68,12 +72,13 @@ class ProgressBar:
         self._note = note or self._note
         if self._bar is not None:
             self._bar.update(self._task, completed=self._done, note=self._note)
-        elif time.monotonic() - self._printed >= PLAIN_INTERVAL_SECONDS:
+        elif self._shown and time.monotonic() - self._printed >= PLAIN_INTERVAL_SECONDS:
             self._line()
 
     def message(self, text: str) -> None:
         """Prints a line without disturbing the bar."""
-        (self._bar.console if self._bar is not None else self._console).print(text, markup=False, highlight=False)
+        if self._shown:
+            (self._bar.console if self._bar is not None else self._console).print(text, markup=False, highlight=False)
 
     def _keep_talking(self) -> None:
         while not self._left.wait(1.0):

@@ -24,6 +24,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "0 to 100": [-0.5, 100.5, math.nan],
     "16 or more": [15, 0],
     "1 or more, or -1 for the rest": [0, -2],
+    "1 or more, or -1 for those that are there": [0, -2],
     "more than 0, up to 1": [0, 1.5],
     "names of projections": [(), (3,)],
     "texts": [(3,), ("a", None)],

@@ -20,6 +20,7 @@ from absl import flags
 from spt_jax.commands.conversation import Conversation
 from spt_jax.commands.replying import Opener, Responder, define_reply_flags, reply_settings, restored
 from spt_jax.errors import UserError
+from spt_jax.storage.bucket import is_bucket_url
 
 # Each width of context compiles once: coarse steps keep a growing conversation from stalling at every turn.
 _LENGTH_MULTIPLE = 128
@@ -52,7 +53,8 @@ def run(flag_values: flags.FlagValues, opener: Opener | None = None) -> int:
     run_ = restored(flag_values, opener)
     responder = Responder(run_, settings, max_batch=1, length_multiple=_LENGTH_MULTIPLE)
     console = Console(soft_wrap=True, markup=False, highlight=False)
-    session = ChatSession(run_, responder, Conversation(persona), console, Path(flag_values.workdir))
+    saved_in = Path() if is_bucket_url(flag_values.workdir) else Path(flag_values.workdir)
+    session = ChatSession(run_, responder, Conversation(persona), console, saved_in)
     if console.is_terminal:
         console.out("Say something; /help lists the commands, /exit leaves.", style="dim", highlight=False)
     session.run(line_reader())

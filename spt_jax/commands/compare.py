@@ -18,6 +18,7 @@ from typing import Any
 
 from absl import flags
 
+from spt_jax.commands.workdirs import local_workdir
 from spt_jax.errors import UserError
 
 ARGUMENTS: dict[str, Any] = {"positional": "runs"}
@@ -64,7 +65,8 @@ def run(flag_values: flags.FlagValues) -> int:
 
     if given["bertscore"]:
         check_bert_score(given["bertscore"])
-    runs = [read_run(name.rstrip("/") or name) for name in given["runs"]]
+    names = [name.rstrip("/") or name for name in given["runs"]]
+    runs = [read_run(name, local_workdir(name)) for name in names]
     check_comparable(runs)
     find_baseline(group_by_seed(runs, group=given["group"]), given["baseline"])
     with ProgressBar("comparing runs", (3 if given["bertscore"] else 2) * len(runs)) as bar:

@@ -19,6 +19,7 @@ from typing import Any
 
 from absl import flags
 
+from spt_jax.commands.workdirs import refuse_bucket
 from spt_jax.errors import UserError
 
 ARGUMENTS: dict[str, Any] = {"positional": "dir"}
@@ -54,6 +55,7 @@ def run(flag_values: flags.FlagValues) -> int:
             raise UserError(f"{'DIR' if name == 'dir' else f'--{name}'} is missing; give {what}")
     from spt_jax.interop.official_run import convert_official
 
+    refuse_bucket(given["workdir"], "a converted run is written into a folder")
     workdir = Path(given["workdir"])
     config_file = Path(given["config_file"]) if given["config_file"] else None
     converted = convert_official(

@@ -13,6 +13,7 @@ from typing import Any
 
 from absl import flags
 
+from spt_jax.commands.workdirs import local_workdir
 from spt_jax.errors import UserError
 
 _REQUIRED = {"workdir": "the working directory of a trained run", "out": "a new folder for the adapters"}
@@ -49,8 +50,9 @@ def run(flag_values: flags.FlagValues) -> int:
     check_new_folder(out)
     if given["push"]:
         check_upload(given["push"])
-    trained = open_trained(Path(given["workdir"]), given["checkpoint"])
-    figures = _figures(Path(given["workdir"]), trained.step)
+    workdir = local_workdir(given["workdir"], given["checkpoint"])
+    trained = open_trained(workdir, given["checkpoint"])
+    figures = _figures(workdir, trained.step)
     adapters = export_peft(trained, out, figures)
     which = adapters[0] if len(adapters) == 1 else f"{adapters[0]} … {adapters[-1]}"
     print(f"{len(adapters)} PEFT adapter{'s' * (len(adapters) > 1)} ({which}) of step {trained.step} in {out}")

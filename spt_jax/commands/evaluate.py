@@ -20,6 +20,7 @@ from typing import Any
 from absl import flags
 
 from spt_jax.commands.decoding_flags import define_decoding_flags, given_decoding
+from spt_jax.commands.workdirs import evaluated_in
 from spt_jax.errors import UserError
 from spt_jax.metric_groups import GROUPS, chosen_groups
 
@@ -29,7 +30,7 @@ _SAMPLES_PRINTED = 3
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this door."""
     fv: dict[str, Any] = {"flag_values": flag_values}
-    flags.DEFINE_string("workdir", None, "Working directory of a trained run.", **fv)
+    flags.DEFINE_string("workdir", None, "Working directory of a trained run, a folder or a bucket's.", **fv)
     flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", **fv)
     flags.DEFINE_string("data", "", "Dialogues, in any format that data.train takes; else the run's data.test.", **fv)
     flags.DEFINE_enum(
@@ -74,6 +75,12 @@ def run(flag_values: flags.FlagValues) -> int:
     if not given["workdir"]:
         raise UserError("--workdir is missing; give the working directory of a trained run")
     decoding = given_decoding(flag_values)
+    return evaluated_in(
+        given["workdir"], given["checkpoint"], print, lambda workdir: _evaluate(given, decoding, workdir)
+    )
+
+
+def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) -> int:
     import jax
 
     from spt_jax.atomic_file import check_writable
@@ -85,7 +92,6 @@ def run(flag_values: flags.FlagValues) -> int:
     from spt_jax.training.checkpoint import Checkpoints
     from spt_jax.training.workdir import CHECKPOINT_FOLDER, read_config
 
-    workdir = Path(given["workdir"])
     config, _, _ = read_config(workdir)
     options = {name: given[name] for name in ("batch", "bertscore", "nli") if given[name] is not None}
     if given["metrics"] is not None:
@@ -101,7 +107,7 @@ def run(flag_values: flags.FlagValues) -> int:
     chat = f"spt-jax chat --workdir={shlex.quote(given['workdir'])}"
     results = kept_results(workdir, asked) if given["reuse"] else None
     if results is None:
-        restored = open_run(given["workdir"], given["checkpoint"])
+        restored = open_run(str(workdir), given["checkpoint"])
         restored.config.evaluation.update(options)
         restored.config.generation.update(decoding)
         check_writable(workdir / "results.json")

@@ -11,6 +11,7 @@ from absl import flags
 
 import spt_jax
 from spt_jax.cache_folder import cache_home
+from spt_jax.commands.failures import sentence_of
 from spt_jax.commands.flag_reading import door_help, read_flags
 from spt_jax.errors import UserError, nearest
 
@@ -22,24 +23,10 @@ DOORS = {
     "chat": "talk with the trained model in the terminal",
     "generate": "replies to a file of conversations",
     "inspect": "what a model is and takes, from its metadata alone",
+    "plan": "what a run takes on hardware that is not here",
     "convert": "authors' checkpoints and PEFT adapters, in and out",
 }
 _HELP = ("-h", "-help", "--help")
-
-
-_SMALLER = (
-    "less is needed with a smaller data.batch or evaluation.batch (--batch), a larger optimizer.micro_batches, "
-    "model.remat = full, model.quantization, a smaller model.max_logit_rows, or more devices (mesh.fsdp); where "
-    "another process shares a GPU, see XLA_PYTHON_CLIENT_PREALLOCATE"
-)
-
-
-def _memory_is_full(error: Exception) -> bool:
-    """Whether XLA, or Python, found no memory; JAX need not have been imported to ask."""
-    return isinstance(error, MemoryError) or (
-        type(error).__name__ in ("JaxRuntimeError", "XlaRuntimeError")
-        and ("RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error))
-    )
 
 
 def overview() -> str:
@@ -69,7 +56,7 @@ def main(arguments: Sequence[str]) -> int:
         arguments: Those behind the command's name: a door, then its flags.
 
     Returns:
-        The exit code: 0, or 2 after a user's mistake, which standard error tells in one sentence.
+        The exit code, of `spt_jax.exit_codes`; standard error tells a user's mistake in one sentence.
     """
     arguments = list(arguments)
     if arguments[:1] == ["help"]:
@@ -99,18 +86,13 @@ def main(arguments: Sequence[str]) -> int:
             return 0
         read_flags(door, flag_values, rest, **getattr(module, "ARGUMENTS", {}))
         return module.run(flag_values)
-    except UserError as error:
-        print(f"{name}: {error}", file=sys.stderr)
-        return 2
-    except (RuntimeError, MemoryError) as error:
-        if not _memory_is_full(error):
+    except (UserError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+        told = sentence_of(error)
+        if told is None:
             raise
-        first = next(iter(str(error).splitlines()), "the host's memory is full")
-        print(f"{name}: out of memory ({first[:200]}); {_SMALLER}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(f"\n{name}: interrupted", file=sys.stderr)
-        return 130
+        sentence, code = told
+        print("\n" * isinstance(error, KeyboardInterrupt) + f"{name}: {sentence}", file=sys.stderr)
+        return code
     except BrokenPipeError:
         # The reader left; what is still buffered must not raise again when Python exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

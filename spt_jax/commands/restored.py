@@ -11,6 +11,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from spt_jax.commands.workdirs import local_workdir
 from spt_jax.config import Config
 from spt_jax.data.collate import inference_contexts
 from spt_jax.data.dialogue import Dialogue
@@ -19,6 +20,7 @@ from spt_jax.data.template import Template, encode_context
 from spt_jax.errors import UserError
 from spt_jax.generation.replies import cut_reply_official
 from spt_jax.models.loading import LanguageModel
+from spt_jax.parallel.mesh import mesh_sizes
 from spt_jax.parallel.rules import replicated
 from spt_jax.prompting.adapters import Conditions, Trainable, WholeModel
 from spt_jax.prompting.selective_lm import batch_scores, inference_conditions
@@ -123,15 +125,15 @@ def open_run(workdir: str, step: str = "best") -> Run:
     """Opens a working directory.
 
     Args:
-        workdir: The folder that `spt-jax train` made.
+        workdir: The folder that `spt-jax train` made, or its bucket.
         step: ``best``, ``latest`` or a step's number.
 
     Raises:
         UserError: There is no run or no such checkpoint, or the LM is not the one it was trained on.
     """
-    folder = Path(workdir)
     if step not in ("best", "latest") and not step.isdigit():
         raise UserError(f"the checkpoint is {step!r}; allowed: best, latest or a step's number")
+    folder = local_workdir(workdir, step)
     config, identity, fingerprint = read_config(folder)
     _fit_mesh(config, jax.device_count())
     with Checkpoints(folder / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
@@ -157,8 +159,10 @@ def _targets(experiment: Experiment) -> Trainable:
 def _fit_mesh(config: Config, devices: int) -> None:
     """A run trained on other hardware is opened with its weights sharded over all the devices that are here."""
     m = config.mesh
-    if (devices % (m.fsdp * m.tensor) != 0) if m.data == -1 else (m.data * m.fsdp * m.tensor != devices):
-        m.data, m.fsdp, m.tensor = 1, devices, 1
+    try:
+        mesh_sizes(m.data, m.fsdp, m.tensor, devices)
+    except UserError:
+        m.data, m.fsdp, m.tensor, m.slices = 1, devices, 1, 1
 
 
 SPLITS = {"test": "test", "development": "validation", "train": "train"}

@@ -30,8 +30,8 @@ class DialogueLoader:
       bucket_lengths: row lengths of the buckets, ascending, instead of those that `choose_buckets` finds.
       pair_texts: per row, per turn, the text whose BLEU decides about contrastive pairs; None leaves `similar` out.
       bleu_threshold: METHOD's Γ, 0..100: pairs above are similar.
-      process_index: this host.
-      process_count: number of hosts; divides `batch_size`.
+      rows_here: which rows of a batch, of 0 to D - 1, this host makes (`spt_jax.parallel.rules.rows_here`); None for
+        all.
       prefetch: batches made ahead by `iterate`; 0 makes them on demand.
       retriever_width: the limit of a row in tokens where the retriever reads whole rows with their padding, as in the
         authors' program (`training_contexts`); 0 for contexts alone.
@@ -51,12 +51,11 @@ class DialogueLoader:
         bucket_lengths: Sequence[int] | None = None,
         pair_texts: Sequence[Sequence[str]] | None = None,
         bleu_threshold: float = 20.0,
-        process_index: int = 0,
-        process_count: int = 1,
+        rows_here: Sequence[int] | np.ndarray | None = None,
         prefetch: int = 4,
         retriever_width: int = 0,
     ) -> None:
-        _check(batch_size, seed, bleu_threshold, process_index, process_count, prefetch)
+        _check(seed, bleu_threshold, prefetch)
         self._rows = rows
         self._buckets = (
             choose_buckets(rows, batch_size, max_buckets)
@@ -69,8 +68,7 @@ class DialogueLoader:
         self._threshold = bleu_threshold
         self._prefetch = prefetch
         self._retriever_width = retriever_width
-        share = batch_size // process_count
-        self._mine = slice(process_index * share, (process_index + 1) * share)
+        self._mine = np.arange(batch_size) if rows_here is None else np.asarray(rows_here)
         self._similarity: BleuSimilarity | None = None
         self._first_text = np.zeros(len(rows), dtype=np.int64)
         if pair_texts is not None:
@@ -120,8 +118,8 @@ class DialogueLoader:
         """This host's part of the batch of one step (counted from 0 over all epochs).
 
         Returns:
-          The arrays of `collate` with this host's D / process_count rows, and with pair texts `similar` of the whole
-          batch: [D*N, D*N] bool, (i, j) true where BLEU(text_i, text_j) > threshold; turns in row-major order [D, N].
+          The arrays of `collate` with this host's rows, and with pair texts `similar` of the whole batch:
+          [D*N, D*N] bool, (i, j) true where BLEU(text_i, text_j) > threshold; turns in row-major order [D, N].
 
         Raises:
           UserError: `step` is negative.
@@ -227,11 +225,7 @@ def _plan(buckets: Buckets, batch_size: int, seed: int, epoch: int) -> list[tupl
     return buckets.deal(batch_size, np.random.default_rng((seed, epoch)))
 
 
-def _check(batch_size: int, seed: int, threshold: float, process_index: int, process_count: int, prefetch: int) -> None:
-    if process_count < 1 or not 0 <= process_index < process_count:
-        raise UserError(f"Host {process_index} of {process_count} does not exist; hosts are counted from 0.")
-    if batch_size % process_count:
-        raise UserError(f"data.batch is {batch_size}, which {process_count} hosts cannot share equally.")
+def _check(seed: int, threshold: float, prefetch: int) -> None:
     if seed < 0:
         raise UserError(f"The seed is {seed}; it must be at least 0.")
     if not 0 <= threshold <= 100:

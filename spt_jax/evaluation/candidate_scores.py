@@ -23,7 +23,7 @@ from spt_jax.data.packing import Row
 from spt_jax.evaluation.candidates import RankedTurn, check_room
 from spt_jax.models.attention import KVCache
 from spt_jax.models.decoder import decode, vocabulary_head, vocabulary_logits
-from spt_jax.parallel.rules import place_batch, replicated, row_devices
+from spt_jax.parallel.rules import place_whole_batch, replicated, row_devices
 from spt_jax.prompting.adapters import Conditions
 from spt_jax.prompting.losses import target_losses
 from spt_jax.prompting.prefixes import prefix_cache
@@ -114,11 +114,11 @@ def score_candidates(
         batch["tokens"] = np.pad(
             batch["tokens"], [(0, 0), (0, length - batch["tokens"].shape[1])], constant_values=pad_id
         )
-        cached = _read_jitted(model, conditions, place_batch(mesh, _share(batch)))
+        cached = _read_jitted(model, conditions, place_whole_batch(mesh, batch))
         numbers = [(number, place) for place, i in enumerate(members) if i >= 0 for number in groups[read[i]]]
         for block, width in _blocks(turns, numbers, turns_at_once, widths):
             candidates = _turns_batch([(turns[n], place) for n, place in block], turns_at_once, width, places, pad_id)
-            nll = jax.device_get(_scorer(mesh)(model, conditions, cached, place_batch(mesh, _share(candidates))))
+            nll = jax.device_get(_scorer(mesh)(model, conditions, cached, place_whole_batch(mesh, candidates)))
             for place, (number, _) in enumerate(block):
                 lengths = np.asarray([len(ids) + 1 for ids in turns[number].ids], np.int64)
                 found[number] = CandidateScores(nll[place, : len(lengths)].astype(np.float64), lengths)
@@ -129,13 +129,6 @@ def score_candidates(
 
 def _multiple(count: int, of: int) -> int:
     return -(-count // of) * of
-
-
-def _share(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """This process's part of a batch that every process has made."""
-    share = len(batch["tokens"]) // jax.process_count()
-    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
-    return {name: array[mine] for name, array in batch.items()}
 
 
 def _blocks(

@@ -275,7 +275,7 @@ class ColumnEvaluator:
         conditions = inference_conditions(model, self._lm.params, trainable)
         tokenizer = self._lm.tokenizer
         engine = GenerationEngine(
-            self._lm.config,
+            model.decoder,  # as it is fastest on these devices
             conditions.params,
             eos_ids=[*tokenizer.stop_ids, *self._end_ids],
             pad_id=tokenizer.pad_id,

@@ -16,7 +16,7 @@ from spt_jax.evaluation.likelihood import Likelihoods
 from spt_jax.evaluation.nearest_tokens import nearest_tokens
 from spt_jax.evaluation.selection import persona_table, retriever_map, selection_figures
 from spt_jax.evaluation.spread import spread_evenly
-from spt_jax.parallel.rules import place_batch, replicated, row_devices
+from spt_jax.parallel.rules import place_whole_batch, replicated, row_devices
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.prompting.selective_lm import retriever_vectors
 from spt_jax.training.experiment import Experiment, pad_id_of
@@ -93,13 +93,11 @@ def _map(experiment: Experiment, trainable: Trainable, rows: Sequence[Row], like
     devices = row_devices(e.mesh)
     size = -(-min(config.evaluation.batch, len(shown)) // devices) * devices
     vectors, names, prompts = [], [], None
-    share = size // jax.process_count()
-    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     batches = sequential_batches(
         shown, batch_size=size, pad_id=pad_id_of(config, e.lm.tokenizer), max_buckets=config.data.max_buckets
     )
     for batch, _ in batches:
-        placed = place_batch(e.mesh, {name: array[mine] for name, array in batch.items()})
+        placed = place_whole_batch(e.mesh, batch)
         contexts, prompts = jax.device_get(_compiled(e.mesh)(e.model, e.lm.params, trainable, placed))
         present = batch["turn_mask"] > 0
         vectors.append(contexts[present])

@@ -71,13 +71,17 @@ class RunGroup:
     runs: tuple[EvaluatedRun, ...]
 
 
-def read_run(name: str) -> EvaluatedRun:
+def read_run(name: str, folder: Path | None = None) -> EvaluatedRun:
     """The evaluation in the working directory `name`.
+
+    Args:
+        name: What the user calls it.
+        folder: Where it lies; None for `name` itself.
 
     Raises:
         UserError: It is not a run, has not been evaluated, or a file (with its line) cannot be read.
     """
-    workdir = Path(name)
+    workdir = folder or Path(name)
     if not (workdir / "config.json").is_file():
         raise UserError(f"{name} is not the working directory of a run: it has no config.json")
     if not all((workdir / file).is_file() for file in ("results.json", "predictions.jsonl")):

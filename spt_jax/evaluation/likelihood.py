@@ -15,7 +15,7 @@ from spt_jax.data.loader import consecutive_batches, sequential_batches
 from spt_jax.data.packing import Row
 from spt_jax.errors import UserError
 from spt_jax.models.decoder import FrozenTree
-from spt_jax.parallel.rules import place_batch, replicated, row_devices
+from spt_jax.parallel.rules import place_whole_batch, replicated, row_devices
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.prompting.selective_lm import SelectiveLM, score_turns
 
@@ -117,11 +117,9 @@ def score_rows(
             f"{devices}, the devices that share it (mesh.data × mesh.fsdp)"
         )
     batch_size = batch_size if model.official else -(-min(batch_size, len(rows)) // devices) * devices
-    share = batch_size // jax.process_count()
-    mine = slice(jax.process_index() * share, (jax.process_index() + 1) * share)
     parts: list[tuple[np.ndarray, ...]] = []
     for batch, _ in batches(rows, batch_size=batch_size, pad_id=pad_id, max_buckets=max_buckets):
-        placed = place_batch(mesh, {name: array[mine] for name, array in batch.items()})
+        placed = place_whole_batch(mesh, batch)
         nll, scores, tokens = jax.device_get(_compiled(mesh)(model, params, trainable, placed))
         present = batch["turn_mask"] > 0
         dialogues = np.broadcast_to(batch["dialogue_ids"][:, None], present.shape)

@@ -76,10 +76,9 @@ def prefill(
     Returns:
         The context, and float32 logits ``[B, V]`` behind the last token of each row.
     """
-    hidden, context = read(config, params, embed(config, params, tokens), lengths, prefixes)
-    last = jnp.maximum(lengths - 1, 0)
-    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)[:, 0]
-    return context, vocabulary_logits(config, params, hidden)
+    last = jnp.maximum(lengths - 1, 0)[:, None]
+    hidden, context = read(config, params, embed(config, params, tokens), lengths, prefixes, last)
+    return context, vocabulary_logits(config, params, hidden[:, 0])
 
 
 # rule: every rule is another program; room: the width of the output, an array shape.

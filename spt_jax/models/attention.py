@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from einops import rearrange
 
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.splash import can_share, splash_attention
 
 QUERY_BLOCK = 72
 """About how many queries of an ordered row attend at once; measured in docs/performance.md."""
@@ -211,6 +212,7 @@ def attention(
     softcap: float | None = None,
     ordered: bool = False,
     kernel: str = "xla",
+    sharding: jax.sharding.NamedSharding | None = None,
 ) -> jax.Array:
     """Dot-product attention with grouped queries; the softmax is float32.
 
@@ -225,8 +227,10 @@ def attention(
         softcap: c in ``c · tanh(x / c)`` over the scaled products; None for none.
         ordered: Whether query i never sees a key behind slot C - T + i, as in a whole row at once. Queries then go in
             blocks, each with the keys up to its end alone, which leaves out most of what the mask would hide.
-        kernel: ``"cudnn"`` takes cuDNN's fused attention where there is no mask (`cudnn_lacks`); ``"xla"``,
-            and everything else, is written here.
+        kernel: ``"cudnn"`` takes cuDNN's fused attention where there is no mask (`cudnn_lacks`), ``"splash"`` the
+            TPU's where there is none and devices share rows and heads evenly (`splash_lacks`); ``"xla"``, and
+            everything else, is written here.
+        sharding: Of the queries, for ``"splash"``; None for one device.
 
     Returns:
         ``[B, T, H, head_dim]``.
@@ -234,6 +238,8 @@ def attention(
     if kernel == "cudnn" and mask is None:
         assert softcap is None
         return jax.nn.dot_product_attention(query, key, value, scale=scale, is_causal=True, implementation="cudnn")
+    if kernel == "splash" and mask is None and can_share(query.shape[0], query.shape[2], key.shape[2], sharding):
+        return splash_attention(query, key, value, scale=scale, softcap=softcap, sharding=sharding)
     # Heads before positions: products of matrices with one batch axis beside the rows are what XLA is fastest at.
     query, key, value = (jnp.swapaxes(x, 1, 2) for x in (query, key, value))
     settings = _Settings(query.shape[-1] ** -0.5 if scale is None else scale, softcap, ordered or mask is None)

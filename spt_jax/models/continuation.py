@@ -71,6 +71,7 @@ def read(
     embeddings: jax.Array,
     lengths: jax.Array,
     prefixes: jax.Array,
+    wanted: jax.Array | None = None,
 ) -> tuple[jax.Array, Context]:
     """Hidden states of texts behind prefixes, and their keys and values.
 
@@ -81,16 +82,18 @@ def read(
         lengths: int32 ``[B]``, real tokens of each text.
         prefixes: ``[B, L, 2, P, num_key_value_heads, head_dim]``, see `spt_jax.prompting.prefixes`; they hold positions
             0 to P - 1. P may be 0.
+        wanted: int ``[B, S]``, the places among the T whose hidden states are returned; None for all.
 
     Returns:
-        ``[B, T, M]``, and the context of C = P + T slots.
+        ``[B, T, M]`` or ``[B, S, M]``, and the context of C = P + T slots.
     """
     rows, width = embeddings.shape[:2]
     front = prefixes.shape[3]
     positions = jnp.broadcast_to(front + jnp.arange(width, dtype=jnp.int32), (rows, width))
     pairs = rearrange(prefixes.astype(config.jax_dtype), "b l two p g d -> two l b g p d")
     valid = positions < front + lengths[:, None]
-    return decode(config, params, embeddings, positions, valid, _Prefixes(key=pairs[0], value=pairs[1]))
+    prefix_cache = _Prefixes(key=pairs[0], value=pairs[1])
+    return decode(config, params, embeddings, positions, valid, prefix_cache, wanted=wanted)
 
 
 def extend(

@@ -41,18 +41,26 @@ class Layer(NamedTuple):
 
 
 class Places(NamedTuple):
-    """Where the tokens stand, the same for every layer.
+    """Where the tokens stand, the same for every layer but for `wanted`, which is the last one's.
 
     Attributes:
         masks: For each kind of layer, bool ``[B, 1, T, C]``, or what the cache makes instead; None where every token
             sees all before it and itself.
         tables: For each kind of layer, its rotation; None where positions are learned.
         slot: int32, where the cache is written; None where it needs nothing.
+        wanted: int ``[B, S]``, the places whose hidden states leave this layer; None for all T.
     """
 
     masks: tuple[Any, ...]
     tables: tuple[RotaryTable, ...] | None
     slot: jax.Array | None
+    wanted: jax.Array | None = None
+
+    def pick(self, x: jax.Array) -> jax.Array:
+        """The wanted places of ``[B, T, ...]``."""
+        if self.wanted is None:
+            return x
+        return jnp.take_along_axis(x, jnp.expand_dims(self.wanted, tuple(range(2, x.ndim))), axis=1)
 
 
 def _chosen(kind: jax.Array | None, choices: tuple[Any, ...]) -> Any:
@@ -71,7 +79,7 @@ class SelfAttention(nn.Module):
     def __call__(
         self, x: jax.Array, layer_cache: LayerCache | None, layer: Layer, places: Places
     ) -> tuple[jax.Array, LayerCache | None]:
-        """``[B, T, M]`` to ``[B, T, M]``, and this layer's cache with the new keys and values written."""
+        """``[B, T, M]`` to ``[B, S, M]``, and this layer's cache with the new keys and values written."""
         c = self.config
         dense = functools.partial(Projection, dtype=c.jax_dtype, quantization=c.quantization)
 
@@ -103,11 +111,12 @@ class SelfAttention(nn.Module):
         mask = _chosen(layer.kind, places.masks)
         settings: dict[str, Any] = {"scale": c.attention_scale, "softcap": c.attention_softcap}
         if layer_cache is None:
-            y = attention(query, key, value, mask, ordered=True, kernel=c.attention_kernel, **settings)
+            kernel: dict[str, Any] = {"kernel": c.attention_kernel, "sharding": c.attention_sharding}
+            y = attention(query, key, value, mask, ordered=True, **kernel, **settings)
         else:
             y, layer_cache = layer_cache.attend(query, key, value, mask, places.slot, **settings)
         axes = ("heads", "head_dim", "embed")
-        return dense((c.hidden_size,), axes, 2, use_bias=c.output_bias, name="o_proj")(y), layer_cache
+        return dense((c.hidden_size,), axes, 2, use_bias=c.output_bias, name="o_proj")(places.pick(y)), layer_cache
 
 
 def _both_halves(dropout: Dropout | None) -> tuple[Callable[[jax.Array], jax.Array], Callable[[jax.Array], jax.Array]]:
@@ -127,7 +136,7 @@ class DecoderBlock(nn.Module):
     def __call__(
         self, x: jax.Array, layer_cache: LayerCache | None, layer: Layer, places: Places
     ) -> tuple[jax.Array, LayerCache | None]:
-        """One step of the scan over layers: ``[B, T, M]`` and the layer's cache, in and out."""
+        """One step of the loop over layers: ``[B, T, M]`` and the layer's cache, in and out (``[B, S, M]`` out)."""
         c = self.config
         before, after = c.norm_placement in ("input", "both"), c.norm_placement in ("output", "both")
         drop_attended, drop_fed = _both_halves(layer.dropout)
@@ -138,6 +147,7 @@ class DecoderBlock(nn.Module):
         entering = normed(x, "attention_norm", before)
         attended, layer_cache = SelfAttention(c, name="attention")(entering, layer_cache, layer, places)
         attended = drop_attended(normed(attended, "attention_output_norm", after))
+        x, entering = places.pick(x), places.pick(entering)
         if c.parallel_residual is not None:
             entering = normed(x, "mlp_norm", True) if c.parallel_residual == "two norms" else entering
             return x + attended + drop_fed(MLP(c, name="mlp")(entering)), layer_cache
@@ -147,11 +157,23 @@ class DecoderBlock(nn.Module):
         return normed(x, "mlp_norm", c.norm_placement == "sum"), layer_cache
 
 
+def _all_but_weights(primitive: Any, *_: Any, **__: Any) -> bool:
+    """A rematerialisation policy: what is kept is everything but a layer's weights, taken out of their stack."""
+    return primitive not in (jax.lax.dynamic_slice_p, jax.lax.squeeze_p)
+
+
+_POLICIES: dict[str, Any] = {
+    "none": _all_but_weights,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": None,
+}
+"""What is kept for the backward pass, for each ``remat``."""
+
+
 def _rematerialised(config: DecoderConfig) -> Any:
     if config.remat == "none":
         return DecoderBlock
-    policies = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}
-    return nn.remat(DecoderBlock, policy=policies[config.remat], prevent_cse=False)
+    return nn.remat(DecoderBlock, policy=_POLICIES[config.remat], prevent_cse=False)
 
 
 class Decoder(nn.Module):
@@ -197,6 +219,7 @@ class Decoder(nn.Module):
         cache: Cache | None,
         dropout: Dropout | None = None,
         visible: jax.Array | None = None,
+        wanted: jax.Array | None = None,
     ) -> tuple[jax.Array, Any]:
         """See `decode`."""
         c = self.config
@@ -219,9 +242,36 @@ class Decoder(nn.Module):
             assert valid is not None, "what is seen is said of rows whose padding is told"
             masks = tuple(mask & visible[:, None] for mask in masks if mask is not None)
         layers, slot = (None, None) if cache is None else (cache.layers, cache.slot)
-        x, kept = self.layers(x, layers, self._layers(dropout), Places(masks, tables, slot))
+        through = self.layers if wanted is None else functools.partial(self._to_places, wanted)
+        x, kept = through(x, layers, self._layers(dropout), Places(masks, tables, slot))
         x = self.final_norm(x) if c.final_norm else x
         return x, None if cache is None or valid is None else cache.after(kept, positions, valid)
+
+    def _to_places(
+        self, wanted: jax.Array, x: jax.Array, layers: LayerCache | None, each: Layer, places: Places
+    ) -> tuple[jax.Array, Any]:
+        """As ``self.layers``, but the last of them gives the hidden states of the wanted places alone.
+
+        It is another computation than the others, so weights are not scanned but taken by their number: a stack without
+        its last layer would be a copy. The backward pass takes them again.
+        """
+        c = self.config
+        stacked = self.variables["params"]["layers"]
+
+        def layer(x: jax.Array, number: Any, inputs: Any, places: Places) -> tuple[jax.Array, Any]:
+            weights = jax.tree.map(lambda w: jax.lax.dynamic_index_in_dim(w, number, keepdims=False), stacked)
+            return DecoderBlock(c, parent=None).apply({"params": weights}, x, *inputs, places)  # pyright: ignore[reportReturnType]
+
+        def step(x: jax.Array, one: Any) -> tuple[jax.Array, Any]:
+            number, inputs = one
+            return jax.checkpoint(layer, prevent_cse=False, policy=_POLICIES[c.remat])(x, number, inputs, places)
+
+        count = c.num_layers - 1
+        first = jax.tree.map(lambda leaf: leaf[:count], (layers, each))
+        x, kept = jax.lax.scan(step, x, (jnp.arange(count), first), unroll=max(count, 1) if c.unrolled else 1)
+        last = jax.tree.map(lambda leaf: leaf[count], (layers, each))
+        x, kept_last = layer(x, count, last, places._replace(wanted=wanted))
+        return x, jax.tree.map(lambda stack, one: jnp.concatenate([stack, one[None]]), kept, kept_last)
 
     def _row_masks(self, positions: jax.Array, valid: jax.Array | None) -> tuple[jax.Array | None, ...]:
         """The masks of whole rows; no mask at all where all kinds of layers see the whole row."""
@@ -268,6 +318,7 @@ def decode(
     cache: Cache | None = None,
     dropout: Dropout | None = None,
     visible: jax.Array | None = None,
+    wanted: jax.Array | None = None,
 ) -> tuple[jax.Array, Any]:
     """Hidden states after the last norm.
 
@@ -288,13 +339,16 @@ def decode(
         visible: bool ``[B, T, C]``, C slots of the cache (T without one): which of what its position lets a token see
             it may see, so that alternatives stand side by side in a row, each at the positions it would have alone;
             None for all.
+        wanted: int ``[B, S]``, the places among the T whose hidden states are returned; the last block then projects
+            what it attended to, and runs its MLP, there alone. None for all. The gradient of a tree that is learned
+            would be summed up layer by layer: leave it out there, and take the places from the result.
 
     Returns:
-        Hidden states ``[B, T, M]`` and what the cache becomes with these tokens added (None when there was none).
-        Values at invalid positions are finite and meaningless.
+        Hidden states ``[B, T, M]``, or ``[B, S, M]`` of the wanted places, and what the cache becomes with these tokens
+        added (None when there was none). Values at invalid positions are finite and meaningless.
     """
     dropout = None if dropout is None or dropout.rate == 0 else dropout
-    return Decoder(config).apply({"params": params}, embeddings, positions, valid, cache, dropout, visible)  # pyright: ignore[reportReturnType]
+    return Decoder(config).apply({"params": params}, embeddings, positions, valid, cache, dropout, visible, wanted)  # pyright: ignore[reportReturnType]
 
 
 def vocabulary_head(params: FrozenTree) -> FrozenTree:

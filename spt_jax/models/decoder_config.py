@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from spt_jax.errors import UserError
 
@@ -14,7 +15,7 @@ REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16}
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh", "quick_gelu", "relu")
 QUANTIZATIONS = ("none", "int8", "int4")
-ATTENTION_KERNELS = ("xla", "cudnn")
+ATTENTION_KERNELS = ("xla", "cudnn", "splash")
 
 _CHOICES: dict[str, tuple[str | None, ...]] = {
     "dtype": tuple(DTYPES),
@@ -179,8 +180,10 @@ class DecoderConfig:
         remat: ``"none"`` keeps every activation for the backward pass, ``"dots"`` keeps the results of weight matrix
             products, ``"full"`` keeps each block's input alone.
         quantization: How the blocks' kernels are stored: ``"none"``, ``"int8"`` or ``"int4"``.
-        attention_kernel: What computes attention over whole rows: ``"xla"``, or ``"cudnn"`` where it can serve
-            (`spt_jax.models.attention.cudnn_lacks`).
+        attention_kernel: What computes attention over whole rows: ``"xla"``, or where they can serve ``"cudnn"``
+            (`spt_jax.models.attention.cudnn_lacks`) and ``"splash"`` (`spt_jax.models.splash.splash_lacks`).
+        attention_sharding: How ``[B, T, H, head_dim]`` lies on the devices, for ``"splash"``, which XLA cannot split;
+            None for one device.
         unrolled: Whether the compiled program repeats the blocks instead of looping over them. On a GPU a loop copies
             what it keeps for the backward pass and each layer's weights; on a CPU and a TPU it compiles in less time.
         joint_projections: Whether projections of one input may be one product; see
@@ -226,6 +229,7 @@ class DecoderConfig:
     remat: str = "none"
     quantization: str = "none"
     attention_kernel: str = "xla"
+    attention_sharding: NamedSharding | None = None
     unrolled: bool = False
     joint_projections: bool = False
 

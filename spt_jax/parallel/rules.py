@@ -24,7 +24,7 @@ LOGICAL_AXIS_RULES: Mapping[str, str | None] = {
 }
 
 
-def parameter_sharding(mesh: Mesh, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
+def parameter_sharding(mesh: Mesh | AbstractMesh, names: Sequence[str | None], shape: Sequence[int]) -> NamedSharding:
     """The sharding of one frozen parameter.
 
     An axis that its mesh axis does not divide evenly (three key-value heads on two devices, say) is replicated.
@@ -49,24 +49,61 @@ def row_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(ROW_AXES))
 
 
+def attention_sharding(mesh: Mesh) -> NamedSharding:
+    """Of queries, keys and values ``[B, T, H, head_dim]`` of whole rows: rows as they are, heads as their weights."""
+    return NamedSharding(mesh, PartitionSpec(*row_sharding(mesh).spec, None, LOGICAL_AXIS_RULES["heads"], None))
+
+
 def row_devices(mesh: Mesh | AbstractMesh) -> int:
     """In how many parts rows are split; the batch must be a multiple."""
     return int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))
 
 
+def rows_here(mesh: Mesh, count: int) -> np.ndarray:
+    """int ``[rows]``, ascending: those of `count` rows that lie on this process's devices.
+
+    Processes that share rows, because an axis other than the row axes runs through them, have the same.
+    """
+    places = row_sharding(mesh).addressable_devices_indices_map((count,)).values()
+    return np.unique(np.concatenate([np.arange(count)[place] for place in places]))
+
+
 def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
-    """Puts a host's part of a batch onto the mesh: rows over the row axes, ``similar`` (all pairs) on every device.
+    """Puts a process's part of a batch onto the mesh: rows over the row axes, ``similar`` (all pairs) on every device.
 
     Args:
         mesh: The mesh.
-        batch: Process-local rows ``[D / processes, ...]`` and, where there are pairs, the global ``similar``.
+        batch: The rows `rows_here` of each array and, where there are pairs, the global ``similar``.
 
     Returns:
         Global arrays.
     """
+    return {
+        name: _place_whole(x, replicated(mesh)) if name == "similar" else _place_rows(mesh, x)
+        for name, x in batch.items()
+    }
 
-    def place(name: str, x: np.ndarray) -> jax.Array:
-        sharding: Any = replicated(mesh) if name == "similar" else row_sharding(mesh)
+
+def place_whole_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
+    """The same for a batch that every process has whole."""
+    return {name: _place_whole(x, row_sharding(mesh)) for name, x in batch.items()}
+
+
+def _place_whole(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    if sharding.is_fully_addressable:
         return jax.make_array_from_process_local_data(sharding, x)
+    return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)
 
-    return {name: place(name, x) for name, x in batch.items()}
+
+def _place_rows(mesh: Mesh, x: np.ndarray) -> jax.Array:
+    sharding = row_sharding(mesh)
+    if sharding.is_fully_addressable:
+        return jax.make_array_from_process_local_data(sharding, x)
+    parts = rows_here(mesh, row_devices(mesh))
+    size = len(x) // len(parts)
+
+    def part(index: Any) -> np.ndarray:
+        first = int(np.searchsorted(parts, (index[0].start or 0) // size)) * size
+        return x[first : first + size]
+
+    return jax.make_array_from_callback((size * row_devices(mesh), *x.shape[1:]), sharding, part)

@@ -37,6 +37,7 @@ from spt_jax.prompting.selective_lm import (
     target_hidden,
     target_turn_onehot,
     turn_means,
+    vocabulary_gathered,
 )
 from spt_jax.prompting.subset import Subset, draw_subset
 
@@ -167,6 +168,7 @@ def losses_and_gradients(
     Returns:
         The losses, and gradients shaped like `trainable`.
     """
+    params = vocabulary_gathered(model, params)
     lm_key, adapter_key, retriever_key, noise_key, subset_key = [None] * 5 if key is None else jax.random.split(key, 5)
     scores, retriever_vjp = _scores(model, params, trainable, batch, retriever_key)
     subset = draw_subset(scores, batch["turn_mask"], objective.prompts_per_step, subset_key)
@@ -178,7 +180,12 @@ def losses_and_gradients(
         keys = [None if k is None else jax.random.fold_in(k, part.number) for k in (lm_key, adapter_key)]
         dropout = Dropout(keys[0], model.dropout) if keys[0] is not None and model.dropout else None
         conditions = model.adapter.conditions(model.decoder, params, adapter_tree, keys[1])
-        hidden = target_hidden(model, conditions, part.batch, part.subset, dropout)
+        weights_trained = isinstance(model.adapter, WholeModel)
+        if weights_trained:
+            conditions = conditions._replace(params=vocabulary_gathered(model, conditions.params))
+        # In a loop over layers the gradient gains nothing by a last layer of its own, and takes more memory.
+        whole_rows = weights_trained or not model.decoder.unrolled
+        hidden = target_hidden(model, conditions, part.batch, part.subset, dropout, whole_rows)
         onehot = target_turn_onehot(part.batch)
         rows, positions, num_prompts, _ = hidden.shape
         scaled = TargetWeights(objective.lm_weight * part.weights.lm, objective.fusion_weight * part.weights.fusion)
@@ -191,7 +198,7 @@ def losses_and_gradients(
             part.batch["target_mask"],
             scaled,
             logit_chunks(model, rows, num_prompts, positions),
-            head_trained=isinstance(model.adapter, WholeModel),
+            head_trained=weights_trained,
         )
         lm = jnp.sum(losses.nll * part.weights.lm)
         return total, (lm, jnp.sum(losses.fusion * part.weights.fusion), turn_means(losses.nll, onehot))

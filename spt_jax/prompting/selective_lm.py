@@ -14,7 +14,7 @@ from einops import rearrange, repeat
 from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_head, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.dropout import Dropout
-from spt_jax.parallel.rules import row_devices
+from spt_jax.parallel.rules import parameter_sharding, row_devices
 from spt_jax.prompting.adapters import Adapter, Conditions, LowRank, Nothing, Prefixes, SoftPrompts, Trainable
 from spt_jax.prompting.losses import Chunks, chunk_size, target_losses
 from spt_jax.prompting.prefixes import prefix_cache
@@ -146,6 +146,23 @@ def _on_its_devices(model: SelectiveLM, rows: jax.Array) -> jax.Array:
     return rows if model.row_sharding is None else jax.lax.with_sharding_constraint(rows, model.row_sharding)
 
 
+def vocabulary_gathered(model: SelectiveLM, params: FrozenTree) -> FrozenTree:
+    """The frozen tree with the vocabulary's tables whole along ``fsdp``, for one step.
+
+    Left sharded they are gathered again for every chunk of targets, and a lookup moves its rows between devices.
+    """
+    if model.row_sharding is None or model.row_sharding.mesh.shape["fsdp"] == 1:
+        return params
+    axes = {"embed_tokens": ("vocab", None), "lm_head": (None, "vocab")}
+    return params | {
+        name: jax.lax.with_sharding_constraint(
+            params[name], parameter_sharding(model.row_sharding.mesh, names, params[name].shape)
+        )
+        for name, names in axes.items()
+        if name in params
+    }
+
+
 def embed_rows(model: SelectiveLM, params: FrozenTree, tokens: jax.Array) -> jax.Array:
     """The embeddings ``[D, T, M]`` of tokens ``[D, T]``, each row on the devices that own it."""
     return _on_its_devices(model, embed(model.decoder, params, tokens))
@@ -157,6 +174,7 @@ def target_hidden(
     batch: ArrayBatch,
     subset: jax.Array | None = None,
     dropout: Dropout | None = None,
+    whole_rows: bool = False,
 ) -> jax.Array:
     """Hidden states at every target position, under every condition.
 
@@ -166,6 +184,8 @@ def target_hidden(
         batch: Uses ``tokens`` ``[D, T]``, ``lengths`` ``[D]`` and ``target_positions`` ``[D, S]``.
         subset: int ``[D, m]``, which conditions each row is seen under; None for all K.
         dropout: The LM's own.
+        whole_rows: Whether the LM makes hidden states of whole rows, of which the targets' are taken; else of the
+            targets alone, see `decode` on its wanted places. The same values.
 
     Returns:
         ``[D, S, K, M]`` (m in the place of K with a subset).
@@ -188,9 +208,11 @@ def target_hidden(
     valid = None
     if cache is not None:
         valid = positions < repeat(batch["lengths"], "d -> (d k) 1", k=num_prompts) + front
-    hidden, _ = decode(model.decoder, conditions.params, embeddings, positions, valid, cache, dropout)
-    at = repeat(batch["target_positions"], "d s -> (d k) s 1", k=num_prompts) + (front - first)
-    return rearrange(jnp.take_along_axis(hidden, at, axis=1), "(d k) s m -> d s k m", k=num_prompts)
+    at = repeat(batch["target_positions"], "d s -> (d k) s", k=num_prompts) + (front - first)
+    wanted = None if whole_rows else at
+    hidden, _ = decode(model.decoder, conditions.params, embeddings, positions, valid, cache, dropout, wanted=wanted)
+    hidden = jnp.take_along_axis(hidden, at[..., None], axis=1) if wanted is None else hidden
+    return rearrange(hidden, "(d k) s m -> d s k m", k=num_prompts)
 
 
 def target_turn_onehot(batch: ArrayBatch) -> jax.Array:
@@ -285,6 +307,7 @@ def score_turns(model: SelectiveLM, params: FrozenTree, trainable: Trainable, ba
     Returns:
         See `TurnScores`.
     """
+    params = vocabulary_gathered(model, params)
     conditions = model.adapter.conditions(model.decoder, params, trainable)
     hidden = target_hidden(model, conditions, batch)
     onehot = target_turn_onehot(batch)

@@ -25,6 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from spt_jax.errors import UserError
+from spt_jax.parallel.distributed import any_process, barrier, is_lead, on_host
 
 Tree = Any
 METRIC = "perplexity"
@@ -99,11 +100,12 @@ class Checkpoints:
 
     def _open(self) -> ocp.CheckpointManager:
         keep_latest, keep_best = self._keep
-        for step in _step_folders(self.directory):
+        for step in _step_folders(self.directory) if is_lead() else ():
             try:
                 self._peek(step)
             except DamagedCheckpointError as error:
                 self._set_aside(step, error)
+        barrier("checkpoints looked through")
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep_latest),
@@ -129,7 +131,8 @@ class Checkpoints:
             metrics = folder / "metrics" / "metrics"
             if metrics.exists():
                 float(json.loads(metrics.read_text())[METRIC])
-            for item in ("trainable", "optimizer"):
+            # A copy to read has no optimizer.
+            for item in ("trainable",) if self._read_only else ("trainable", "optimizer"):
                 if not (folder / item).is_dir():
                     raise FileNotFoundError(f"{item} is missing")
             if not isinstance(meta, dict) or "digests" not in meta:
@@ -139,7 +142,7 @@ class Checkpoints:
         return meta
 
     def _set_aside(self, step: int, error: Exception) -> None:
-        if self._read_only:
+        if self._read_only or not is_lead():
             return
         source = self.directory / str(step)
         target = source.with_name(f"{step}.corrupt")
@@ -165,7 +168,7 @@ class Checkpoints:
         """
         assert self._manager is not None, "these checkpoints were opened to be read only"
         # jax may reuse a donated buffer for the next step, so the arrays are fetched before anything else happens.
-        trees = jax.device_get({"trainable": trainable, "optimizer": optimizer})
+        trees = on_host({"trainable": trainable, "optimizer": optimizer})
         meta = meta | {
             "step": step,
             "digests": {name: tree_digest(tree) for name, tree in trees.items()},
@@ -223,8 +226,8 @@ class Checkpoints:
         """The steps on disk, ascending."""
         return _step_folders(self.directory)
 
-    def _candidates(self, which: str) -> Iterator[int]:
-        """Steps in the order in which they should be tried."""
+    def candidates(self, which: str) -> Iterator[int]:
+        """Steps in the order in which they should be tried for ``best`` or ``latest``."""
         latest_first = _step_folders(self.directory)[::-1]
         if which == "latest":
             yield from latest_first
@@ -241,7 +244,7 @@ class Checkpoints:
 
     def meta(self, which: str) -> dict[str, Any] | None:
         """The JSON values beside the first readable checkpoint of ``latest``, ``best`` or a step; None without one."""
-        for step in [int(which)] if which.isdigit() else self._candidates(which):
+        for step in [int(which)] if which.isdigit() else self.candidates(which):
             try:
                 return self._peek(step)
             except DamagedCheckpointError:
@@ -262,7 +265,7 @@ class Checkpoints:
         Raises:
             UserError: The shapes differ from `targets`, there is no such step, or every checkpoint is damaged.
         """
-        candidates = list(self._candidates(which)) if which in ("latest", "best") else [int(which)]
+        candidates = list(self.candidates(which)) if which in ("latest", "best") else [int(which)]
         if not candidates:
             return None
         for step in candidates:
@@ -270,6 +273,7 @@ class Checkpoints:
                 trees, meta = self._restore_step(step, targets)
             except DamagedCheckpointError as error:
                 self._set_aside(step, error)
+                barrier("checkpoint set aside")
                 if self._manager is not None:
                     self._manager.close()
                     self._manager = self._open()
@@ -281,19 +285,24 @@ class Checkpoints:
     def _restore_step(self, step: int, targets: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:
         if step not in _step_folders(self.directory):
             raise UserError(f"there is no checkpoint of step {step} in {self.directory}; there are {self.steps()}")
-        meta = self._peek(step)
-        self._check_shapes(step, meta, targets)
+        failure, meta, trees = None, {}, {}
         try:
+            meta = self._peek(step)
+            self._check_shapes(step, meta, targets)
             folder = self.directory / str(step)
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
                 trees = {
                     name: _restored(tree, reader.restore(folder / name, args=ocp.args.StandardRestore(_stored(tree))))
                     for name, tree in targets.items()
                 }
-            whole = all(tree_digest(jax.device_get(trees[name])) == meta["digests"][name] for name in targets)
+        except UserError:
+            raise
         except Exception as error:
-            raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: {error}") from error
-        if not whole:
+            failure = error
+        if any_process(failure is not None):  # what one of several cannot read, none of them takes
+            reason = failure or "another process could not read it"
+            raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: {reason}") from failure
+        if any(tree_digest(on_host(trees[name])) != meta["digests"][name] for name in targets):
             raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: its arrays are not those saved")
         return trees, meta
 
@@ -324,7 +333,8 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.close()
+        if error is None or jax.process_count() == 1:  # the others do not come to an end that only this process meets
+            self.close()
 
 
 def tree_shapes(tree: Tree) -> dict[str, list[int]]:

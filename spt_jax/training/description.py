@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 from jax.sharding import Mesh
 
@@ -11,7 +10,8 @@ from spt_jax.config import Config
 from spt_jax.errors import UserError
 from spt_jax.models.attention import cudnn_lacks
 from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.parallel.rules import row_sharding
+from spt_jax.models.splash import splash_lacks
+from spt_jax.parallel.rules import attention_sharding, row_sharding
 from spt_jax.prompting.adapters import (
     Adapter,
     EncodedPrompt,
@@ -61,25 +61,37 @@ def on_devices(decoder: DecoderConfig, attention: str, mesh: Mesh) -> DecoderCon
         mesh: Its devices.
 
     Raises:
-        UserError: cuDNN's attention is asked for where it cannot serve.
+        UserError: cuDNN's attention, or splash attention, is asked for where it cannot serve.
     """
-    device = mesh.devices.flat[0]
-    lacks = cudnn_lacks(decoder, device)
-    if attention == "cudnn" and lacks:
-        raise UserError(f"model.attention is cudnn, but {lacks}; allowed: xla, or auto for what can serve")
-    on_gpu = device.platform == "gpu"
+    lacks = kernels_lack(decoder, mesh)
+    if reason := lacks.get(attention):
+        raise UserError(f"model.attention is {attention}, but {reason}; allowed: xla, or auto for what can serve")
+    serving = [kernel for kernel, reason in lacks.items() if not reason and attention in ("auto", kernel)]
+    kernel = serving[0] if serving else "xla"
+    on_gpu = mesh.devices.flat[0].platform == "gpu"
     return dataclasses.replace(
         decoder,
-        attention_kernel="xla" if lacks or attention == "xla" else "cudnn",
+        attention_kernel=kernel,
+        attention_sharding=attention_sharding(mesh) if kernel == "splash" else None,
         unrolled=on_gpu,
         # Side by side, kernels that are split among devices would have to be moved.
         joint_projections=on_gpu and mesh.shape["tensor"] == 1,
     )
 
 
-def attention_remark(decoder: DecoderConfig, attention: str, device: Any) -> str:
-    """What a user of a GPU should know of ``model.attention`` = auto: that it takes XLA's, and why; else empty."""
-    lacks = cudnn_lacks(decoder, device) if device.platform == "gpu" and attention == "auto" else ""
+def kernels_lack(decoder: DecoderConfig, mesh: Mesh) -> dict[str, str]:
+    """Why each fused kernel cannot compute a decoder's attention on a mesh; empty for one that can."""
+    device = mesh.devices.flat[0]
+    return {
+        "cudnn": cudnn_lacks(decoder, device),
+        "splash": splash_lacks(decoder, device, mesh.shape["tensor"]),
+    }
+
+
+def attention_remark(decoder: DecoderConfig, attention: str, mesh: Mesh) -> str:
+    """What a user of accelerators should know of ``model.attention`` = auto: that it takes XLA's, and why."""
+    kernel = {"gpu": "cudnn", "tpu": "splash"}.get(mesh.devices.flat[0].platform)
+    lacks = kernels_lack(decoder, mesh)[kernel] if kernel and attention == "auto" else ""
     return f"model.attention = auto: xla, since {lacks}" if lacks else ""
 
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from spt_jax.config import Config
@@ -29,8 +28,9 @@ from spt_jax.errors import UserError
 from spt_jax.models.loading import LanguageModel, load_lm
 from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.models.weights import Progress
+from spt_jax.parallel.distributed import is_lead
 from spt_jax.parallel.mesh import make_mesh
-from spt_jax.parallel.rules import parameter_sharding, row_devices
+from spt_jax.parallel.rules import parameter_sharding, row_devices, rows_here
 from spt_jax.progress import ProgressBar
 from spt_jax.prompting.selective_lm import SelectiveLM
 from spt_jax.training.description import describe, front_length, remat_of
@@ -63,7 +63,7 @@ def open_experiment(config: Config) -> Experiment:
         UserError: The mesh does not fit the devices, the LM cannot be loaded, or soft prompt and row together are
             longer than the LM's context.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = make_mesh(**config.mesh.to_dict())
     with _loading_bar() as progress:
         lm = load_lm(
             config.model.source,
@@ -96,7 +96,8 @@ def _loading_bar() -> Iterator[Progress]:
         def progress(what: str, done: int, total: int) -> None:
             nonlocal bar, shown
             if bar is None:
-                bar = stack.enter_context(ProgressBar(f"{what}, millions", -(-total // 1_000_000)))
+                bar = ProgressBar(f"{what}, millions", -(-total // 1_000_000), shown=is_lead())
+                stack.enter_context(bar)
             now = -(-done // 1_000_000)
             bar.advance(now - shown)
             shown = now
@@ -272,8 +273,7 @@ def make_loader(
         max_buckets=d.max_buckets,
         pair_texts=contrastive_texts(config, rows.rows, dialogues),
         bleu_threshold=config.objective.bleu_threshold,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
+        rows_here=rows_here(mesh, d.batch),
         prefetch=d.prefetch,
         retriever_width=d.max_length if config.retriever.context == "official" else 0,
     )

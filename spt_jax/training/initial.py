@@ -12,6 +12,7 @@ from spt_jax.config import Config
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.models.decoder import FrozenTree, embed
 from spt_jax.models.tokenization.tokenizer import Tokenizer
+from spt_jax.parallel.distributed import on_host
 from spt_jax.prompting.adapters import SoftPrompts, Trainable, WholeModel
 from spt_jax.prompting.bank import from_clusters, from_file, from_normal, from_token_ids, from_vocabulary
 from spt_jax.prompting.peft_prompts import from_peft
@@ -43,10 +44,10 @@ def initial_trainable(
         return jax.tree.map(lambda x: x.astype(jnp.float32), {"lm": params})
     if not isinstance(model.adapter, SoftPrompts):
         tree = model.adapter.init(model.decoder, params, adapter_key) | model.init_retriever(retriever_key)
-        return jax.device_get(tree)
+        return on_host(tree)
     shape = (model.adapter.num_prompts, model.adapter.prompt_length, model.decoder.hidden_size)
     prompts = _prompts(config, shape, adapter_key, tokenizer, dialogues, _embedder(model, params))
-    return jax.device_get({"bank": {"prompts": prompts}} | model.init_retriever(retriever_key))
+    return on_host({"bank": {"prompts": prompts}} | model.init_retriever(retriever_key))
 
 
 def _embedder(model: SelectiveLM, params: FrozenTree) -> Callable[[Any], jax.Array]:

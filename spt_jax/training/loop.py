@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from spt_jax.errors import UserError
+from spt_jax.parallel.distributed import SharedFlag, is_lead
 from spt_jax.progress import ProgressBar
 from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.collapse import CollapseAlarm
@@ -93,19 +94,21 @@ def train(
     """
     start = int(state.step)
     alarm = CollapseAlarm()
-    with ProgressBar("training", options.total_steps, start) as bar, _Watch(options, trackers) as watch:
+    bar = ProgressBar("training", options.total_steps, start, shown=is_lead())
+    asked = SharedFlag()
+    with bar, _Watch(options, trackers) as watch:
         steps = batches(start, options.total_steps)
         for step in range(start, options.total_steps + 1):
             last = step == options.total_steps
             perplexity: float | None = None
-            stopping = stop.requested and not last
+            stopping = asked.ask(stop.requested) and not last
             # Who asks a run to stop may not wait for an evaluation.
             due = last or (step % options.evaluate_every == 0 and not stopping)
             if step > start or step not in checkpoints.steps():
                 if due:
                     watch.finish(bar)
                     perplexity = _evaluate(state, evaluators, trackers, step, bar, alarm)
-                    stopping = stop.requested
+                    stopping = asked.ask(stop.requested)
                 if due or stopping or step % options.save_every == 0:
                     watch.finish(bar)  # a step's metrics must be on disk before its checkpoint
                     save(checkpoints, state, meta, perplexity)

@@ -17,6 +17,7 @@ from spt_jax.config import Config
 from spt_jax.data.loader import DialogueLoader
 from spt_jax.data.packing import PackedRows, Row
 from spt_jax.models.quantized import tree_bytes
+from spt_jax.parallel.distributed import barrier, is_lead, one_at_a_time
 from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.training import experiment as setup
 from spt_jax.training.absolute_paths import absolute_paths
@@ -56,6 +57,7 @@ def run_training(
     """Starts or resumes the run of `config` in `workdir`.
 
     The folder is made, and marked as this run's, only when everything that can be wrong with the input has been read.
+    Of several processes the first alone says, shows and writes; the folder must be the same one for all.
 
     Args:
         config: A validated configuration.
@@ -71,17 +73,22 @@ def run_training(
     """
     absolute_paths(config)
     check_workdir(workdir, config)
+    say = say if is_lead() else _say_nothing
     prepared = _prepare(config, say)
     e = prepared.experiment
+    barrier("prepared")  # whoever still looks at the folder must not find it claimed
     with _undone_unless_begun(workdir):
-        claim_workdir(workdir, config, e.lm.identity, e.lm.tokenizer.fingerprint)
-        if keeps_initial(config):
-            write_initial(workdir, prepared.state.trainable)
+        if is_lead():
+            claim_workdir(workdir, config, e.lm.identity, e.lm.tokenizer.fingerprint)
+            if keeps_initial(config):
+                write_initial(workdir, prepared.state.trainable)
+        barrier("claimed")
         say(_summary(prepared))
         keep = {"keep_latest": config.train.keep_latest, "keep_best": config.train.keep_best}
         with StopSignal() as stop, Checkpoints(workdir / CHECKPOINT_FOLDER, **keep) as checkpoints:
             state, saved_step = _resumed(checkpoints, prepared, say)
-            trackers = open_trackers(workdir, saved_step, **config.tracking.to_dict(), config=config.to_dict())
+            options = config.tracking.to_dict() | {"config": config.to_dict()}
+            trackers = open_trackers(workdir, saved_step, **options) if is_lead() else []
             try:
                 outcome = train(
                     state,
@@ -102,6 +109,10 @@ def run_training(
     return outcome, prepared.total_steps
 
 
+def _say_nothing(line: str) -> None:
+    """What a process says that is not the first of several."""
+
+
 def _step(prepared: _Preparation, state: TrainState, say: Callable[[str], None]) -> Any:
     """The compiled step, with the rematerialisation that is asked for, or that fits."""
     e, loader, config = prepared.experiment, prepared.loader, prepared.experiment.config
@@ -118,7 +129,7 @@ def _step(prepared: _Preparation, state: TrainState, say: Callable[[str], None])
             shardings=prepared.shardings,
         )
 
-    if remark := attention_remark(e.lm.config, config.model.attention, e.mesh.devices.flat[0]):
+    if remark := attention_remark(e.lm.config, config.model.attention, e.mesh):
         say(remark)
     policy = e.model.decoder.remat
     limit = device_memory(e.mesh.local_devices[0])
@@ -127,7 +138,7 @@ def _step(prepared: _Preparation, state: TrainState, say: Callable[[str], None])
         batch = place_batch(e.mesh, loader.batch(longest))
         policy = fitting_remat(step_of, (state, e.lm.params, batch), limit)
         say(f"model.remat = auto: {policy}, in {limit / 1e9:,.1f} GB a device")
-    return step_of(policy)
+    return one_at_a_time(step_of(policy))
 
 
 @contextlib.contextmanager
@@ -137,7 +148,7 @@ def _undone_unless_begun(workdir: Path) -> Iterator[None]:
     A mended command, with a smaller batch after the memory was too small for instance, may then take the same folder.
     """
     existed = workdir.is_dir()
-    fresh = not existed or not any(workdir.iterdir())
+    fresh = is_lead() and (not existed or not any(workdir.iterdir()))
     try:
         yield
     except Exception:

@@ -8,6 +8,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -52,10 +53,10 @@ def init_state(
     """
     layout = state_shardings(trainable, optimizer, mesh, shardings)
     trainable = jax.device_put(trainable, layout.trainable)
-    zero = jnp.zeros((), jnp.int32)
+    zero = jax.device_put(np.zeros((), np.int32), layout.step)
     state = TrainState(trainable, jax.jit(optimizer.init, out_shardings=layout.optimizer)(trainable), zero, zero, zero)
     # device_put may alias equal buffers, and a donated buffer must not appear twice.
-    return jax.tree.map(lambda x, sharding: jax.device_put(jnp.copy(x), sharding), state, layout)
+    return jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=layout)(state)
 
 
 def state_shardings(

@@ -32,7 +32,7 @@ def test_help_of_a_door_shows_its_own_flags_and_examples_alone(capsys, door):
     said = capsys.readouterr()
     assert said.err == ""
     assert f"spt-jax {door} " in said.out.partition("Examples:")[2]
-    own = {"inspect": "--source", "compare": "--baseline"}.get(door, "--workdir")
+    own = {"inspect": "--source", "compare": "--baseline", "plan": "--topology"}.get(door, "--workdir")
     assert own in said.out.partition("Flags:")[2]
     assert not re.search("absl|flagfile|undefok|spt_jax\\.", said.out)
     assert main(["help", door]) == 0
@@ -157,7 +157,7 @@ def config_of(monkeypatch):
 
     def read(*arguments: str):
         seen = []
-        monkeypatch.setattr(train, "train_run", lambda config, workdir: seen.append(config) or 0)
+        monkeypatch.setattr(train, "train_run", lambda config, workdir, name: seen.append(config) or 0)
         assert main(["train", *arguments, "--workdir=unused"]) == 0
         return seen[0]
 

@@ -199,6 +199,43 @@ def test_rematerialisation_changes_neither_values_nor_gradients(remat: str) -> N
     assert np.all(np.abs(np.asarray(gradient)[valid]).max(-1) > 0)
 
 
+FORMS = [{"unrolled": True}, {"remat": "full"}, {"remat": "dots"}]
+
+
+@pytest.mark.parametrize(
+    ("config", "form"),
+    [(config, {}) for config in DECODERS.values()] + [(CONFIG, form) for form in FORMS],
+    ids=[*DECODERS, *map(str, FORMS)],
+)
+def test_wanted_places_are_those_of_whole_rows(config: DecoderConfig, form: dict) -> None:
+    params, wanted = params_of(config), jnp.asarray([[13, 2, 2, 9], [0, 7, 6, 5]])
+    batch, positions, valid = padded([behind(PROMPTS[i], t, config) for i, t in enumerate(rows([11, 5]))], 14, "right")
+    kept = KVCache.empty(config, 2, 16)
+
+    @functools.partial(jax.jit, static_argnums=0)
+    def both(config: DecoderConfig, embeddings: jax.Array, wanted: jax.Array | None) -> tuple:
+        def loss(embeddings: jax.Array) -> tuple:
+            hidden, _ = decode(config, params, embeddings, positions, valid, wanted=wanted)
+            hidden = hidden if wanted is not None else jnp.take_along_axis(hidden, places, axis=1)
+            return jnp.sum(jnp.sin(hidden)), hidden
+
+        cached, cache = decode(config, params, embeddings, positions, valid, kept, wanted=wanted)
+        cached = cached if wanted is not None else jnp.take_along_axis(cached, places, axis=1)
+        return *jax.grad(loss, has_aux=True)(embeddings), cached, cache
+
+    places = wanted[..., None]
+    expected, found = both(config, batch, None), both(dataclasses.replace(config, **form), batch, wanted)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=5e-5), found, expected)
+
+
+def test_one_layer_alone_gives_its_wanted_places() -> None:
+    config = dataclasses.replace(CONFIG, num_layers=1)
+    batch, positions, valid = padded([behind(PROMPTS[0], rows([11])[0])], 14, "right")
+    whole, _ = run(config, params_of(config), batch, positions, valid)
+    found, _ = decode(config, params_of(config), batch, positions, valid, wanted=jnp.asarray([[3, 12]]))
+    np.testing.assert_allclose(found, whole[:, [3, 12]], atol=5e-5)
+
+
 def test_bfloat16_runs_near_float32_with_float32_logits() -> None:
     half = dataclasses.replace(CONFIG, dtype="bfloat16")
     params = jax.tree.map(lambda x: x.astype(jnp.bfloat16), PARAMS)

@@ -17,7 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 
 from spt_jax.errors import UserError
 from spt_jax.models.decoder import abstract_params
-from spt_jax.parallel.mesh import make_mesh
+from spt_jax.parallel.mesh import make_mesh, sliced_devices
 from spt_jax.parallel.rules import parameter_sharding, place_batch, replicated, row_devices, row_sharding
 from spt_jax.prompting.objective import Objective
 from spt_jax.prompting.selective_lm import SelectiveLM
@@ -182,7 +182,10 @@ def test_the_frozen_lm_is_an_argument_and_the_state_is_donated():
         ({"fsdp": 3}, ["2 × 3 × 1", "6 places", "8 devices"]),
         ({"tensor": 16}, ["1 × 1 × 16", "16 places", "8 devices"]),
         ({"tensor": 0}, ["mesh.tensor is 0", "allowed: 1 or more"]),
-        ({"fsdp": -1}, ["mesh.fsdp is -1", "allowed: 1 or more"]),
+        ({"fsdp": -1}, ["mesh.data and mesh.fsdp are both -1", "give mesh.data = 1"]),
+        ({"data": 3, "tensor": -1}, ["3 × 1 × 2", "6 places", "8 devices"]),
+        ({"data": 4, "fsdp": 2, "slices": 8}, ["mesh.slices is 8", "divisor of mesh.data (4)"]),
+        ({"slices": 0}, ["mesh.slices is 0"]),
         ({"data": -2}, ["mesh.data is -2", "or -1 for the rest"]),
     ],
 )
@@ -192,6 +195,39 @@ def test_a_mesh_that_does_not_fit_is_told_in_a_sentence(sizes, words):
     assert all(word in str(told.value) for word in words), told.value
 
 
-def test_data_takes_the_devices_that_are_left():
+def test_any_one_axis_takes_the_devices_that_are_left():
     assert dict(make_mesh().shape) == {"data": 8, "fsdp": 1, "tensor": 1}
     assert dict(make_mesh(fsdp=2, tensor=2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
+    assert dict(make_mesh(data=2, fsdp=-1).shape) == {"data": 2, "fsdp": 4, "tensor": 1}
+    assert dict(make_mesh(data=1, fsdp=2, tensor=-1).shape) == {"data": 1, "fsdp": 2, "tensor": 4}
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What a TPU chip says of itself, as far as the order of a mesh goes by it."""
+
+    id: int
+    slice_index: int
+    coords: tuple[int, int, int]
+    core_on_chip: int = 0
+    process_index: int = 0
+    platform: str = "tpu"
+    device_kind: str = "TPU v5 lite"
+
+
+def test_the_data_axis_runs_over_slices_outermost_and_the_others_stay_within_one():
+    # Two slices of 2 × 2 chips, in an order that mixes them.
+    chips = [Chip(i, slice_index=i % 2, coords=(i // 2 % 2, i // 4, 0)) for i in range(8)]
+    grid = sliced_devices((4, 2, 1), 2, chips)
+    slices = np.vectorize(lambda chip: chip.slice_index)(grid)
+    np.testing.assert_array_equal(slices[:2], 0)
+    np.testing.assert_array_equal(slices[2:], 1)
+    assert sorted(chip.id for chip in grid.flat) == list(range(8))
+    with pytest.raises(UserError, match=r"mesh\.slices is 4, but the devices form 2 slices"):
+        sliced_devices((4, 2, 1), 4, chips)
+
+
+def test_devices_that_know_no_slices_fall_into_equal_runs():
+    mesh = make_mesh(4, 2, 1, slices=2)
+    assert list(mesh.devices.flat) == jax.devices()
+    assert dict(make_mesh(data=4, fsdp=-1, slices=4).shape) == {"data": 4, "fsdp": 2, "tensor": 1}

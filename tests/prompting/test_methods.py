@@ -135,17 +135,23 @@ def equations(jaxpr: Any) -> Iterator[Any]:
 
 
 def weight_shapes() -> set[tuple[int, ...]]:
-    """Shapes of the LM's matrices, stacked over layers and of one layer."""
+    """Shapes of the LM's matrices, stacked over layers, over all but the last, and of one layer."""
     stacked = [x.shape for x in jax.tree.leaves(tiny.params()["layers"]) if x.ndim > 2]
-    return {*stacked, *(shape[1:] for shape in stacked), tiny.params()["lm_head"].shape}
+    but_last = [(layers - 1, *shape) for layers, *shape in stacked]
+    return {*stacked, *but_last, *(shape[1:] for shape in stacked), tiny.params()["lm_head"].shape}
 
 
-def made_by_products(adapter: Any, retriever: RetrieverConfig | None, objective: Objective) -> set[tuple[int, ...]]:
-    """Shapes, up to their axes' order, of everything that a step gets as a matrix product or sums up."""
-    model = SelectiveLM(tiny.CONFIG, adapter, retriever, max_logit_rows=64)
+def made_by_products(
+    adapter: Any, retriever: RetrieverConfig | None, objective: Objective, unrolled: bool
+) -> set[tuple[int, ...]]:
+    """Shapes, up to their axes' order, of everything that a step gets as a matrix product, sums up or keeps."""
+    decoder = dataclasses.replace(tiny.CONFIG, unrolled=unrolled)
+    model = SelectiveLM(decoder, adapter, retriever, max_logit_rows=64)
     tree = jax.eval_shape(lambda: model.init(jax.random.key(0)))
     step = functools.partial(losses_and_gradients, model, objective)
-    traced = jax.make_jaxpr(step)(tiny.params(), tree, batch_of("dialogue"))
+    # So many rows as no weight has layers, heads or features: no hidden state has the shape of a weight by chance.
+    batch = tiny.packed("dialogue", tiny.DIALOGUES[2:]).batch(rows=5)
+    traced = jax.make_jaxpr(step)(tiny.params(), tree, {name: x for name, x in batch.items() if name != "similar"})
     return {
         tuple(sorted(out.aval.shape))
         for equation in equations(traced.jaxpr)
@@ -154,12 +160,14 @@ def made_by_products(adapter: Any, retriever: RetrieverConfig | None, objective:
     }
 
 
-def test_only_full_fine_tuning_makes_gradients_of_weights():
+@pytest.mark.parametrize("unrolled", [False, True])
+def test_only_full_fine_tuning_makes_gradients_of_weights_and_nothing_copies_them(unrolled):
     weights = {tuple(sorted(shape)) for shape in weight_shapes()}
-    assert weights <= made_by_products(WholeModel(), None, LM_ALONE)
-    assert not weights & made_by_products(Prefixes(3, 4, keys=True), None, LM_ALONE)
-    assert not weights & made_by_products(SoftPrompts(3, 4), RetrieverConfig(sides="none"), Objective())
-    assert not weights & made_by_products(ADAPTERS["lora"], None, LM_ALONE)
+    made = made_by_products(WholeModel(), None, LM_ALONE, unrolled)
+    assert all(tuple(sorted(x.shape)) in made for x in jax.tree.leaves(tiny.params()) if x.ndim > 1)
+    assert not weights & made_by_products(Prefixes(3, 4, keys=True), None, LM_ALONE, unrolled)
+    assert not weights & made_by_products(SoftPrompts(3, 4), RetrieverConfig(sides="none"), Objective(), unrolled)
+    assert not weights & made_by_products(ADAPTERS["lora"], None, LM_ALONE, unrolled)
 
 
 SCORE = jax.jit(score_turns, static_argnums=0)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import jax
 import numpy as np
@@ -183,10 +184,14 @@ def test_dropout_of_the_configuration_reaches_the_train_step(method, option):
     assert abs(first_loss(**method, **{option: 0.5}) - without) > 1e-4 * without
 
 
+def mesh_of(tensor: int = 1, **device: Any) -> Any:
+    """A mesh of one device that is not here."""
+    return SimpleNamespace(devices=np.array([SimpleNamespace(**device)], object), shape={"tensor": tensor})
+
+
 def on_gpu(attention: str = "auto", tensor: int = 1, capability: str = "9.0", **fields: Any) -> Any:
     """The decoder in the form for a GPU that is not here."""
-    device = SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability=capability)
-    mesh: Any = SimpleNamespace(devices=np.array([device], object), shape={"tensor": tensor})
+    mesh = mesh_of(platform="gpu", device_kind="a GPU", compute_capability=capability, tensor=tensor)
     decoder = dataclasses.replace(tiny.CONFIG, **({"dtype": "bfloat16", "head_dim": 64} | fields))
     return on_devices(decoder, attention, mesh)
 
@@ -200,11 +205,11 @@ def test_a_gpu_gets_fused_attention_unrolled_blocks_and_joint_projections():
 
 
 def test_a_gpu_is_told_why_it_does_not_get_fused_attention():
-    gpu = SimpleNamespace(platform="gpu", device_kind="a GPU", compute_capability="9.0")
+    gpu = mesh_of(platform="gpu", device_kind="a GPU", compute_capability="9.0")
     wide = dataclasses.replace(tiny.CONFIG, dtype="bfloat16", head_dim=64)
     assert attention_remark(tiny.CONFIG, "auto", gpu).startswith("model.attention = auto: xla, since the LM's type is")
     assert attention_remark(wide, "auto", gpu) == attention_remark(tiny.CONFIG, "xla", gpu) == ""
-    assert attention_remark(tiny.CONFIG, "auto", jax.devices()[0]) == ""
+    assert attention_remark(tiny.CONFIG, "auto", make_mesh()) == ""
 
 
 @pytest.mark.parametrize(
@@ -223,3 +228,21 @@ def test_where_cudnn_cannot_serve_xla_does_and_asking_for_it_is_refused(why, wor
     assert on_gpu(**why).attention_kernel == "xla"
     with pytest.raises(UserError, match=f"model.attention is cudnn, but .*{words}"):
         on_gpu(attention="cudnn", **why)
+
+
+def test_a_tpu_gets_splash_attention_or_is_told_why_not():
+    tpu = mesh_of(platform="tpu", device_kind="TPU v5 lite")
+    wide = dataclasses.replace(tiny.CONFIG, head_dim=60)
+    with mock.patch("spt_jax.training.description.attention_sharding", lambda _: "over rows and heads"):
+        found = on_devices(tiny.CONFIG, "auto", tpu)
+    assert (found.attention_kernel, found.attention_sharding) == ("splash", "over rows and heads")
+    assert (found.unrolled, found.joint_projections) == (False, False)
+    assert on_devices(tiny.CONFIG, "xla", tpu) == tiny.CONFIG and on_devices(wide, "auto", tpu) == wide
+    assert attention_remark(tiny.CONFIG, "auto", tpu) == ""
+    assert attention_remark(wide, "auto", tpu) == (
+        "model.attention = auto: xla, since a head is 60 wide; splash attention allows multiples of 8"
+    )
+    with pytest.raises(UserError, match=r"model\.attention is splash, but a head is 60 wide"):
+        on_devices(wide, "splash", tpu)
+    with pytest.raises(UserError, match=r"model\.attention is splash, but the device is"):
+        on_devices(tiny.CONFIG, "splash", make_mesh())

@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 from llama_files import random_llama
 
+from spt_jax.exit_codes import STOPPED
+
 pytestmark = pytest.mark.first_python
 
 STEPS = 18
@@ -45,7 +47,7 @@ class Command:
 
     folder: Path
 
-    def start(self, workdir: Path, *flags: str) -> subprocess.Popen[str]:
+    def start(self, workdir: Path | str, *flags: str) -> subprocess.Popen[str]:
         environment = os.environ | {
             "XLA_FLAGS": "",
             "PYTHONUNBUFFERED": "1",
@@ -62,7 +64,7 @@ class Command:
             cwd=self.folder,
         )
 
-    def run(self, workdir: Path, *flags: str) -> tuple[int, str, str]:
+    def run(self, workdir: Path | str, *flags: str) -> tuple[int, str, str]:
         process = self.start(workdir, *flags)
         out, err = process.communicate(timeout=120)
         return process.returncode, out, err
@@ -179,7 +181,7 @@ def test_a_polite_stop_saves_says_how_to_go_on_and_loses_nothing(command, never_
     assert wait_until(process, lambda: 3 in steps_on_disk(workdir))
     process.send_signal(number)
     out, err = process.communicate(timeout=60)
-    assert process.returncode == 0, err
+    assert process.returncode == STOPPED, err
     stopped = re.search(rf"stopped after step (\d+) of {STEPS}, saved; the same command goes on from there", out)
     assert stopped, out
     assert "Traceback" not in err
@@ -189,6 +191,20 @@ def test_a_polite_stop_saves_says_how_to_go_on_and_loses_nothing(command, never_
         assert code == 0, err
         assert f"resuming from step {stopped[1]} of {STEPS}" in out
         assert_same_run(workdir, never_killed)
+
+
+def test_a_run_killed_on_a_machine_that_is_gone_goes_on_from_its_bucket(command, never_killed, tmp_path, monkeypatch):
+    bucket = tmp_path / "bucket" / "run"
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one machine"))
+    process = command.start(f"file://{bucket}")
+    assert wait_until(process, lambda: any((bucket / "complete").glob("*.json")))
+    process.kill()
+    process.communicate()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
+    code, out, err = command.run(f"file://{bucket}")
+    assert code == 0, err
+    assert re.search(rf"resuming from step \d+ of {STEPS}", out)
+    assert_same_run(bucket, never_killed)
 
 
 def test_a_damaged_checkpoint_is_told_and_the_run_ends_the_same(command, never_killed, tmp_path):

@@ -1,0 +1,103 @@
+"""A command's --workdir: a folder, or the local copy of a bucket's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from spt_jax.errors import UserError
+from spt_jax.exit_codes import STOPPED
+from spt_jax.storage.bucket import is_bucket_url
+
+if TYPE_CHECKING:
+    from spt_jax.storage.read_copy import ReadCopy
+
+
+def local_workdir(workdir: str, checkpoint: str | None = None) -> Path:
+    """The folder of a run that is read; one in a bucket is copied first.
+
+    Args:
+        workdir: A folder or a URL.
+        checkpoint: ``best``, ``latest`` or a step's number, whose arrays are needed; None where none are.
+
+    Raises:
+        UserError: The bucket cannot be read, or holds no such run.
+    """
+    if not is_bucket_url(workdir):
+        return Path(workdir)
+    return _pulled(workdir, checkpoint).folder
+
+
+def trained_in(workdir: str, say: Callable[[str], None], train: Callable[[Path], int]) -> int:
+    """Trains in a folder, or in a local one whose checkpoints are copied into a bucket.
+
+    Args:
+        workdir: A folder or a URL.
+        say: Takes sentences about the network.
+        train: Takes the folder; returns the exit code.
+
+    Returns:
+        The exit code: that of `train`, unless the bucket lacks something.
+
+    Raises:
+        UserError: The bucket cannot be used, or this is one of several processes, which write checkpoints together.
+    """
+    if not is_bucket_url(workdir):
+        return train(Path(workdir))
+    import jax
+
+    from spt_jax.storage.staged_run import StagedRun
+
+    if jax.process_count() > 1:
+        raise UserError(
+            f"--workdir={workdir} is a bucket, which one process may train into; {jax.process_count()} processes need "
+            "a folder that their hosts share, such as an NFS mount"
+        )
+    with StagedRun(workdir, say) as run:
+        code = train(run.folder)
+    return code if run.complete else STOPPED
+
+
+def evaluated_in(workdir: str, checkpoint: str, say: Callable[[str], None], evaluate: Callable[[Path], int]) -> int:
+    """Evaluates in a folder, or in a local copy of a bucket's run whose results are copied into the bucket.
+
+    Args:
+        workdir: A folder or a URL.
+        checkpoint: See `local_workdir`.
+        say: Takes sentences about the network.
+        evaluate: Takes the folder; returns the exit code.
+
+    Returns:
+        The exit code: that of `evaluate`, unless the bucket lacks something.
+    """
+    if not is_bucket_url(workdir):
+        return evaluate(Path(workdir))
+    copy = _pulled(workdir, checkpoint)
+    with copy.copied_back(say) as copies:
+        code = evaluate(copy.folder)
+    return code if copies.complete else STOPPED
+
+
+def refuse_bucket(workdir: str, why: str) -> None:
+    """Raises a `UserError` for a URL where a folder is needed."""
+    if is_bucket_url(workdir):
+        raise UserError(f"--workdir={workdir} is a bucket; {why}")
+
+
+def _pulled(workdir: str, checkpoint: str | None) -> ReadCopy:
+    # fsspec and what comes with it are not imported for a folder.
+    from spt_jax.storage.read_copy import ReadCopy
+
+    def preferred(folder: Path) -> Iterable[int]:
+        from spt_jax.training.checkpoint import Checkpoints
+
+        assert checkpoint is not None
+        if checkpoint.isdigit():
+            return [int(checkpoint)]
+        with Checkpoints(folder, read_only=True) as checkpoints:
+            return list(checkpoints.candidates(checkpoint))
+
+    copy = ReadCopy(workdir)
+    copy.pull(preferred if checkpoint is not None else None)
+    return copy

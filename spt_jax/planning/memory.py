@@ -1,0 +1,128 @@
+"""An estimate of a train step's memory by arithmetic, for comparing choices and where no compiler is present.
+
+What lies still (weights, what is learned, its moments) is exact. Activations are counted as the decoder makes them:
+
+- kept for the backward pass, a layer: its input under remat = full; besides that the results of its weights' products
+  under dots; and what lies between them under none.
+- of the layer at work: everything of one layer, in both passes, and its kernels as they are multiplied: gathered over
+  fsdp, dequantised.
+- at the head: ``max_logit_rows`` rows of float32 logits, three times (logits, probabilities, gradient).
+
+docs/plan.md says how far this is from compiled programs.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+from flax import traverse_util
+from jax.sharding import Mesh
+
+from spt_jax.config import Config
+from spt_jax.data.buckets import BucketShape
+from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.quantized import QTensor, tree_bytes
+from spt_jax.parallel.rules import row_devices
+from spt_jax.planning.programs import Program, Shapes
+from spt_jax.training.description import front_length
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device.
+
+    Attributes:
+        frozen: The LM's weights.
+        learned: What is learned and its moments.
+        kept: Activations that wait for the backward pass.
+        layer: Activations of the layer at work.
+        kernels: Of that layer, as they are multiplied.
+        head: Logits.
+    """
+
+    frozen: float
+    learned: float
+    kept: float
+    layer: float
+    kernels: float
+    head: float
+
+    @property
+    def total(self) -> float:
+        """All of it."""
+        return sum(dataclasses.astuple(self))
+
+
+def estimated_memory(
+    config: Config, decoder: DecoderConfig, mesh: Mesh, shape: BucketShape, remat: str, program: Program
+) -> Memory:
+    """Of a train step.
+
+    Args:
+        config: As in `spt_jax.planning.programs.train_step`, which made `program` of it; so are the others.
+        decoder: The LM.
+        mesh: The mesh.
+        shape: The batch's.
+        remat: The policy.
+        program: The train step.
+    """
+    state, frozen, batch = program.arguments
+    tokens, tensor = device_tokens(config, mesh, shape), mesh.shape["tensor"]
+    width = decoder.jax_dtype.dtype.itemsize
+    inputs, products, between = _activations(decoder, tensor)
+    kept = {"full": inputs, "dots": inputs + products, "none": inputs + products + between}[remat]
+    rows_of_logits = config.model.max_logit_rows / row_devices(mesh)
+    return Memory(
+        frozen=device_bytes(frozen),
+        learned=device_bytes((state, batch)),
+        kept=tokens * kept * width * decoder.num_layers,
+        layer=2 * tokens * (inputs + products + between) * width,
+        kernels=_kernels(decoder, tensor),
+        head=3 * 4 * rows_of_logits * decoder.vocab_size / tensor,
+    )
+
+
+def device_tokens(config: Config, mesh: Mesh, shape: BucketShape) -> float:
+    """Tokens that a device has at once: of its rows of a micro-batch behind every prompt."""
+    prompts = config.objective.prompts_per_step or config.bank.num_prompts if config.method.kind == "spt" else 1
+    rows = config.data.batch * prompts / row_devices(mesh) / config.optimizer.micro_batches
+    return rows * (shape.length + front_length(config))
+
+
+def _activations(c: DecoderConfig, tensor: int) -> tuple[float, float, float]:
+    """Numbers a token that a layer makes: its input, its weights' products, and what lies between them."""
+    heads, key_heads = c.num_attention_heads * c.head_dim / tensor, 2 * c.num_key_value_heads * c.head_dim / tensor
+    inner = c.intermediate_size / tensor
+    up = 2 * inner if c.gated_mlp else inner
+    return c.hidden_size, heads + key_heads + 2 * c.hidden_size + up, 2 * heads + key_heads + 3 * c.hidden_size + up
+
+
+def _kernels(c: DecoderConfig, tensor: int) -> float:
+    """Bytes of a layer's largest kernel and the next one, as they are multiplied: whole over fsdp, dequantised."""
+    attention = c.hidden_size * c.num_attention_heads * c.head_dim
+    largest = max(attention, c.hidden_size * c.intermediate_size)
+    return 2 * largest / tensor * c.jax_dtype.dtype.itemsize
+
+
+def device_bytes(tree: Shapes) -> float:
+    """Bytes of one device's part of a tree of shapes with shardings."""
+
+    def part(leaf: Any) -> Any:
+        shape = leaf.shape if leaf.sharding is None else leaf.sharding.shard_shape(leaf.shape)
+        return jax.ShapeDtypeStruct(shape, leaf.dtype)
+
+    return float(tree_bytes(jax.tree.map(part, tree)))
+
+
+def learned_bytes(state: Shapes) -> float:
+    """Bytes of what is learned, which devices sum their gradients of."""
+    return float(sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(state.trainable)))
+
+
+def kernel_bytes(frozen: Shapes) -> float:
+    """Bytes of one device's part of the blocks' kernels, which every pass over the layers reads."""
+    flat = traverse_util.flatten_dict(frozen.get("layers", {}), is_leaf=lambda _, x: isinstance(x, QTensor))
+    return device_bytes([leaf for path, leaf in flat.items() if path[-1] == "kernel"])

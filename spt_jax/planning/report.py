@@ -1,0 +1,131 @@
+"""From what a user asks to a plan in lines and facts, and the sentence that refuses what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+
+from spt_jax.config import Config
+from spt_jax.errors import UserError
+from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.loading import open_lm
+from spt_jax.planning.advice import Advice, advice
+from spt_jax.planning.plan import Plan, plan_generation, plan_training
+from spt_jax.planning.search import search
+from spt_jax.planning.table import Facts, advice_lines, facts_of, lines_of, search_lines, size
+from spt_jax.planning.topology import Topology
+from spt_jax.planning.workload import Workload
+from spt_jax.training.description import TEXTUAL, remat_of
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What is asked.
+
+    Attributes:
+        config: A validated configuration.
+        workload: Fields of a `Workload`.
+        topology: As `Topology.parse` reads it.
+        slices: How many.
+        what: ``"train"`` or ``"generate"``.
+        search: Whether meshes, remat and rows are tried.
+        rows: Batch sizes to try, as text; empty for the configuration's, its half and its double.
+        tries: How many choices are compiled at most.
+    """
+
+    config: Config
+    workload: Mapping[str, int]
+    topology: str
+    slices: int = 1
+    what: str = "train"
+    search: bool = False
+    rows: Sequence[str] = ()
+    tries: int = 6
+
+
+def report(request: Request, say: Callable[[str], None] | None = None) -> tuple[Facts, list[str], str]:
+    """Plans what is asked.
+
+    Args:
+        request: What is asked.
+        say: Takes a line before each compilation; None for silence.
+
+    Returns:
+        The facts, the lines for people, and what is lacking in one sentence; empty where it fits.
+
+    Raises:
+        UserError: The LM, the topology, the mesh or a number cannot be used, or there is no compiler.
+    """
+    config, say = request.config, say or (lambda line: None)
+    topology = Topology.parse(request.topology, request.slices)
+    if config.method.kind in TEXTUAL and request.what == "train":
+        raise UserError(f"method.kind = {config.method.kind} trains nothing; allowed: --what=generate")
+    if request.what == "generate" and (request.search or topology.chip.kind == "gpu"):
+        raise UserError("--what=generate is planned for TPUs and without --search; allowed: --what=train")
+    decoder, workload = _decoder(config), _workload(config, request.workload)
+    if request.what == "generate":
+        plan = plan_generation(config, decoder, topology, workload, say)
+        return facts_of(plan), list(lines_of(plan)), "" if plan.fits else _shortfall(plan)
+    if not request.search:
+        plan = plan_training(config, decoder, topology, workload, say)
+        found = [] if plan.fits else advice(config, decoder, plan, workload)
+        return _reported([plan], found)
+    plans = search(config, decoder, topology, workload, _rows(config, request.rows), request.tries, say)
+    return _reported(plans, [])
+
+
+def _decoder(config: Config) -> DecoderConfig:
+    """The LM of a configuration, of which the hub is asked for no weight."""
+    return open_lm(
+        config.model.source,
+        dtype=config.model.dtype,
+        remat=remat_of(config),
+        revision=config.model.revision,
+        context_length=config.model.context_length,
+        quantization=config.model.quantization,
+        weights=False,
+    ).config
+
+
+def _workload(config: Config, numbers: Mapping[str, int]) -> Workload:
+    longest = min(numbers["longest"], config.data.max_length)
+    workload = Workload(**{**numbers, "longest": longest, "mean_length": min(numbers["mean_length"], longest)})
+    if workload.turns < workload.dialogues:
+        raise UserError(f"--turns is {workload.turns}; allowed: --dialogues ({workload.dialogues}) or more")
+    return workload
+
+
+def _rows(config: Config, given: Sequence[str]) -> tuple[int, ...]:
+    if not given:
+        batch = config.data.batch
+        return tuple(sorted({max(1, batch // 2), batch, 2 * batch}))
+    try:
+        rows = tuple(int(text) for text in given)
+    except ValueError:
+        rows = (0,)
+    if min(rows) < 1:
+        raise UserError(f"--rows is {','.join(given)!r}; allowed: whole numbers of 1 or more, as in --rows=8,16,32")
+    return rows
+
+
+def _reported(plans: list[Plan], found: list[Advice]) -> tuple[Facts, list[str], str]:
+    last = plans[-1] if plans[-1].fits else min(plans, key=lambda plan: plan.needed)
+    lines = [*lines_of(last)]
+    if len(plans) > 1:
+        lines = [*search_lines(plans), "", *lines]
+    if last.fits:
+        return {**facts_of(last), "tried": [facts_of(plan) for plan in plans[:-1]]}, lines, ""
+    if found:
+        lines += ["What would need less, by the estimate:", *advice_lines(found)]
+    helpful = [each for each in found if each.fits]
+    facts = {**facts_of(last), "advice": [dataclasses.asdict(each) for each in found]}
+    return facts, lines, _shortfall(last, helpful[-1].change if helpful else "")
+
+
+def _shortfall(plan: Plan, change: str = "") -> str:
+    what = "the train step" if plan.mean is not None else "generation"
+    help_ = f"; {change} would fit by the estimate" if change else ""
+    return (
+        f"{what} needs {size(plan.needed)} a device, {size(plan.needed - plan.capacity)} more than the "
+        f"{size(plan.capacity)} of {plan.topology.chip.name}{help_}"
+    )

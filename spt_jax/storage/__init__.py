@@ -1,0 +1,1 @@
+"""Working directories in object stores: local copies that a bucket is kept equal to."""

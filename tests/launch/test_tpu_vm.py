@@ -1,0 +1,247 @@
+"""launch/tpu_vm.sh: what is asked of gcloud, in which order, whatever becomes of the TPU."""
+
+from __future__ import annotations
+
+import shlex
+import subprocess
+from collections.abc import Sequence
+
+import pytest
+from stand_ins import Answer, StandIns
+
+URL = "gs://bucket/a run"
+TRAIN = ("--", "--config=configs/quickstart.py", "--config.seed=1")
+
+
+def script(stand_ins: StandIns, *options: str, train: Sequence[str] = TRAIN) -> subprocess.CompletedProcess[str]:
+    named = ("--name", "my tpu", "--zone", "us-a", "--type", "v5litepod-8", "--workdir", URL)
+    logs = str(stand_ins.folder / "logs of it")
+    stand_ins.add("tar")
+    return stand_ins.run("tpu_vm.sh", *named, "--logs", logs, *options, *train, POLL_SECONDS="0")
+
+
+def gcloud(
+    stand_ins: StandIns,
+    states: Sequence[Answer],
+    codes: Sequence[Answer] = ((0, "0\n"),),
+    queue: Sequence[str] = ("ACTIVE",),
+    hosts: int = 1,
+) -> None:
+    stand_ins.add(
+        "gcloud",
+        {
+            r"tpu-vm describe .*value\(state\)": list(states),
+            r"tpu-vm describe .*networkEndpoints": [(0, f"{hosts}\n")],
+            r"queued-resources describe": [(0, f"{state}\n") for state in queue],
+            r"cat spt_jax/train.exit": list(codes),
+        },
+    )
+
+
+def calls(stand_ins: StandIns) -> list[list[str]]:
+    """Those of gcloud."""
+    return [call for call in stand_ins.calls() if call[0] == "gcloud"]
+
+
+def steps(stand_ins: StandIns) -> list[str]:
+    """The calls that change something, each by one word."""
+    named = []
+    for call in calls(stand_ins):
+        text = " ".join(call)
+        verb = call[4]
+        if verb == "ssh":
+            verb = (
+                "mount"
+                if "mountpoint" in text
+                else "install"
+                if "launch/environment.sh" in text
+                else "train"
+                if "spt-jax train" in text
+                else "code"
+            )
+        elif verb == "scp":
+            verb = "logs" if "train.log" in text else "send"
+        if verb not in ("describe", "code"):
+            named.append(verb)
+    return named
+
+
+ABSENT: Answer = (1, "")
+READY: Answer = (0, "READY\n")
+PREEMPTED: Answer = (0, "PREEMPTED\n")
+ONCE = ["create", "send", "install", "train", "logs", "delete"]
+
+
+def test_a_tpu_is_made_used_and_deleted_in_this_order(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY])
+    done = script(stand_ins)
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == ONCE
+    create = next(call for call in calls(stand_ins) if call[4] == "create")
+    assert create[1:7] == ["compute", "tpus", "tpu-vm", "create", "my tpu", "--zone"]
+    assert create[7:] == ["us-a", "--accelerator-type", "v5litepod-8", "--version", "v2-alpha-tpuv5-lite"]
+
+
+def test_training_runs_on_all_hosts_with_its_arguments_as_they_were_given(stand_ins, tmp_path):
+    gcloud(stand_ins, [ABSENT, READY])
+    script(stand_ins, train=("--", "--config=my config.py", "--config.data.train=it's $HOME.txt"))
+    (call,) = [call for call in calls(stand_ins) if "spt-jax train" in " ".join(call)]
+    assert "--worker=all" in call
+    command = next(part for part in call if part.startswith("--command=")).removeprefix("--command=")
+    # What a host's shell makes of it, with a stand-in for the command.
+    home = tmp_path / "host"
+    (home / "spt_jax" / ".venv" / "bin").mkdir(parents=True)
+    program = home / "spt_jax" / ".venv" / "bin" / "spt-jax"
+    program.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >arguments\nexit 75\n')
+    program.chmod(0o755)
+    subprocess.run(["bash", "-c", command], cwd=home, check=True, timeout=30)
+    arguments = (home / "spt_jax" / "arguments").read_text().splitlines()
+    assert arguments == [
+        "train",
+        "--distributed=auto",
+        f"--workdir={URL}",
+        "--config=my config.py",
+        "--config.data.train=it's $HOME.txt",
+    ]
+    assert (home / "spt_jax" / "train.exit").read_text() == "75\n"
+
+
+def test_one_that_is_there_is_used_again_and_kept_on_demand(stand_ins):
+    gcloud(stand_ins, [READY])
+    done = script(stand_ins, "--keep")
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == ONCE[1:-1]
+    assert "kept and costs" in done.stderr
+
+
+@pytest.mark.parametrize("options", [("--spot",), ("--spot", "--queued")])
+def test_a_preempted_tpu_is_deleted_made_again_and_trains_on(stand_ins, options):
+    gcloud(stand_ins, [ABSENT, PREEMPTED, PREEMPTED, READY])
+    done = script(stand_ins, *options)
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == [*ONCE[:4], "delete", *ONCE]
+    made = [call for call in calls(stand_ins) if call[4] == "create"]
+    assert all("--spot" in call for call in made)
+    assert {call[3] for call in made} == {"queued-resources" if "--queued" in options else "tpu-vm"}
+
+
+def test_a_stopped_run_goes_on_and_a_mistake_does_not(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY], codes=[(0, "75\n"), (0, "2\n")])
+    done = script(stand_ins)
+    assert done.returncode == 2, done.stderr
+    assert steps(stand_ins) == [*ONCE[:5], *ONCE[1:]]
+
+
+def test_after_so_many_preemptions_it_ends_with_the_code_of_a_stop(stand_ins):
+    gcloud(stand_ins, [ABSENT, PREEMPTED])
+    done = script(stand_ins, "--retries", "2")
+    assert done.returncode == 75
+    assert steps(stand_ins).count("create") == 3
+    assert steps(stand_ins)[-1] == "delete"
+
+
+def test_the_logs_of_every_host_are_brought_even_after_a_failure(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY], codes=[(0, "1\n")], hosts=3)
+    done = script(stand_ins)
+    assert done.returncode == 1
+    logs = [call for call in calls(stand_ins) if "train.log" in " ".join(call) and call[4] == "scp"]
+    assert [call[5:] for call in logs] == [
+        [
+            "my tpu:spt_jax/train.log",
+            str(stand_ins.folder / "logs of it" / f"worker-{n}.log"),
+            "--zone",
+            "us-a",
+            f"--worker={n}",
+        ]
+        for n in range(3)
+    ]
+    assert steps(stand_ins)[-1] == "delete"
+
+
+def test_a_run_that_left_no_exit_code_is_a_failure(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY], codes=[(255, "")])
+    done = script(stand_ins)
+    assert done.returncode == 1
+    assert "left no exit code" in done.stderr
+
+
+@pytest.mark.parametrize("failing", ["tpu-vm create", "launch/environment.sh", "tpu-vm scp"])
+def test_whatever_fails_the_tpu_is_deleted(stand_ins, failing):
+    gcloud(stand_ins, [ABSENT, READY])
+    stand_ins.add("gcloud", {failing: [(3, "")], r"value\(state\)": [ABSENT, READY]})
+    done = script(stand_ins)
+    assert done.returncode == 3, done.stderr
+    assert steps(stand_ins)[-1] == "delete"
+    assert "train" not in steps(stand_ins)
+
+
+def test_a_share_is_mounted_on_all_hosts_before_training_and_the_run_lies_there(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY])
+    named = ("--name", "a", "--zone", "z", "--type", "v5litepod-16", "--logs", str(stand_ins.folder / "logs"))
+    stand_ins.add("tar")
+    done = stand_ins.run("tpu_vm.sh", *named, "--nfs", "10.0.0.2:/my share", "--workdir", "/mnt/runs/a", *TRAIN)
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == ["create", "send", "install", "mount", "train", "logs", "delete"]
+    (call,) = [call for call in calls(stand_ins) if "mountpoint" in " ".join(call)]
+    assert "--worker=all" in call
+    assert "sudo mount -t nfs 10.0.0.2:/my\\ share /mnt/runs" in call[-1]
+
+
+def test_the_queue_is_waited_for_and_its_refusal_is_told(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY], queue=["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
+    assert script(stand_ins, "--queued").returncode == 0
+    assert steps(stand_ins) == ONCE
+    asked = [call for call in calls(stand_ins) if call[3:5] == ["queued-resources", "describe"]]
+    assert len(asked) == 3
+    delete = calls(stand_ins)[-1]
+    assert delete[3:6] == ["queued-resources", "delete", "my tpu"]
+    assert "--force" in delete
+
+
+def test_a_queue_that_gives_up_ends_it(stand_ins):
+    gcloud(stand_ins, [ABSENT], queue=["WAITING_FOR_RESOURCES", "FAILED"])
+    done = script(stand_ins, "--queued")
+    assert done.returncode == 1
+    assert "the queue gave my tpu up (FAILED)" in done.stderr
+    assert steps(stand_ins) == ["create", "delete"]
+
+
+def test_a_tpu_that_cannot_be_deleted_is_told(stand_ins):
+    stand_ins.add("gcloud", {"tpu-vm delete": [(1, "")], r"value\(state\)": [READY], "train.exit": [(0, "0\n")]})
+    done = script(stand_ins)
+    assert done.returncode == 0
+    assert "could not be deleted" in done.stderr
+
+
+def test_a_dry_run_prints_every_command_and_runs_none(stand_ins):
+    gcloud(stand_ins, [ABSENT])
+    done = script(stand_ins, "--dry-run", "--spot")
+    assert done.returncode == 0, done.stderr
+    assert stand_ins.calls() == []
+    assert not (stand_ins.folder / "logs of it").exists()
+    commands = [shlex.split(part) for part in done.stdout.replace("$'", "'").splitlines() if part.startswith("gcloud")]
+    assert [call[4] for call in commands] == ["create", "scp", "ssh", "ssh", "scp", "delete"]
+    assert all("my tpu" in " ".join(call) for call in commands)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (("--zone", "z"), "--name is missing"),
+        (("--name", "a", "--zone", "z", "--type", "t", "--workdir", "runs/a"), "allowed: gs://BUCKET/RUN"),
+        (("--name", "a", "--zone", "z", "--type", "t", "--workdir", "/mnt/runs/a"), "/mnt/runs/RUN with --nfs"),
+        (("--name", "a", "--zone", "z", "--type", "t", "--nfs", "s:/d", "--workdir", "gs://b/r"), "with --nfs"),
+        (("--name",), "--name needs a value"),
+        (("--nmae", "a"), "unknown argument '--nmae'"),
+        (("--name", "a", "--zone", "z", "--type", "t", "--workdir", "gs://b/r"), "nothing to train"),
+        (("--name", "a", "--zone", "z", "--type", "t", "--workdir", "gs://b/r", "--retries", "x"), "a whole number"),
+    ],
+)
+def test_a_wrong_argument_is_one_sentence_and_nothing_is_called(stand_ins, arguments, sentence):
+    gcloud(stand_ins, [ABSENT])
+    done = stand_ins.run("tpu_vm.sh", *arguments)
+    assert done.returncode == 2
+    assert done.stderr.startswith("tpu_vm: ")
+    assert len(done.stderr.splitlines()) == 1
+    assert sentence in done.stderr
+    assert calls(stand_ins) == []

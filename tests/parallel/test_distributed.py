@@ -1,0 +1,57 @@
+"""Joining other processes: what a process alone does, and what becomes of one whose peers do not come."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+from several_processes import environment, free_port
+
+from spt_jax.parallel.distributed import SharedFlag, any_process, is_lead, on_host, one_at_a_time
+from spt_jax.parallel.mesh import make_mesh
+from spt_jax.parallel.rules import place_batch, place_whole_batch, rows_here
+
+JOINING = """
+import os, sys
+from functools import partial
+from spt_jax.parallel.distributed import joined
+from spt_jax.parallel.launchers import find_launch
+from spt_jax.parallel.peers import end_process
+
+with joined(find_launch(sys.argv[1], {}), silence_seconds=5, end=partial(end_process, "a program"), join_seconds=3):
+    print("joined")
+"""
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_process_whose_peers_do_not_come_says_so_and_ends(index):
+    flag = f"127.0.0.1:{free_port()},2,{index}"
+    done = subprocess.run(
+        [sys.executable, "-c", JOINING, flag], capture_output=True, text=True, timeout=60, env=environment(1)
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("a program: ")]
+    assert f"within 3 seconds (this is process {index} of 2)" in sentence
+    assert "Check failure" not in done.stderr
+
+
+def test_a_process_alone_leads_and_answers_for_itself_at_once():
+    assert is_lead()
+    assert any_process(True) and not any_process(False)
+    flag = SharedFlag()
+    assert [flag.ask(False), flag.ask(True), flag.ask(False)] == [False, True, False]
+    assert one_at_a_time(print) is print
+    tree = {"a": jax.numpy.arange(3.0)}
+    np.testing.assert_array_equal(on_host(tree)["a"], [0, 1, 2])
+
+
+def test_a_process_alone_has_every_row_and_its_part_is_the_whole_batch():
+    mesh = make_mesh(2, 2, 2)
+    batch = {"tokens": np.arange(24).reshape(8, 3)}
+    np.testing.assert_array_equal(rows_here(mesh, 8), np.arange(8))
+    part, whole = place_batch(mesh, batch)["tokens"], place_whole_batch(mesh, batch)["tokens"]
+    assert part.sharding == whole.sharding
+    np.testing.assert_array_equal(part, whole)

@@ -1,0 +1,77 @@
+"""`spt-jax train` as several processes on this machine, each with fake devices of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+SECONDS = 120
+"""After which a process that should have ended is taken for one that hangs."""
+
+
+@dataclasses.dataclass
+class Job:
+    """Processes that were started together, and what they wrote."""
+
+    processes: list[subprocess.Popen[str]]
+
+    def wait(self) -> list[int]:
+        """The exit codes; the text of each is in `out` and `err` then."""
+        try:
+            texts = [process.communicate(timeout=SECONDS) for process in self.processes]
+        finally:
+            self.kill()
+        self.out, self.err = [out for out, _ in texts], [err for _, err in texts]
+        return [process.returncode for process in self.processes]
+
+    def kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def environment(devices: int) -> dict[str, str]:
+    emitters = " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jax").startswith("0.10.")
+    return os.environ | {
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0{emitters}",
+        "PYTHONUNBUFFERED": "1",
+        "JAX_COMPILATION_CACHE_DIR": f"{os.environ['SPT_JAX_TESTS_CACHE']}/programs",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+
+
+def start(arguments: Sequence[str], count: int, devices: int, each: Sequence[Sequence[str]] = ()) -> Job:
+    """Starts `count` processes of `devices` devices.
+
+    Args:
+        arguments: Those of ``spt-jax``, the door first.
+        count: Processes.
+        devices: Fake devices of each.
+        each: More arguments of each process, if they differ.
+    """
+    port = free_port()
+    processes = []
+    for index in range(count):
+        own = each[index] if each else ()
+        joining = [f"--distributed=127.0.0.1:{port},{count},{index}"] if count > 1 else []
+        processes.append(
+            subprocess.Popen(
+                [sys.executable, "-m", "spt_jax", *arguments, *joining, *own],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=environment(devices),
+                cwd=Path(__file__).resolve().parent.parent,
+            )
+        )
+    return Job(processes)

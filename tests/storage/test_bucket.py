@@ -1,0 +1,95 @@
+"""A bucket's requests: tried again while there is hope, told in a sentence when there is none."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+from buckets import networked, new_url
+
+from spt_jax.errors import UserError
+from spt_jax.storage.bucket import BucketError, is_bucket_url, open_bucket
+
+
+def test_urls_are_buckets_and_everything_else_is_a_folder():
+    assert all(map(is_bucket_url, ("gs://b/run", "s3://b/run", "memory://b/run", "file:///tmp/run")))
+    assert not any(map(is_bucket_url, ("runs/a", "/runs/a", "C:/runs", "a:b", "", "runs//a", "./gs:/b")))
+
+
+@pytest.mark.parametrize("scheme", ["memory", "file"])
+def test_what_is_written_is_read_and_listed_and_what_is_deleted_is_not(scheme, tmp_path):
+    bucket = open_bucket(new_url() if scheme == "memory" else f"file://{tmp_path}/a b/run")
+    assert bucket.files() == {}
+    assert bucket.read("config.json") is None
+    bucket.write("config.json", b"{}")
+    (tmp_path / "source").write_bytes(b"12345")
+    bucket.upload(tmp_path / "source", "checkpoints/1/data")
+    assert bucket.files() == {"config.json": 2, "checkpoints/1/data": 5}
+    bucket.download("checkpoints/1/data", tmp_path / "new" / "target")
+    assert (tmp_path / "new" / "target").read_bytes() == b"12345"
+    bucket.delete("config.json")
+    bucket.delete("never there")
+    assert bucket.files() == {"checkpoints/1/data": 5}
+
+
+def test_a_request_that_fails_is_tried_again():
+    bucket, network = networked(new_url(), waits=(0.0, 0.0), failures=2)
+    bucket.write("a", b"1")
+    assert [name for name, _ in network.requests] == ["pipe_file"] * 3
+    assert bucket.read("a") == b"1"
+
+
+def test_after_the_last_attempt_the_failure_is_one_sentence_with_the_url():
+    url = new_url()
+    bucket, network = networked(url, waits=(0.0, 0.0), failures=3)
+    with pytest.raises(BucketError, match=rf"^{url} cannot be read \(the network is unreachable\)$"):
+        bucket.files()
+    assert len(network.requests) == 3
+
+
+def test_waits_grow_between_attempts(monkeypatch):
+    slept: list[float] = []
+    monkeypatch.setattr("spt_jax.storage.bucket.time.sleep", slept.append)
+    bucket, _ = networked(new_url(), waits=(1.0, 2.0, 4.0), failures=9)
+    with pytest.raises(BucketError):
+        bucket.write("a", b"1")
+    assert slept == [1.0, 2.0, 4.0]
+
+
+def test_no_permission_is_not_tried_again(monkeypatch):
+    bucket, network = networked(new_url(), waits=(0.0, 0.0))
+
+    def refuse(*_: object) -> None:
+        raise PermissionError("403: no access to this bucket")
+
+    monkeypatch.setattr(network.filesystem, "pipe_file", refuse)
+    with pytest.raises(BucketError, match=r"cannot be written \(403: no access"):
+        bucket.write("a", b"1")
+    assert len(network.requests) == 1
+
+
+def test_a_local_file_that_vanished_is_no_failure_of_the_network(tmp_path):
+    bucket, network = networked(new_url(), waits=(0.0,))
+    with pytest.raises(FileNotFoundError):
+        bucket.upload(tmp_path / "gone", "a")
+    assert network.requests == []
+
+
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(UserError, match=r"--workdir=gs://b/run: .*gcsfs.*pip install 'spt_jax\[buckets\]'"):
+        open_bucket("gs://b/run")
+    monkeypatch.setitem(sys.modules, "s3fs", None)
+    with pytest.raises(UserError, match=r"--workdir=s3://b/run: .*s3fs"):
+        open_bucket("s3://b/run")
+
+
+@pytest.mark.parametrize("url", ["bucket://a/b", "gss://a/b"])
+def test_an_unknown_scheme_is_refused_with_what_is_allowed(url):
+    with pytest.raises(UserError, match=rf"--workdir={url}: .*; allowed: a folder, gs://"):
+        open_bucket(url)
+
+
+def test_a_url_without_a_folder_is_refused():
+    with pytest.raises(UserError, match="names no folder; write gs://BUCKET/FOLDER"):
+        open_bucket("gs://")
