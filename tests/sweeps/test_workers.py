@@ -20,7 +20,7 @@ from spt_jax.sweeps.locked import holder_here
 from spt_jax.sweeps.worker import ERROR, Workplace, trial_folder
 
 
-def wait_until(seen: Callable[[], object], seconds: float = 60.0) -> None:
+def wait_until(seen: Callable[[], object], seconds: float = 240.0) -> None:
     began = time.monotonic()
     while not seen():
         assert time.monotonic() - began < seconds, "it did not come"
