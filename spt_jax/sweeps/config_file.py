@@ -15,8 +15,7 @@ def config_file(config: Config, title: str) -> str:
     """
     defaults, values = flatten(default_config()), flatten(config)
     differing = {name: value for name, value in values.items() if value != defaults[name]}
-    # What is a float by default stays one: 1 and 1.0 are two spellings in config.json.
-    lines = [f"    config.{name} = {_literal(value, defaults[name])}" for name, value in differing.items()]
+    lines = [f"    config.{name} = {value!r}" for name, value in differing.items()]
     # The title may quote a path; it must not end the docstring.
     title = title.replace("\\", "/").replace('"', "'")
     return "\n".join(
@@ -37,7 +36,3 @@ def config_file(config: Config, title: str) -> str:
             "",
         ]
     )
-
-
-def _literal(value: object, default: object) -> str:
-    return repr(float(value)) if isinstance(default, float) and isinstance(value, int) else repr(value)

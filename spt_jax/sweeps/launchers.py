@@ -19,6 +19,8 @@ from spt_jax.errors import UserError, nearest
 STORAGE_VARIABLE = "SPT_JAX_SWEEP_STORAGE"
 """Environment variable with the storage's address: it may hold a password, which a command line would show."""
 
+_PREPARED = "[ ! -d .venv ] || . .venv/bin/activate\npython -m pip install --quiet --editable '.[sweep]'\n"
+
 
 @dataclasses.dataclass(frozen=True)
 class WorkerCommand:
@@ -119,7 +121,10 @@ def skypilot_task(task: Path, command: WorkerCommand, folder: Path) -> Path:
         raise UserError(f"{task} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(described, dict):
         raise UserError(f"{task} is not a SkyPilot task: it holds no mapping with resources, setup and run")
-    described |= {"name": command.name, "run": command.shown() + "\n"}
+    # A variable without a value must be given at the launch; those of the run that is replaced are nobody's by now.
+    variables = {name: value for name, value in (described.get("envs") or {}).items() if value is not None}
+    described |= {"name": command.name, "envs": variables | {STORAGE_VARIABLE: None}}
+    described["run"] = _PREPARED + command.shown() + "\n"
     path = folder / "skypilot_worker.yaml"
     write_atomically(path, yaml.safe_dump(described, sort_keys=False, allow_unicode=True))
     return path

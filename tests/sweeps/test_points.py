@@ -90,13 +90,15 @@ def test_random_values_are_functions_of_seed_and_number_whoever_draws_them_when(
 
 @pytest.mark.parametrize("sampler", ["random", "tpe"])
 def test_a_trial_lost_between_two_draws_goes_on_with_what_it_would_have_drawn(sampler):
-    sweep = sweep_of(SPACE, sampler=sampler, num_trials=1)
-    whole = draws(sweep, [0])[0]
+    sweep = sweep_of(SPACE, sampler=sampler, num_trials=5)
+    first = sweep_of({"optimizer.learning_rate": SPACE["optimizer.learning_rate"]}, sampler=sampler, num_trials=5)
     study = optuna.create_study()
-    study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING))
-    first = sweep_of({"optimizer.learning_rate": SPACE["optimizer.learning_rate"]}, sampler=sampler, num_trials=1)
-    suggest(first, study, optuna.Trial(study, 0))
-    assert suggest(sweep, study, optuna.Trial(study, 0)) == whole
+    study.add_trials([optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING) for _ in range(5)])
+    lost = {}
+    for number in range(5):
+        suggest(first, study, optuna.Trial(study, number))
+        lost[number] = suggest(sweep, study, optuna.Trial(study, number))
+    assert lost == draws(sweep, list(range(5)))
 
 
 @pytest.mark.parametrize("sampler", ["tpe", pytest.param("random", marks=pytest.mark.campaign)])

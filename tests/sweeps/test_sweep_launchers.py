@@ -92,12 +92,15 @@ def stand_in(folder: Path, name: str, script: str) -> None:
 
 def test_skypilot_workers_get_the_tasks_machines_and_the_storage_without_showing_it(tmp_path, monkeypatch):
     task = tmp_path / "task.yaml"
-    task.write_text("resources:\n  accelerators: H100:1\nsetup: pip install .\nrun: spt-jax train --config=a.py\n")
+    task.write_text(
+        "resources:\n  accelerators: H100:1\nsetup: pip install .\nenvs:\n  WORKDIR: null\n  REGION: west\nrun: spt-jax train --config=a.py\n"
+    )
     command = WorkerCommand(["python", "launch/sweep.py", "--worker", "--out=/runs/a b"], URL, "rates")
     written = skypilot_task(task, command, tmp_path)
     described = yaml.safe_load(written.read_text())
     assert described["resources"] == {"accelerators": "H100:1"} and described["setup"] == "pip install ."
-    assert described["run"] == "python launch/sweep.py --worker '--out=/runs/a b'\n"
+    assert described["run"].splitlines()[-1] == "python launch/sweep.py --worker '--out=/runs/a b'"
+    assert described["envs"] == {"REGION": "west", STORAGE_VARIABLE: None}
     script = f'printf "%s\\n" "$*" >> {tmp_path}/calls; printf "%s\\n" "${STORAGE_VARIABLE}" >> {tmp_path}/storages'
     stand_in(tmp_path / "bin", "sky", script)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
