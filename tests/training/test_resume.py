@@ -197,7 +197,8 @@ def test_a_run_killed_on_a_machine_that_is_gone_goes_on_from_its_bucket(command,
     bucket = tmp_path / "bucket" / "run"
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "one machine"))
     process = command.start(f"file://{bucket}")
-    assert wait_until(process, lambda: any((bucket / "complete").glob("*.json")))
+    # A file of a file:// bucket is there before its content is, unlike an object.
+    assert wait_until(process, lambda: any(path.read_text() for path in (bucket / "complete").glob("*.json")))
     process.kill()
     process.communicate()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "another"))
