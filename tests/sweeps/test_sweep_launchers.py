@@ -93,7 +93,8 @@ def stand_in(folder: Path, name: str, script: str) -> None:
 def test_skypilot_workers_get_the_tasks_machines_and_the_storage_without_showing_it(tmp_path, monkeypatch):
     task = tmp_path / "task.yaml"
     task.write_text(
-        "resources:\n  accelerators: H100:1\nsetup: pip install .\nenvs:\n  WORKDIR: null\n  REGION: west\nrun: spt-jax train --config=a.py\n"
+        "resources:\n  accelerators: H100:1\nsetup: pip install .\nenvs:\n  WORKDIR: null\n  REGION: west\n"
+        "run: spt-jax train --config=a.py\n"
     )
     command = WorkerCommand(["python", "launch/sweep.py", "--worker", "--out=/runs/a b"], URL, "rates")
     written = skypilot_task(task, command, tmp_path)
