@@ -45,10 +45,14 @@ class Bucket:
     waits: Sequence[float] = WAITS
 
     def files(self) -> dict[str, int]:
-        """The size in bytes of every file, by its name below the root; empty where there is no such folder."""
+        """The size in bytes of every file, by its name below the root; empty where there is no such folder.
+
+        Names that would lie outside a folder they are copied into, such as ``../a``, are not told of.
+        """
         found = self._tried("read", self._find)
         skip = len(self.root.rstrip("/")) + 1
-        return {path[skip:]: int(about["size"] or 0) for path, about in found.items()}
+        files = {path[skip:]: int(about["size"] or 0) for path, about in found.items()}
+        return {name: size for name, size in files.items() if not {"", ".", ".."} & set(name.split("/"))}
 
     def _find(self) -> dict[str, Any]:
         # Several machines write: what was listed before says nothing.

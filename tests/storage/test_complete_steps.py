@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+
 import pytest
 from buckets import contents, networked, new_url, write_step
+from fsspec.implementations.memory import MemoryFile
 
 from spt_jax.storage.bucket import BucketError, open_bucket
 from spt_jax.storage.complete_steps import complete_steps, delete_step, manifest_of, pull_step, push_step
@@ -18,6 +22,17 @@ def test_what_is_pulled_is_what_was_pushed(tmp_path):
     pull_step(bucket, 3, found[3], tmp_path / "there" / "checkpoints" / "3")
     assert contents(tmp_path / "there" / "checkpoints" / "3") == contents(step)
     assert [path.name for path in (tmp_path / "there").iterdir()] == ["checkpoints"]
+
+
+def test_a_bucket_that_names_files_outside_its_steps_writes_none_of_them(tmp_path):
+    bucket = open_bucket(new_url())
+    for name in ("../../../evil", "a/../../../../evil", "/evil"):
+        content = json.dumps({"files": {name: [4, hashlib.sha256(b"evil").hexdigest()]}}).encode()
+        # Object stores do not know what two dots mean, and keep them.
+        bucket.filesystem.store[f"{bucket.root}/checkpoints/1/{name}"] = MemoryFile(data=b"evil")
+        bucket.write("complete/1.json", content)
+        assert complete_steps(bucket) == {}
+        assert list(bucket.files()) == ["complete/1.json"]
 
 
 def requests_of(action) -> int:
