@@ -36,8 +36,8 @@ from jax.sharding import Mesh
 from spt_jax.config import default_config
 from spt_jax.data.loader import DialogueLoader
 from spt_jax.data.sources import read_dialogues
-from spt_jax.models.decoder import abstract_params, random_params
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.frozen_tree import abstract_params, random_params
 from spt_jax.models.loading import open_lm
 from spt_jax.models.random_lm import byte_tokenizer
 from spt_jax.models.weights import kernel_shape

@@ -34,8 +34,8 @@ from spt_jax.config import default_config
 from spt_jax.data.collate import Batch
 from spt_jax.data.loader import DialogueLoader
 from spt_jax.data.packing import Row
-from spt_jax.models.decoder import abstract_params
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.loading import load_lm
 from spt_jax.models.weights import kernel_shape
 from spt_jax.parallel.mesh import make_mesh

@@ -32,8 +32,8 @@ from check import abstract_tree, product_flops
 from drawn_batch import draw_batch
 
 from spt_jax.config import default_config
-from spt_jax.models.decoder import random_params
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.frozen_tree import random_params
 from spt_jax.models.loading import open_lm
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import place_batch

@@ -28,8 +28,9 @@ from load import hardware
 from train_step_setup import SHAPES, lm_fields
 
 from spt_jax.config import default_config
-from spt_jax.models.decoder import decode, random_params, vocabulary_head, vocabulary_logits
+from spt_jax.models.decoder import decode, vocabulary_head, vocabulary_logits
 from spt_jax.models.families.registry import family_of_hf
+from spt_jax.models.frozen_tree import random_params
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import place_batch
 from spt_jax.prompting.losses import TargetWeights, weighted_target_losses

@@ -19,8 +19,8 @@ from spt_jax.config import default_config, flatten, validate
 from spt_jax.data.buckets import BucketShape
 from spt_jax.data.collate import collate
 from spt_jax.errors import UserError
-from spt_jax.models.decoder import abstract_params
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.loading import open_lm
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import parameter_sharding, replicated, row_devices

@@ -15,8 +15,8 @@ from spt_jax.data.collate import collate, similar_pairs
 from spt_jax.data.dialogue import Dialogue, Turn
 from spt_jax.data.packing import Row, pack
 from spt_jax.data.similarity import BleuSimilarity, pair_texts
-from spt_jax.models.decoder import random_params
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.frozen_tree import random_params
 from spt_jax.prompting.adapters import SoftPrompts
 from spt_jax.prompting.objective import losses_and_gradients
 from spt_jax.prompting.retriever import RetrieverConfig

@@ -14,10 +14,10 @@ import numpy as np
 from flax import linen as nn
 
 from spt_jax.config import Config
-from spt_jax.models.decoder import abstract_params
 from spt_jax.models.decoder_config import DecoderConfig, LayerKind
 from spt_jax.models.files.hub import HubMetadata, hub_metadata
 from spt_jax.models.files.sources import resolve_source
+from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.loading import OpenedLM, open_lm
 from spt_jax.models.quantized import tree_bytes
 from spt_jax.models.tokenization.tokenizer import Tokenizer

@@ -22,10 +22,11 @@ from flax import traverse_util
 
 from spt_jax.cache_folder import code_digest, drop, entry_path, key_of, make_room, new_folder_entry, touch
 from spt_jax.errors import UserError
-from spt_jax.models.decoder import FrozenTree, abstract_params
+from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.files.safetensors_file import SAFETENSORS_FILE, SafetensorsFolder
 from spt_jax.models.files.weight_shards import FLOATING
+from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.host_transfer import to_devices
 from spt_jax.models.weights import Checkpoint, Progress, ShardingFor, kernel_shape, shardings_of
 

@@ -18,9 +18,10 @@ import tokenizers
 from flax import traverse_util
 from tokenizers import decoders, models, pre_tokenizers
 
-from spt_jax.models.decoder import FrozenTree, abstract_params
+from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.families.family import Shape
+from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.quantized import QTensor, quantize
 from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.models.weights import Progress, ShardingFor, kernel_shape, shardings_of

@@ -22,9 +22,10 @@ from flax import linen as nn
 from flax import traverse_util
 
 from spt_jax.errors import UserError
-from spt_jax.models.decoder import FrozenTree, abstract_params
+from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.families.family import Layout, Shape, TensorTable
+from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.host_transfer import to_devices
 from spt_jax.models.quantized import QTensor, quantize
 

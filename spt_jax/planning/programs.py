@@ -17,8 +17,8 @@ from spt_jax.data.collate import collate, training_contexts
 from spt_jax.errors import UserError
 from spt_jax.generation.decode import begin, decode_loop, prefill
 from spt_jax.generation.decoding import Decoding
-from spt_jax.models.decoder import abstract_params
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.weights import map_boxes
 from spt_jax.parallel.rules import parameter_sharding, replicated, row_devices, row_sharding
 from spt_jax.training.description import describe, front_length, objective_of

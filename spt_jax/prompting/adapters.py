@@ -205,7 +205,7 @@ class WholeModel:
 
     def init(self, decoder: DecoderConfig, params: FrozenTree | None, key: jax.Array) -> Trainable:
         """The LM itself; where `params` is None, random weights of its shapes."""
-        from spt_jax.models.decoder import random_params
+        from spt_jax.models.frozen_tree import random_params
 
         tree = random_params(decoder, key) if params is None else params
         return {"lm": jax.tree.map(lambda x: x.astype(jnp.float32), tree)}

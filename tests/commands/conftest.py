@@ -19,8 +19,8 @@ from tiny_run import train_arguments, walk
 from spt_jax.config import default_config
 from spt_jax.data.template import encode_context
 from spt_jax.generation.replies import cut_reply
-from spt_jax.models.decoder import random_params
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.frozen_tree import random_params
 from spt_jax.prompting.adapters import Conditions
 
 

@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from spt_jax.models.decoder import FrozenTree, decode, embed, random_params, vocabulary_logits
+from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.frozen_tree import random_params
 
 WIDTH = 48
 

@@ -12,7 +12,7 @@ from spt_jax.generation import engine as engine_module
 from spt_jax.generation.decode import begin, decode_loop, prefill, read_prompts
 from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.engine import GenerationEngine
-from spt_jax.models.decoder import random_params
+from spt_jax.models.frozen_tree import random_params
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import replicated, row_sharding
 

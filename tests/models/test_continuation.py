@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from spt_jax.models.continuation import Continuation, extend, read
-from spt_jax.models.decoder import decode, embed, random_params
+from spt_jax.models.decoder import decode, embed
 from spt_jax.models.decoder_config import DecoderConfig, LayerKind
+from spt_jax.models.frozen_tree import random_params
 
 PLAIN = DecoderConfig(
     vocab_size=61,

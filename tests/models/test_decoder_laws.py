@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 
 from spt_jax.models.attention import KVCache
-from spt_jax.models.decoder import FrozenTree, decode, embed, random_params, vocabulary_logits
+from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig, LayerKind, Rope, RopeScaling
+from spt_jax.models.frozen_tree import random_params
 
 CONFIG = DecoderConfig(
     vocab_size=97,

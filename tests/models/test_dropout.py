@@ -16,9 +16,10 @@ from moments import moments_apart
 from parity import VOCABULARY, random_model, save
 
 from spt_jax.errors import UserError
-from spt_jax.models.decoder import FrozenTree, decode, embed, random_params, vocabulary_logits
+from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig, LayerKind
 from spt_jax.models.dropout import Dropout
+from spt_jax.models.frozen_tree import random_params
 from spt_jax.models.loading import load_lm
 
 RATE = 0.25

@@ -20,8 +20,9 @@ from llama_files import random_llama
 
 from spt_jax.errors import UserError
 from spt_jax.generation.engine import GenerationEngine
-from spt_jax.models.decoder import abstract_params, decode, embed, quantize_params, random_params, vocabulary_logits
+from spt_jax.models.decoder import decode, embed, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig, LayerKind, Rope
+from spt_jax.models.frozen_tree import abstract_params, quantize_params, random_params
 from spt_jax.models.loading import load_lm
 from spt_jax.models.quantized import GROUP_SIZE, INTEGERS, QTensor, contract, quantize, scale_shape, tree_bytes
 from spt_jax.models.random_lm import random_lm_params

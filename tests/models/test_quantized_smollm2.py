@@ -17,8 +17,9 @@ import optax
 import pytest
 
 from spt_jax.data.sources import read_dialogues
-from spt_jax.models.decoder import decode, embed, quantize_params, random_params, vocabulary_logits
+from spt_jax.models.decoder import decode, embed, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.frozen_tree import quantize_params, random_params
 from spt_jax.models.loading import LanguageModel, load_lm
 from spt_jax.models.quantized import tree_bytes
 from spt_jax.models.random_lm import byte_tokenizer

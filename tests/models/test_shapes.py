@@ -17,9 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spt_jax.errors import UserError
-from spt_jax.models.decoder import abstract_params
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.families.registry import FAMILIES, family_of_hf
+from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.loading import load_lm, load_tokenizer, open_lm
 from spt_jax.models.random_lm import byte_tokenizer, matrix_maker, random_lm_params
 from spt_jax.models.shapes import SHAPES, shape_fields

@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from spt_jax.errors import UserError
-from spt_jax.models.decoder import abstract_params
+from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.loading import load_lm
 
 Make = Callable[..., Any]

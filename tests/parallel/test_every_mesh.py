@@ -15,8 +15,8 @@ import tiny
 from flax import linen as nn
 
 from spt_jax.config import default_config
-from spt_jax.models.decoder import abstract_params, quantize_params
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.frozen_tree import abstract_params, quantize_params
 from spt_jax.parallel.collectives import Collective, collectives
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import parameter_sharding, place_batch

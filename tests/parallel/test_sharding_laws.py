@@ -16,7 +16,7 @@ import tiny
 from jax.sharding import Mesh, PartitionSpec
 
 from spt_jax.errors import UserError
-from spt_jax.models.decoder import abstract_params
+from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.parallel.mesh import make_mesh, sliced_devices
 from spt_jax.parallel.rules import parameter_sharding, place_batch, replicated, row_devices, row_sharding
 from spt_jax.prompting.objective import Objective

@@ -14,8 +14,9 @@ import pytest
 import tiny
 
 from spt_jax.errors import UserError
-from spt_jax.models.decoder import abstract_params, decode, embed, quantize_params, random_params, vocabulary_logits
+from spt_jax.models.decoder import decode, embed, vocabulary_logits
 from spt_jax.models.dropout import Dropout
+from spt_jax.models.frozen_tree import abstract_params, quantize_params, random_params
 from spt_jax.models.low_rank import LowRankKernel
 from spt_jax.models.quantized import contract
 from spt_jax.parallel.mesh import make_mesh

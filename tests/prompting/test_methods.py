@@ -16,7 +16,7 @@ import pytest
 import tiny
 
 from spt_jax.config import default_config
-from spt_jax.models.decoder import abstract_params
+from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import parameter_sharding, place_batch, row_sharding
 from spt_jax.prompting.adapters import EncodedPrompt, LowRank, Nothing, Prefixes, SoftPrompts, WholeModel

@@ -10,7 +10,7 @@ import pytest
 import tiny
 
 from spt_jax.config import default_config
-from spt_jax.models.decoder import random_params
+from spt_jax.models.frozen_tree import random_params
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.prompting.objective import Objective
 from spt_jax.training.optimizer import make_optimizer
