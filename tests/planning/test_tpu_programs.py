@@ -6,12 +6,14 @@ import importlib.util
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import REPOSITORY
 
 pytestmark = pytest.mark.aot
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 LLAMA2 = "--config=configs/convai2_llama2_7b.py"
 GIB = 2**30
