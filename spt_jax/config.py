@@ -249,7 +249,7 @@ def _no_such_option(name: str, known: Iterable[str]) -> str:
 
 
 def _is_a(value: Any, kind: type) -> bool:
-    """Whether a value has the type of its default; a whole number that a float can hold serves as one; true is no number."""
+    """Whether a value has the type of its default; a whole number may serve as a float; true is no number."""
     if isinstance(value, bool):
         return kind is bool
     if kind is float and isinstance(value, int):
