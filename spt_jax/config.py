@@ -6,6 +6,7 @@ default is its description.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -196,7 +197,11 @@ def from_dict(values: dict[str, Any]) -> Config:
     """
     config = default_config()
     known = flatten(config)
-    for name, value in flatten(values).items():
+    try:
+        flat = flatten(values)
+    except RecursionError as error:
+        raise UserError("the configuration is nested too deeply; allowed: sections of options") from error
+    for name, value in flat.items():
         if name not in known:
             raise UserError(_no_such_option(name, known))
         set_option(config, name, value)
@@ -244,7 +249,9 @@ def _no_such_option(name: str, known: Iterable[str]) -> str:
 
 
 def _is_a(value: Any, kind: type) -> bool:
-    """Whether a value has the type of its default; a whole number serves as a float, but true is no number."""
+    """Whether a value has the type of its default; a whole number may serve as a float; true is no number."""
     if isinstance(value, bool):
         return kind is bool
-    return isinstance(value, (kind, int) if kind is float else kind)
+    if kind is float and isinstance(value, int):
+        return abs(value) <= sys.float_info.max
+    return isinstance(value, kind)

@@ -93,6 +93,8 @@ def _request(line: bytes, place: str) -> Request:
         raise UserError(f"byte {error.start + 1} of the line is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON at column {error.colno} ({error.msg})") from error
+    except ValueError as error:  # Python reads no whole number of more than 4300 digits
+        raise UserError(f"not JSON that can be read ({error})") from error
     except RecursionError as error:
         raise UserError("JSON nested too deeply") from error
     if not isinstance(fields, dict):
@@ -104,6 +106,8 @@ def _request(line: bytes, place: str) -> Request:
         json.dumps(fields, ensure_ascii=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError("half of a surrogate pair (such as \\ud83d alone) is not text") from error
+    except RecursionError as error:  # a little less deep than what can be read
+        raise UserError("JSON nested too deeply") from error
     persona = _texts(fields, "persona")
     history = _texts(fields, "history")
     if not history:

@@ -154,7 +154,7 @@ def _layers_of_hub_model(model: str) -> int:
     from transformers import AutoConfig
 
     try:
-        return int(AutoConfig.from_pretrained(model).num_hidden_layers)
+        return int(AutoConfig.from_pretrained(model, trust_remote_code=False).num_hidden_layers)
     except Exception as error:
         raise _cannot_load(model, error) from error
 

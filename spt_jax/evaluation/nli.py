@@ -111,8 +111,8 @@ def _classifier(model: str) -> _Classifier:
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        network = AutoModelForSequenceClassification.from_pretrained(path).eval()
+        tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        network = AutoModelForSequenceClassification.from_pretrained(path, trust_remote_code=False).eval()
     except Exception as error:
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"the classifier of entailment {model!r} cannot be loaded: {reason}") from error

@@ -29,6 +29,7 @@ DEFAULTS: dict[str, Any] = {
 """What their program takes where a config file is silent (its ``config/default.yml``)."""
 
 SUFFIXES = (".yml", ".yaml")
+_MOST_BRACKETS = 200  # their files have a few; the time of the scanner grows with the square of those that are open
 
 
 def find_config_file(place: Path) -> Path:
@@ -63,7 +64,11 @@ def read_config_file(path: Path) -> dict[str, Any]:
         UserError: It cannot be read, is no YAML of plain values, or lacks a section.
     """
     try:
-        fields = yaml.safe_load(path.read_bytes())
+        content = path.read_bytes()
+        brackets = content.count(b"[") + content.count(b"{")
+        if brackets > _MOST_BRACKETS:
+            raise ValueError(f"{brackets} opening brackets; at most {_MOST_BRACKETS} are read")
+        fields = yaml.safe_load(content)
     except OSError as error:
         raise UserError(f"the config file {path} cannot be read: {error.strerror}") from error
     except yaml.MarkedYAMLError as error:

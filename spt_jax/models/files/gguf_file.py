@@ -49,6 +49,8 @@ class GGUFFile:
 
     def _check_parts(self, found: int) -> None:
         count, wanted = self.metadata.get("split.count", 1), self.metadata.get("split.tensors.count", found)
+        if type(count) is not int or type(wanted) is not int:
+            raise UserError(f"{self.where} is damaged: its number of parts or of their tensors is no whole number")
         if count != len(self.files) and count > 1:
             first = _part(self.files[0].with_suffix(""), 1, count).name
             raise UserError(

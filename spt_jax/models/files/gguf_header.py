@@ -100,7 +100,7 @@ class _Header:
             sizes = [self.number(_U64) for _ in range(self.within(self.number(_U32), 8))]
             places[name] = gguf.GGMLQuantizationType(self.number(_U32)), tuple(reversed(sizes)), self.number(_U64)
         alignment = fields.get("general.alignment", 32)
-        if alignment not in _ALIGNMENTS:
+        if type(alignment) is not int or alignment not in _ALIGNMENTS:
             raise ValueError(f"its alignment is {alignment!r}, which is no power of two")
         start = math.ceil(self.place / alignment) * alignment
         return fields, {name: self.tensor(name, start + offset, k, s) for name, (k, s, offset) in places.items()}
@@ -108,6 +108,8 @@ class _Header:
     def tensor(self, name: str, start: int, kind: gguf.GGMLQuantizationType, shape: tuple[int, ...]) -> StoredTensor:
         block, size = gguf.GGML_QUANT_SIZES[kind]
         shape = shape or (1,)
+        if 0 in shape:  # beside a zero the other sizes could be anything
+            raise ValueError(f"the tensor {name!r} has no numbers: its shape is {shape}")
         if shape[-1] % block:
             raise ValueError(
                 f"rows of {shape[-1]} in the tensor {name!r} are no multiple of the {block} of {kind.name}"

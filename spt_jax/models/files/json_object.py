@@ -19,6 +19,8 @@ def json_object(path: Path) -> dict[str, Any]:
         fields = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise UserError(f"{path} is not JSON: {error}") from error
+    except RecursionError as error:
+        raise UserError(f"{path} is not JSON that can be read: it is nested too deeply") from error
     if not isinstance(fields, dict):
         raise UserError(f"{path} is not a JSON object")
     return fields

@@ -21,6 +21,9 @@ from spt_jax.models.files.weight_shards import FLOATING, mapped, shards_of, weig
 SAFETENSORS_FILE = "model.safetensors"
 SAFETENSORS_INDEX = "model.safetensors.index.json"
 
+_MOST = 1 << 63  # bytes, or the size of an axis, that can be
+_MOST_AXES = 32
+
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
@@ -69,7 +72,10 @@ class SafetensorsFolder:
                 f"supported: {', '.join(FLOATING)}"
             )
         if 0 in entry.shape:  # nothing to map
-            return np.empty(entry.shape, FLOATING[entry.dtype])
+            try:
+                return np.empty(entry.shape, FLOATING[entry.dtype])
+            except ValueError as error:  # beside a zero the other sizes can be anything
+                raise UserError(f"{entry.path} is damaged: the tensor {name!r} has shape {entry.shape}") from error
         return mapped(entry.path, FLOATING[entry.dtype], entry.start, entry.shape)
 
 
@@ -87,8 +93,8 @@ def _files(folder: Path) -> tuple[Path, ...]:
 def _span(fields: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
     start, end = (int(n) for n in fields["data_offsets"])
     shape = tuple(int(n) for n in fields["shape"])
-    if not 0 <= start <= end or any(n < 0 for n in shape):
-        raise ValueError(f"shape {shape} at {start} to {end}")
+    if not 0 <= start <= end < _MOST or any(not 0 <= n < _MOST for n in shape) or len(shape) > _MOST_AXES:
+        raise ValueError("a tensor with impossible shape or place")
     return str(fields["dtype"]), shape, start, end
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ FLOATING: dict[str, Any] = {
 }
 """Types of tensors that can be read, by safetensors' names for them."""
 
+_LONGEST_NAME = 255  # bytes, on every file system in use
 _LFS_POINTER = b"version https://git-lfs"
 
 
@@ -30,11 +32,16 @@ def shard_names(index: Path) -> tuple[str, ...]:
     """
     try:
         names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        outside = [name for name in names if name != Path(name).name or name in ("", "..")]
+        outside = [name for name in names if name != Path(name).name or name in ("", "..") or "\0" in name]
+        too_long = [name for name in names if len(os.fsencode(name)) > _LONGEST_NAME]
     except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
         raise UserError(f"{index} is not an index of weight files (JSON with a 'weight_map'): {error}") from error
     if outside:
         raise UserError(f"{index} names {outside[0]!r}, which is not a file in its own folder")
+    if too_long:
+        raise UserError(
+            f"{index} names a file {too_long[0][:40]!r}..., longer than the {_LONGEST_NAME} bytes of a name"
+        )
     if not names:
         raise UserError(f"{index} names no weight file: its 'weight_map' is empty")
     return tuple(names)

@@ -109,7 +109,7 @@ def _through_transformers(folder: Path) -> tuple[Backend, NamedTokens]:
     level = logger.level
     logger.setLevel(logging.ERROR)  # it would warn that the class differs from the one named
     try:
-        loaded = kind.from_pretrained(str(folder), local_files_only=True)
+        loaded = kind.from_pretrained(str(folder), local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises anything from OSError to pyo3's bare Exception
         reason = str(error).strip().split("\n")[0]
         raise UserError(f"{folder} holds no tokenizer that transformers can load: {reason}") from error

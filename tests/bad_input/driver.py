@@ -1,0 +1,138 @@
+"""Runs a reader on mutated files, and holds it to what any reader of this package promises of any bytes."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import random
+import signal
+import sys
+import tracemalloc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from mutations import mutated
+
+from spt_jax.errors import UserError
+
+SECONDS = 10
+"""A reader of a file of some kilobytes that takes longer hangs."""
+BYTES_A_BYTE, BYTES_BESIDE = 200, 8 << 20
+"""Memory a reader may take at its peak: Python objects for each byte of the file, and a constant for messages."""
+_FORBIDDEN = ("pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+    """A reader and a sound file for it.
+
+    Attributes:
+        name: Of the kind of file, for the test's name and the seed.
+        file: Name of the mutated file in its folder.
+        sound: Its content before it is mutated.
+        read: Reads it all; is given the file's path.
+        names_file: Whether an error must name the file.
+    """
+
+    name: str
+    file: str
+    sound: bytes
+    read: Callable[[Path], Any]
+    names_file: bool = True
+
+    def content(self, number: int) -> bytes:
+        """The bytes of case `number`, the same in every process."""
+        return mutated(self.sound, random.Random(f"{self.name} {number}"))
+
+
+def read_case(reader: Reader, content: bytes, folder: Path) -> str | None:
+    """Reads `content`; returns the sentence of its refusal, or None where it is read.
+
+    Raises:
+        AssertionError: The reader broke a promise: another error, no file named, too long, too large, a file opened
+            outside the folder, or something executed.
+    """
+    path = folder / reader.file
+    path.write_bytes(content)
+    sentence = None
+    with _bounded(len(content), folder):
+        try:
+            reader.read(path)
+        except UserError as error:
+            sentence = str(error)
+        except Exception as error:
+            raise AssertionError(f"{type(error).__name__} instead of a sentence: {str(error)[:300]}") from error
+    if sentence is not None:
+        assert sentence.strip(), "a refusal without a sentence"
+        assert not reader.names_file or str(folder) in sentence, f"the file is not named: {sentence[:300]}"
+    return sentence
+
+
+def run_campaign(reader: Reader, count: int, folder: Path) -> int:
+    """Cases 0 to `count` - 1 of a reader; returns how many were refused.
+
+    Raises:
+        AssertionError: Cases failed; names the first ones by number.
+    """
+    failures, refused = [], 0
+    for number in range(count):
+        try:
+            refused += read_case(reader, reader.content(number), folder) is not None
+        except AssertionError as error:
+            failures.append(f"{reader.name} case {number}: {error}")
+    assert not failures, f"{len(failures)} of {count} cases failed:\n" + "\n".join(failures[:20])
+    return refused
+
+
+class _TooLong(BaseException):
+    """The time is up; no reader catches it."""
+
+
+_watched: list[tuple[str, object]] | None = None
+
+
+def _note(event: str, arguments: tuple[Any, ...]) -> None:
+    if _watched is not None and (event == "open" or event in _FORBIDDEN):
+        _watched.append((event, arguments[0] if arguments else None))
+
+
+sys.addaudithook(_note)
+
+
+@contextmanager
+def _bounded(size: int, folder: Path) -> Iterator[None]:
+    global _watched
+
+    def too_long(*_: Any) -> None:
+        raise _TooLong
+
+    previous = signal.signal(signal.SIGALRM, too_long)
+    signal.setitimer(signal.ITIMER_REAL, SECONDS)
+    tracemalloc.start()
+    _watched = events = []
+    try:
+        yield
+        peak = tracemalloc.get_traced_memory()[1]
+    except _TooLong:
+        raise AssertionError(f"still reading after {SECONDS} seconds") from None
+    finally:
+        _watched = None
+        tracemalloc.stop()
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    for event, place in events:
+        assert event == "open", f"{event} of {place!r}"
+        assert not isinstance(place, str | bytes) or _allowed(os.fsdecode(place), folder), f"{place!r} was opened"
+    assert peak <= BYTES_BESIDE + BYTES_A_BYTE * size, f"{peak} bytes for a file of {size}"
+
+
+def _allowed(place: str, folder: Path) -> bool:
+    """Whether a path is in the folder, or is Python's own or a package's, which a first import reads."""
+    path = Path(place).resolve()
+    homes = (folder.resolve(), Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve(), _PACKAGE)
+    return any(path.is_relative_to(home) for home in homes)
+
+
+_PACKAGE = Path(__file__).resolve().parents[2] / "spt_jax"

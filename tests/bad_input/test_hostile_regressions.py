@@ -1,0 +1,88 @@
+"""Files that once broke a reader, each made small: what the campaigns and readings of the code found."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+from driver import read_case
+from readers import CONFIGURATIONS, DIALOGUES, WEIGHTS, all_tensors
+from safetensors.numpy import save
+
+from spt_jax.errors import UserError
+from spt_jax.models.files.gguf_file import GGUFFile
+
+READERS = {reader.name: reader for reader in DIALOGUES + WEIGHTS + CONFIGURATIONS}
+_DEEP = b'{"a":' * 100_000
+
+
+def _safetensors(shape: list[int]) -> bytes:
+    header = json.dumps({"empty": {"dtype": "F32", "shape": shape, "data_offsets": [0, 0]}}).encode()
+    return len(header).to_bytes(8, "little") + header
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        pytest.param("requests", b'{"persona": [], "history": ["hi"], "id": ' + b"9" * 5000 + b"}", id="huge number"),
+        pytest.param("requests", _DEEP, id="deep request"),
+        pytest.param("model config", _DEEP, id="deep JSON"),
+        pytest.param("configuration", b'{"a":' * 900 + b"1" + b"}" * 900, id="deep sections"),
+        pytest.param("configuration", b'{"optimizer.learning_rate": ' + b"9" * 400 + b"}", id="too large for a float"),
+        pytest.param("authors' config", b"[" * 100_000, id="a YAML scanner's quadratic time"),
+        pytest.param("safetensors", _safetensors([0, 2**62, 2**62]), id="impossible sizes beside a zero"),
+        pytest.param("safetensors", _safetensors([0] * 100), id="too many axes"),
+        pytest.param("safetensors", _safetensors([0, 10**4299]), id="a size too long to print"),
+        pytest.param("safetensors index", b'{"weight_map": {"a": "' + b"9" * 5000 + b'"}}', id="a name too long"),
+        pytest.param("safetensors index", b'{"weight_map": {"a": "../model.safetensors"}}', id="a path upwards"),
+        pytest.param("safetensors index", b'{"weight_map": {"a": "/etc/passwd"}}', id="an absolute path"),
+    ],
+)
+def test_refused_with_a_sentence(name: str, content: bytes, tmp_path: Path) -> None:
+    assert read_case(READERS[name], content, tmp_path) is not None
+
+
+@pytest.mark.parametrize("shape", [(0,), (2, 0), (0, 32)])
+def test_a_gguf_tensor_without_numbers_is_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_tensor("empty", np.zeros(shape, np.float16))
+    _write(writer)
+    with pytest.raises(UserError, match="no numbers"):
+        all_tensors(GGUFFile(path))
+
+
+@pytest.mark.parametrize("count", ["many", 1.5])
+def test_a_gguf_number_of_parts_that_is_none_is_refused(count: str | float, tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    (writer.add_string if isinstance(count, str) else writer.add_float32)("split.count", count)  # type: ignore[operator]
+    writer.add_tensor("plain", np.zeros(4, np.float32))
+    _write(writer)
+    with pytest.raises(UserError, match="no whole number"):
+        GGUFFile(path)
+
+
+def test_a_gguf_alignment_that_is_no_whole_number_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_float32("general.alignment", 32.0)
+    writer.add_tensor("plain", np.zeros(4, np.float32))
+    _write(writer)
+    with pytest.raises(UserError, match="alignment"):
+        GGUFFile(path)
+
+
+def _write(writer: gguf.GGUFWriter) -> None:
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def test_a_sound_safetensors_file_may_hold_an_empty_tensor(tmp_path: Path) -> None:
+    content = save({"empty": np.zeros((0, 3), np.float32)})
+    assert read_case(READERS["safetensors"], content, tmp_path) is None
