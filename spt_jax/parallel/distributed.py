@@ -139,12 +139,12 @@ def any_process(flag: bool) -> bool:
 def on_host(tree: Any) -> Any:
     """A tree's arrays as NumPy arrays, whole on every process; all must ask for it where one is spread over hosts."""
 
-    def fetch(array: Any) -> Any:
+    def gathered(array: Any) -> Any:
         if isinstance(array, jax.Array) and not (array.is_fully_addressable or array.is_fully_replicated):
             return multihost_utils.process_allgather(array, tiled=True)
-        return jax.device_get(array)
+        return array
 
-    return jax.tree.map(fetch, tree)
+    return jax.device_get(jax.tree.map(gathered, tree))  # all arrays at once
 
 
 def one_at_a_time(step: Callable[..., Any]) -> Callable[..., Any]:

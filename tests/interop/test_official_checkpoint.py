@@ -182,7 +182,7 @@ def test_a_converted_checkpoint_scores_and_selects_as_their_program_did(shared_d
 @pytest.fixture
 def one_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """So that any number of turns is a batch."""
-    monkeypatch.setattr(experiment, "make_mesh", lambda *_: make_mesh(1, devices=jax.devices()[:1]))
+    monkeypatch.setattr(experiment, "make_mesh", lambda **_: make_mesh(1, devices=jax.devices()[:1]))
 
 
 PERSONAS = ("i bake bread .", "i have two cats and a dog that sleeps all day .", "i sail .")
