@@ -37,6 +37,11 @@ SMALL_FILES_BYTES = 256 * 1024
 """What a checkpoint takes on the disk beside its arrays: about forty files and folders."""
 
 
+PATIENCE_SECONDS = 100 * 365 * 24 * 3600
+"""How long a process of its own waits for a save: Orbax measures it by the wall clock, which jumps ahead when a laptop
+wakes up. Of several, which wait for each other, one that hangs ends the others after Orbax's own twenty minutes."""
+
+
 class DamagedCheckpointError(Exception):
     """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
 
@@ -120,6 +125,7 @@ class Checkpoints:
             best_fn=_perplexity,
             best_mode="min",
             preservation_policy=policy,
+            async_options=ocp.AsyncOptions(timeout_secs=PATIENCE_SECONDS) if jax.process_count() == 1 else None,
         )
         return ocp.CheckpointManager(self.directory, options=options, item_names=("trainable", "optimizer", "meta"))
 
