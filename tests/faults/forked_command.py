@@ -63,7 +63,7 @@ class Start:
 
 @dataclasses.dataclass(frozen=True)
 class ForkedCommand:
-    """`spt-jax train` with one configuration.
+    """`spt-jax train` with one configuration, and the other doors.
 
     Attributes:
         config: The file.
@@ -76,14 +76,19 @@ class ForkedCommand:
     logs: Path
 
     def start(self, workdir: Path, *flags: str, disturbance: Disturbance | None = None) -> Start:
-        """Starts the command in a process of its own."""
+        """Starts the training in a process of its own."""
+        return self.start_door(
+            "train", f"--config={self.config}", f"--workdir={workdir}", *flags, disturbance=disturbance
+        )
+
+    def start_door(self, *arguments: str, disturbance: Disturbance | None = None) -> Start:
+        """Starts any door; `arguments` are those of ``spt-jax``."""
         board = PhaseBoard(CONTEXT)
         self.logs.mkdir(exist_ok=True)
         number = len(list(self.logs.iterdir()))
         out, err = self.logs / f"{number}.out", self.logs / f"{number}.err"
         out.touch()
-        arguments = ["train", f"--config={self.config}", f"--workdir={workdir}", *flags]
-        process = CONTEXT.Process(target=_run, args=(arguments, self.caches, out, err, board, disturbance))
+        process = CONTEXT.Process(target=_run, args=(list(arguments), self.caches, out, err, board, disturbance))
         process.start()
         return Start(process, board, out, err)
 

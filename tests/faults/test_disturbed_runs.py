@@ -50,14 +50,16 @@ def test_restarts_do_not_forget_how_many_bad_steps_came_in_a_row(undisturbed, tm
         assert re.search(r"^spt-jax train: 4 steps in a row \(up to step \d+\) gave a loss", err.splitlines()[-1]), err
 
 
-@pytest.mark.parametrize("error", [ValueError, MemoryError, OSError])
-def test_a_loader_that_raises_ends_the_run_and_the_steps_before_it_are_kept(undisturbed, tmp_path, error):
-    workdir = tmp_path / "run"
-    code, out, err = undisturbed.command.run(workdir, disturbance=Disturbance(raise_at=7, error=error))
-    assert code not in (FINISHED, STOPPED), (out, err)
-    assert "the batch of step 7 cannot be made" in err
-    assert steps_on_disk(workdir)[-1] == 7
+def test_a_loader_that_raises_ends_the_run_and_the_steps_before_it_are_kept(undisturbed, tmp_path):
+    workdir, saved = tmp_path / "run", -1
+    for step, error in ((5, ValueError), (9, OSError), (13, MemoryError)):
+        code, out, err = undisturbed.command.run(workdir, disturbance=Disturbance(raise_at=step, error=error))
+        assert code not in (FINISHED, STOPPED), (out, err)
+        assert f"the batch of step {step} cannot be made" in err
+        assert saved < 0 or f"resuming from step {saved} of" in out
+        saved = steps_on_disk(workdir)[-1]
+        assert saved == step
     code, out, err = undisturbed.command.run(workdir)
     assert code == FINISHED, err
-    assert "resuming from step 7 of" in out
+    assert f"resuming from step {saved} of" in out
     undisturbed.assert_undisturbed(workdir)

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from short_run import rows
 
-from spt_jax.exit_codes import MISTAKE
+from spt_jax.exit_codes import FINISHED, MISTAKE
 
 pytestmark = pytest.mark.first_python
 
@@ -51,3 +51,17 @@ def test_training_in_a_folder_that_cannot_be_written_is_refused(undisturbed, rea
     assert str(read_only / name) in told[0]
     assert {path: path.stat().st_mtime_ns for path in read_only.rglob("*")} == before
     assert rows(read_only / "run") == rows(undisturbed.undisturbed)
+
+
+def test_a_run_in_a_folder_that_cannot_be_written_is_read(undisturbed, read_only, tmp_path):
+    (tmp_path / "d.txt").write_text("1 your persona: i sail .\n2 hi\thello there\n3 and ?\tno more\n")
+    scored = []
+    for workdir in (read_only / "run", undisturbed.undisturbed):
+        out = tmp_path / f"{len(scored)}.jsonl"
+        start = undisturbed.command.start_door(
+            "score", f"--workdir={workdir}", f"--data={tmp_path / 'd.txt'}", f"--out={out}"
+        )
+        assert start.wait() == FINISHED, start.err
+        scored.append(out.read_text())
+    assert scored[0] == scored[1]
+    assert len(scored[0].splitlines()) == 2

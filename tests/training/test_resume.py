@@ -23,6 +23,7 @@ from spt_jax.exit_codes import STOPPED
 
 pytestmark = pytest.mark.first_python
 
+
 @dataclasses.dataclass(frozen=True)
 class Command:
     """`spt-jax train` on a tiny Llama and the dialogues of the package."""
