@@ -14,7 +14,7 @@ import math
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -26,9 +26,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from spt_jax.errors import UserError
 from spt_jax.parallel.distributed import any_process, barrier, is_lead, on_host
+from spt_jax.training.checkpoint_record import METRIC, DamagedCheckpointError, read_record, sealed
 
 Tree = Any
-METRIC = "perplexity"
 
 FORGOTTEN_READ = r"coroutine 'Store\._get_array_metadatas' was never awaited"
 """What Python says of a read that Orbax meant to do when another one failed."""
@@ -37,8 +37,9 @@ SMALL_FILES_BYTES = 256 * 1024
 """What a checkpoint takes on the disk beside its arrays: about forty files and folders."""
 
 
-class DamagedCheckpointError(Exception):
-    """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
+PATIENCE_SECONDS = 100 * 365 * 24 * 3600
+"""How long a process of its own waits for a save: Orbax measures it by the wall clock, which jumps ahead when a laptop
+wakes up. Of several, which wait for each other, one that hangs ends the others after Orbax's own twenty minutes."""
 
 
 def tree_digest(tree: Tree) -> str:
@@ -63,6 +64,11 @@ def _restored(wanted: Tree, stored: Tree) -> Tree:
 def _perplexity(metrics: Any) -> float:
     value = float(metrics[METRIC])
     return value if math.isfinite(value) else math.inf
+
+
+def _patient() -> ocp.AsyncOptions:
+    # Folders that are made in the background are waited for by the wall clock, too, and always for five minutes.
+    return ocp.AsyncOptions(timeout_secs=PATIENCE_SECONDS, create_directories_asynchronously=False)
 
 
 def _step_folders(directory: Path) -> list[int]:
@@ -120,26 +126,14 @@ class Checkpoints:
             best_fn=_perplexity,
             best_mode="min",
             preservation_policy=policy,
+            async_options=_patient() if jax.process_count() == 1 else None,
         )
         return ocp.CheckpointManager(self.directory, options=options, item_names=("trainable", "optimizer", "meta"))
 
-    def _peek(self, step: int) -> dict[str, Any]:
-        """Reads the small files of a step, which Orbax would trip over later."""
-        folder = self.directory / str(step)
-        try:
-            meta = json.loads((folder / "meta" / "metadata").read_text())
-            metrics = folder / "metrics" / "metrics"
-            if metrics.exists():
-                float(json.loads(metrics.read_text())[METRIC])
-            # A copy to read has no optimizer.
-            for item in ("trainable",) if self._read_only else ("trainable", "optimizer"):
-                if not (folder / item).is_dir():
-                    raise FileNotFoundError(f"{item} is missing")
-            if not isinstance(meta, dict) or "digests" not in meta:
-                raise ValueError("its metadata holds no digests")
-        except Exception as error:
-            raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: {error}") from error
-        return meta
+    def _peek(self, step: int, items: Iterable[str] = ()) -> dict[str, Any]:
+        # A copy to read has no optimizer.
+        items = items or (("trainable",) if self._read_only else ("trainable", "optimizer"))
+        return read_record(self.directory / str(step), items)
 
     def _set_aside(self, step: int, error: Exception) -> None:
         if self._read_only or not is_lead():
@@ -169,7 +163,8 @@ class Checkpoints:
         assert self._manager is not None, "these checkpoints were opened to be read only"
         # jax may reuse a donated buffer for the next step, so the arrays are fetched before anything else happens.
         trees = on_host({"trainable": trainable, "optimizer": optimizer})
-        meta = meta | {
+        record = {
+            **meta,
             "step": step,
             "digests": {name: tree_digest(tree) for name, tree in trees.items()},
             "shapes": tree_shapes(trees["trainable"]),
@@ -182,7 +177,7 @@ class Checkpoints:
                 args=ocp.args.Composite(
                     trainable=ocp.args.StandardSave(_stored(trainable)),
                     optimizer=ocp.args.StandardSave(_stored(optimizer)),
-                    meta=ocp.args.JsonSave(meta),
+                    meta=ocp.args.JsonSave(sealed(record, None if perplexity is None else float(perplexity))),
                 ),
                 metrics=None if perplexity is None else {METRIC: float(perplexity)},
             )
@@ -287,7 +282,7 @@ class Checkpoints:
             raise UserError(f"there is no checkpoint of step {step} in {self.directory}; there are {self.steps()}")
         failure, meta, trees = None, {}, {}
         try:
-            meta = self._peek(step)
+            meta = self._peek(step, targets)
             self._check_shapes(step, meta, targets)
             folder = self.directory / str(step)
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:

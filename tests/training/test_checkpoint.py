@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import math
 import shutil
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -86,6 +88,16 @@ def test_without_any_checkpoint_there_is_nothing_to_restore(tmp_path):
         Checkpoints(tmp_path / "new", read_only=True)
 
 
+def test_a_clock_that_runs_ahead_by_days_fails_no_save(tmp_path, monkeypatch):
+    now, days = time.time, itertools.count()
+    monkeypatch.setattr(time, "time", lambda: now() + next(days) * 24 * 3600)
+    with Checkpoints(tmp_path) as checkpoints:
+        save(checkpoints, 1, 5.0)
+        save(checkpoints, 2, 4.0)
+        assert_restores(checkpoints, "latest", 2)
+    assert next(days) > 2
+
+
 def flip_bits(step: Path) -> None:
     """Inverts the stored bytes of the arrays, in the middle of the largest file."""
     chunk = max((p for p in (step / "trainable").rglob("d/*") if p.is_file()), key=lambda p: p.stat().st_size)
@@ -125,6 +137,24 @@ def truncate_meta(step: Path) -> None:
     path.write_text(path.read_text()[:40])
 
 
+def change_a_name_in_meta(step: Path) -> None:
+    path = step / "meta" / "metadata"
+    path.write_text(path.read_text().replace("bank/prompts", "bank/pron0ts"))
+
+
+def change_a_digit_of_the_perplexity(step: Path) -> None:
+    path = step / "metrics" / "metrics"
+    path.write_text(path.read_text().replace("4", "3"))
+
+
+def remove_metrics(step: Path) -> None:
+    (step / "metrics" / "metrics").unlink()
+
+
+def garble_what_is_told_of_the_arrays(step: Path) -> None:
+    (step / "optimizer" / "array_metadatas" / "process_0").write_bytes(b"\xc2")
+
+
 def remove_item(step: Path) -> None:
     shutil.rmtree(step / "optimizer")
 
@@ -137,6 +167,10 @@ DAMAGES = [
     empty_folder,
     remove_meta,
     truncate_meta,
+    change_a_name_in_meta,
+    change_a_digit_of_the_perplexity,
+    remove_metrics,
+    garble_what_is_told_of_the_arrays,
     remove_item,
 ]
 

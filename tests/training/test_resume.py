@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import random
 import re
@@ -18,27 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from llama_files import random_llama
+from short_run import STEPS, assert_same_run, rows, short_llama, steps_on_disk, unfinished_saves, write_short_run
 
 from spt_jax.exit_codes import STOPPED
 
 pytestmark = pytest.mark.first_python
-
-STEPS = 18
-CONFIG = """
-from spt_jax.config import default_config
-
-def get_config():
-    config = default_config()
-    config.model.source = {source!r}
-    config.bank.num_prompts, config.bank.prompt_length = 2, 2
-    config.data.limit, config.data.batch, config.data.max_length, config.data.max_buckets = 6, 4, 512, 1
-    config.data.development_dialogues = config.data.test_dialogues = 1
-    config.optimizer.learning_rate, config.optimizer.schedule = 1e-2, "cosine"
-    config.train.steps, config.train.save_every, config.train.evaluate_every = {steps}, 1, 6
-    config.tracking.tensorboard = False
-    return config
-"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +56,7 @@ class Command:
 @pytest.fixture(scope="module")
 def command(tmp_path_factory: pytest.TempPathFactory) -> Command:
     folder = tmp_path_factory.mktemp("resume")
-    lm = random_llama(
-        hidden_size=16, intermediate_size=16, head_dim=4, num_hidden_layers=1, max_position_embeddings=546
-    )
-    source = lm.write_folder(folder / "lm")
-    (folder / "tiny.py").write_text(CONFIG.format(source=str(source), steps=STEPS))
+    write_short_run(folder)
     return Command(folder)
 
 
@@ -88,26 +67,6 @@ def never_killed(command: Command) -> Path:
     assert code == 0, err
     assert f"finished {STEPS} steps" in out
     return workdir
-
-
-def digests(workdir: Path) -> dict[str, str]:
-    return json.loads((workdir / "checkpoints" / str(STEPS) / "meta" / "metadata").read_text())["digests"]
-
-
-def rows(workdir: Path) -> list[tuple[int, dict[str, Any]]]:
-    """(step, what does not depend on the clock) of every row."""
-    found = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return [(row["step"], {k: v for k, v in row.items() if not k.endswith("_per_second")}) for row in found]
-
-
-def assert_same_run(workdir: Path, never_killed: Path) -> None:
-    assert digests(workdir) == digests(never_killed)
-    assert rows(workdir) == rows(never_killed)
-
-
-def steps_on_disk(workdir: Path) -> list[int]:
-    folder = workdir / "checkpoints"
-    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.is_dir() else []
 
 
 def wait_until(process: subprocess.Popen[str], seen: Callable[[], Any]) -> bool:
@@ -145,7 +104,7 @@ def killed_often(command: Command, workdir: Path, seed: int, count: int) -> int:
         def seen(target: int = target, moment: str = moment) -> bool:
             if max(steps_on_disk(workdir), default=-1) < target:
                 return False
-            return moment != "save" or any((workdir / "checkpoints").glob("*tmp*"))
+            return moment != "save" or bool(unfinished_saves(workdir))
 
         assert wait_until(process, seen), process.communicate()[1]
         if moment != "save":
@@ -157,7 +116,7 @@ def killed_often(command: Command, workdir: Path, seed: int, count: int) -> int:
         resumed = re.search(r"resuming from step (\d+) of", out)
         assert resumed is None or int(resumed[1]) == newest, (out, err)
         newest = steps_on_disk(workdir)[-1]
-        during_a_save += any((workdir / "checkpoints").glob("*tmp*"))
+        during_a_save += bool(unfinished_saves(workdir))
     return during_a_save
 
 
@@ -171,7 +130,7 @@ def test_a_run_killed_at_random_ends_bitwise_as_one_never_killed(command, never_
     assert code == 0, err
     assert re.search(rf"resuming from step \d+ of {STEPS}", out)
     assert_same_run(workdir, never_killed)
-    assert not any((workdir / "checkpoints").glob("*tmp*"))
+    assert not unfinished_saves(workdir)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -253,9 +212,7 @@ def test_a_workdir_of_another_run_is_refused(command, never_killed):
 
 
 def test_another_lm_is_refused_with_both_named(command, never_killed):
-    lm = random_llama(
-        hidden_size=16, intermediate_size=16, head_dim=4, num_hidden_layers=1, max_position_embeddings=546
-    )
+    lm = short_llama()
     lm.tensors["model.norm.weight"] = lm.tensors["model.norm.weight"] + 1
     other = lm.write_folder(command.folder / "another_lm")
     code, _, err = command.run(never_killed, f"--config.model.source={other}")

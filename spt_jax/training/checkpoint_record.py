@@ -1,0 +1,76 @@
+"""The record beside a checkpoint's arrays: JSON values, sealed, so that a bit that has changed is noticed.
+
+Orbax keeps it, as the item ``meta``, and the perplexity once more as its own metrics. Neither has a checksum there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+METRIC = "perplexity"
+SEAL = "sha256"
+
+
+class DamagedCheckpointError(Exception):
+    """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
+
+
+def sealed(record: Mapping[str, Any], perplexity: float | None) -> dict[str, Any]:
+    """The record with the perplexity, None for a step that was not evaluated, and the sha256 of all of it."""
+    record = {**record, METRIC: perplexity}
+    return {**record, SEAL: _digest(record)}
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def read_record(step_folder: Path, items: Iterable[str]) -> dict[str, Any]:
+    """Reads the small files of a step, which Orbax would trip over later.
+
+    Args:
+        step_folder: Of the step, named for it.
+        items: The trees that must be there.
+
+    Returns:
+        What was `sealed`; a record of before there were seals is taken as it is.
+
+    Raises:
+        DamagedCheckpointError: A file is missing, or not as it was written.
+    """
+    try:
+        record = json.loads((step_folder / "meta" / "metadata").read_text())
+        if not isinstance(record, dict) or "digests" not in record:
+            raise ValueError("its metadata holds no digests")
+        perplexity = _read_perplexity(step_folder / "metrics" / "metrics")
+        if SEAL in record:
+            _check_seal(record, perplexity)
+        for item in items:
+            _check_item(step_folder / item)
+    except Exception as error:
+        raise DamagedCheckpointError(f"the checkpoint of step {step_folder.name} is damaged: {error}") from error
+    return record
+
+
+def _read_perplexity(metrics: Path) -> float | None:
+    return float(json.loads(metrics.read_text())[METRIC]) if metrics.exists() else None
+
+
+def _check_seal(record: Mapping[str, Any], perplexity: float | None) -> None:
+    if record[SEAL] != _digest({name: value for name, value in record.items() if name != SEAL}):
+        raise ValueError("its metadata is not what was saved")
+    # Text, because what is not a number is not equal to itself.
+    if json.dumps(record[METRIC]) != json.dumps(perplexity):
+        raise ValueError(f"its perplexity is {perplexity}, but {record[METRIC]} was saved")
+
+
+def _check_item(folder: Path) -> None:
+    if not folder.is_dir():
+        raise FileNotFoundError(f"{folder.name} is missing")
+    # Orbax reads these beside the arrays, and whatever it still reads when one fails complains of it on its own.
+    for path in (folder / "_METADATA", *(folder / "array_metadatas").glob("*")):
+        json.loads(path.read_bytes())
