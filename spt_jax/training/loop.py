@@ -22,6 +22,8 @@ from spt_jax.training.step import Metrics, TrainState
 from spt_jax.training.tracking import Tracker
 
 PERPLEXITY = "development/perplexity"
+PENDING = "evaluation_pending"
+"""In the JSON values of a checkpoint: whoever asked the run to stop did not wait for the evaluation that was due."""
 
 
 class Evaluator(Protocol):
@@ -60,6 +62,12 @@ def save(checkpoints: Checkpoints, state: TrainState, meta: Mapping[str, Any], p
     checkpoints.save(int(state.step), state.trainable, optimizer, dict(meta), perplexity)
 
 
+def evaluation_pending(checkpoints: Checkpoints, step: int) -> bool:
+    """Whether a step was saved at a polite stop before the evaluation that was due; False for one that is not saved."""
+    meta = checkpoints.meta(str(step)) if step in checkpoints.steps() else None
+    return bool(meta and meta.get(PENDING, False))
+
+
 def train(
     state: TrainState,
     step_fn: Callable[[TrainState, Any, Any], tuple[TrainState, Metrics]],
@@ -96,22 +104,24 @@ def train(
     alarm = CollapseAlarm()
     bar = ProgressBar("training", options.total_steps, start, shown=is_lead())
     asked = SharedFlag()
+    pending = evaluation_pending(checkpoints, start)
     with bar, _Watch(options, trackers) as watch:
         steps = batches(start, options.total_steps)
         for step in range(start, options.total_steps + 1):
             last = step == options.total_steps
             perplexity: float | None = None
             stopping = asked.ask(stop.requested) and not last
-            # Who asks a run to stop may not wait for an evaluation.
-            due = last or (step % options.evaluate_every == 0 and not stopping)
-            if step > start or step not in checkpoints.steps():
-                if due:
-                    watch.finish(bar)
-                    perplexity = _evaluate(state, evaluators, trackers, step, bar, alarm)
-                    stopping = asked.ask(stop.requested)
-                if due or stopping or step % options.save_every == 0:
-                    watch.finish(bar)  # a step's metrics must be on disk before its checkpoint
-                    save(checkpoints, state, meta, perplexity)
+            # Who asks a run to stop may not wait for an evaluation; the next start makes up for it.
+            scheduled = last or step % options.evaluate_every == 0
+            due = scheduled and not stopping
+            new = step > start or step not in checkpoints.steps()
+            if due and (new or pending):
+                watch.finish(bar)
+                perplexity = _evaluate(state, evaluators, trackers, step, bar, alarm)
+                stopping = asked.ask(stop.requested)
+            if new and (due or stopping or step % options.save_every == 0):
+                watch.finish(bar)  # a step's metrics must be on disk before its checkpoint
+                save(checkpoints, state, {**meta, PENDING: scheduled and not due}, perplexity)
             if last or stopping:
                 break
             watch.profile(step - start)

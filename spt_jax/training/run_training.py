@@ -25,7 +25,7 @@ from spt_jax.training.checkpoint import Checkpoints, restore_targets
 from spt_jax.training.description import TEXTUAL, attention_remark, objective_of
 from spt_jax.training.experiment import Experiment
 from spt_jax.training.initial import initial_trainable
-from spt_jax.training.loop import Evaluator, LoopOptions, Outcome, train
+from spt_jax.training.loop import Evaluator, LoopOptions, Outcome, evaluation_pending, train
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.remat import device_memory, fitting_remat, with_remat
 from spt_jax.training.signals import StopSignal
@@ -87,7 +87,8 @@ def run_training(
         keep = {"keep_latest": config.train.keep_latest, "keep_best": config.train.keep_best}
         with StopSignal() as stop, Checkpoints(workdir / CHECKPOINT_FOLDER, **keep) as checkpoints:
             state, saved_step = _resumed(checkpoints, prepared, say)
-            options = config.tracking.to_dict() | {"config": config.to_dict()}
+            pending = evaluation_pending(checkpoints, saved_step)
+            options = config.tracking.to_dict() | {"config": config.to_dict(), "pending": pending}
             trackers = open_trackers(workdir, saved_step, **options) if is_lead() else []
             try:
                 outcome = train(

@@ -15,6 +15,9 @@ from typing import Any, Protocol
 from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
 
+EVALUATION = "development/"
+"""How the figures of an evaluation begin."""
+
 FLUSH_SECONDS = 10.0
 """How often TensorBoard's events are brought to the disk, which may be slow."""
 
@@ -36,12 +39,13 @@ class JsonLines:
         path: The file; appended to.
         resume_step: Rows beyond this step, left by a run that was killed after its last checkpoint, are cut away;
             -1, for a run without a checkpoint, cuts every row.
+        pending: The evaluation of this step is still to come: a row of it, after which a run was killed, is cut away.
     """
 
-    def __init__(self, path: Path, resume_step: int) -> None:
+    def __init__(self, path: Path, resume_step: int, pending: bool = False) -> None:
         self._path = path
         if path.exists():
-            _cut_back(path, resume_step)
+            _cut_back(path, resume_step, pending)
         self._file = path.open("a", encoding="utf-8")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -63,14 +67,15 @@ def _cannot_write(path: Path, error: OSError) -> str:
     return f"{path} cannot be written ({error.strerror or error}); the checkpoints are intact"
 
 
-def _cut_back(path: Path, step: int) -> None:
+def _cut_back(path: Path, step: int, pending: bool) -> None:
     kept = []
     for line in path.read_text(encoding="utf-8").splitlines():
         try:
             row = json.loads(line)
         except ValueError:
             continue  # a row cut short by a kill
-        if row.get("step", 0) <= step:
+        again = pending and row.get("step") == step and any(name.startswith(EVALUATION) for name in row)
+        if row.get("step", 0) <= step and not again:
             kept.append(line + "\n")
     write_atomically(path, "".join(kept))
 
@@ -171,14 +176,21 @@ class WeightsAndBiases:
 
 
 def open_trackers(
-    workdir: Path, resume_step: int, *, tensorboard: bool, wandb: bool, project: str, config: dict[str, Any]
+    workdir: Path,
+    resume_step: int,
+    *,
+    tensorboard: bool,
+    wandb: bool,
+    project: str,
+    config: dict[str, Any],
+    pending: bool = False,
 ) -> Sequence[Tracker]:
     """The trackers of a working directory; see the classes."""
     trackers: list[Tracker] = []
     # The one that may be refused comes first, so that nothing is left open behind it.
     if wandb:
         trackers.append(WeightsAndBiases(workdir, project, config))
-    trackers.append(JsonLines(workdir / "metrics.jsonl", resume_step))
+    trackers.append(JsonLines(workdir / "metrics.jsonl", resume_step, pending))
     if tensorboard:
         trackers.append(TensorBoard(workdir / "tensorboard", resume_step))
     return trackers

@@ -226,6 +226,20 @@ def test_a_stop_does_not_wait_for_an_evaluation(tmp_path):
     assert run.on_disk[-1] == 3
 
 
+def test_the_next_start_makes_up_for_an_evaluation_that_a_stop_did_not_wait_for(tmp_path):
+    run = Run(tmp_path)
+    run.stop_at = "step 2"
+    run.go()
+    for _ in range(2):  # until a later step is saved it is still to come
+        again = Run(tmp_path)
+        again.stop_at = "evaluate 3"
+        assert not again.go(run.restored()).finished
+        assert again.happened("evaluate", "save", "step") == ["evaluate 3"]
+    last = Run(tmp_path)
+    assert last.go(run.restored()).finished
+    assert last.happened("evaluate") == ["evaluate 3", "evaluate 6", "evaluate 7"]
+
+
 def test_a_stop_before_the_first_step_leaves_a_run_to_resume(tmp_path):
     run = Run(tmp_path)
     run.stop.requested = True

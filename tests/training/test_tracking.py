@@ -35,6 +35,17 @@ def test_a_row_is_on_disk_as_soon_as_it_is_logged(tmp_path):
         assert rows(path) == [{"step": 3, "loss/total": 0.5, "usage/0": 1}]
 
 
+def test_an_evaluation_that_is_still_to_come_is_not_told_twice(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    told = [(2, {"loss/total": 1.0}), (2, {"development/perplexity": 3.0}), (4, {"loss/total": 0.5})]
+    evaluation = (4, {"development/perplexity": 2.0})
+    for _ in range(2):
+        with contextlib.closing(JsonLines(path, 4 if path.exists() else -1, pending=True)) as tracker:
+            for step, metrics in [evaluation] if path.stat().st_size else [*told, evaluation]:
+                tracker.log(step, metrics)
+    assert rows(path) == [{"step": step} | metrics for step, metrics in [*told, evaluation]]
+
+
 def test_values_that_are_not_finite_become_null(tmp_path):
     path = tmp_path / "metrics.jsonl"
     with contextlib.closing(JsonLines(path, -1)) as tracker:
