@@ -26,6 +26,7 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import jax
 import orbax.checkpoint as ocp
 from disturbances import TEN_YEARS, Disturbance
 from forked_command import ForkedCommand, Start, environment
@@ -33,7 +34,8 @@ from phases import PHASES
 from short_run import STEPS, assert_same_run, digests, steps_on_disk, unfinished_saves, write_short_run
 
 from spt_jax.exit_codes import FINISHED, STOPPED
-from spt_jax.training.checkpoint import tree_digest
+from spt_jax.training.checkpoint import restore_targets, tree_digest
+from spt_jax.training.workdir import read_initial
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)
 FAULTS_A_RUN = 10
@@ -115,8 +117,10 @@ class Campaign:
     def assert_undisturbed(self, workdir: Path) -> None:
         """A run that is done is the undisturbed one, bitwise; its last parameters on the disk are those it tells of."""
         assert_same_run(workdir, self.undisturbed)
+        here = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        wanted = ocp.args.StandardRestore(restore_targets(read_initial(workdir), here))
         with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            trainable = reader.restore(workdir / "checkpoints" / str(STEPS) / "trainable")
+            trainable = reader.restore(workdir / "checkpoints" / str(STEPS) / "trainable", args=wanted)
         assert tree_digest(trainable) == digests(self.undisturbed)["trainable"]
 
     def run(self, folder: Path, faults: int, seed: int) -> Report:
