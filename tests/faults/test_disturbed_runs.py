@@ -32,22 +32,19 @@ def test_a_run_with_steps_that_are_not_finite_is_the_same_run_when_it_is_killed(
 
 
 def test_restarts_do_not_forget_how_many_bad_steps_came_in_a_row(undisturbed, tmp_path):
-    start = undisturbed.command.start(
-        tmp_path / "run",
-        "--config.train.max_bad_steps=4",
-        "--config.train.save_every=1",
-        disturbance=Disturbance(nan_from=6, nan_until=8),
-    )
-    while max(steps_on_disk(tmp_path / "run"), default=-1) < 7:
+    workdir, forever = tmp_path / "run", Disturbance(nan_from=6, nan_until=STEPS)
+    start = undisturbed.command.start(workdir, "--config.train.max_bad_steps=99", disturbance=forever)
+    while max(steps_on_disk(workdir), default=-1) < 7:
         assert start.process.is_alive(), start.err
     start.process.kill()
     start.wait()
-    done = max(steps_on_disk(tmp_path / "run"))
-    forever = Disturbance(nan_from=done, nan_until=STEPS)
     for _ in range(2):
-        code, _, err = undisturbed.command.run(tmp_path / "run", "--config.train.max_bad_steps=4", disturbance=forever)
+        done = steps_on_disk(workdir)[-1]
+        code, _, err = undisturbed.command.run(workdir, "--config.train.max_bad_steps=4", disturbance=forever)
         assert code == MISTAKE, err
-        assert re.search(r"^spt-jax train: 4 steps in a row \(up to step \d+\) gave a loss", err.splitlines()[-1]), err
+        told = re.search(r"^spt-jax train: 4 steps in a row \(up to step (\d+)\) gave a loss", err.splitlines()[-1])
+        assert told, err
+        assert int(told[1]) == max(10, done + 1)
 
 
 def test_a_loader_that_raises_ends_the_run_and_the_steps_before_it_are_kept(undisturbed, tmp_path):

@@ -173,6 +173,7 @@ DAMAGES = [
     garble_what_is_told_of_the_arrays,
     remove_item,
 ]
+DAMAGES_OF_ARRAYS = [flip_bits, other_arrays]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -185,6 +186,14 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_taken(tmp_path, damage: 
         save(checkpoints, 2, 4.0)
         assert_restores(checkpoints, "latest", 2)
     assert names(tmp_path) == {"1", "2", "2.corrupt"}
+
+
+@pytest.mark.parametrize("damage", [damage for damage in DAMAGES if damage not in DAMAGES_OF_ARRAYS])
+def test_damage_beside_the_arrays_is_noticed_before_any_array_is_read(tmp_path, damage: Callable[[Path], None]):
+    fill(tmp_path, {1: 5.0, 2: 4.0})
+    damage(tmp_path / "2")
+    with Checkpoints(tmp_path) as checkpoints:
+        assert checkpoints.steps() == [1]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
