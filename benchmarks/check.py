@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import math
 import re
 import sys
 import tempfile
@@ -30,19 +29,18 @@ import jax.numpy as jnp
 import numpy as np
 from drawn_batch import draw_batch
 from gpu import needed_flops
-from jax import extend
-from jax.sharding import Mesh
 
 from spt_jax.config import default_config
 from spt_jax.data.loader import DialogueLoader
 from spt_jax.data.sources import read_dialogues
 from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.models.frozen_tree import abstract_params, random_params
+from spt_jax.models.frozen_tree import random_params
 from spt_jax.models.loading import open_lm
 from spt_jax.models.random_lm import byte_tokenizer
-from spt_jax.models.weights import kernel_shape
 from spt_jax.parallel.mesh import make_mesh
-from spt_jax.parallel.rules import parameter_sharding, place_batch
+from spt_jax.parallel.rules import place_batch
+from spt_jax.planning.arithmetic import product_flops
+from spt_jax.planning.programs import frozen_shapes
 from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.description import describe, objective_of
 from spt_jax.training.experiment import make_loader, pack_dialogues
@@ -70,32 +68,9 @@ SMALL = DecoderConfig(
 )
 
 
-def product_flops(jaxpr: Any) -> float:
-    """FLOPs of the matrix products of a jaxpr; the body of a scan counts as often as it runs."""
-    total = 0.0
-    for equation in jaxpr.eqns:
-        if equation.primitive.name == "dot_general":
-            (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            total += 2.0 * math.prod(equation.outvars[0].aval.shape) * math.prod(left[axis] for axis in contracted)
-        times = equation.params["length"] if equation.primitive.name == "scan" else 1
-        total += times * sum(product_flops(inner) for inner in extend.core.jaxprs_in_params(equation.params))
-    return total
-
-
 def host_calls(text: str) -> int:
     """How many instructions of a compiled program's text call Python or feed the host."""
     return len(re.findall(r'custom_call_target="[^"]*python[^"]*callback"|\boutfeed\(', text))
-
-
-def abstract_tree(decoder: DecoderConfig, mesh: Mesh) -> Any:
-    """The frozen tree of a float decoder as shapes with their shardings, to compile for without making weights."""
-
-    def one(leaf: Any) -> jax.ShapeDtypeStruct:
-        shape = kernel_shape(leaf)
-        return jax.ShapeDtypeStruct(shape, leaf.value.dtype, sharding=parameter_sharding(mesh, leaf.names, shape))
-
-    return jax.tree.map(one, abstract_params(decoder), is_leaf=lambda node: hasattr(node, "value"))
 
 
 def step_costs() -> dict[str, float]:
@@ -103,7 +78,7 @@ def step_costs() -> dict[str, float]:
     config, mesh = default_config(), make_mesh(devices=jax.devices()[:1])
     decoder = open_lm("shape:opt-125m").config
     model, optimizer = describe(config, decoder, mesh), make_optimizer(config.optimizer, 100)
-    params = abstract_tree(decoder, mesh)
+    params = frozen_shapes(decoder, mesh)
     state = init_state(jax.tree.map(jnp.zeros_like, model.init(jax.random.key(0))), optimizer, mesh)
     batch = draw_batch(ROWS, decoder.vocab_size)
     traced = make_train_step(model, objective_of(config), optimizer, mesh).trace(state, params, batch)

@@ -28,7 +28,6 @@ os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_p
 import jax
 import jax.numpy as jnp
 import numpy as np
-from check import abstract_tree, product_flops
 from drawn_batch import draw_batch
 
 from spt_jax.config import default_config
@@ -37,6 +36,8 @@ from spt_jax.models.frozen_tree import random_params
 from spt_jax.models.loading import open_lm
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import place_batch
+from spt_jax.planning.arithmetic import product_flops
+from spt_jax.planning.programs import frozen_shapes
 from spt_jax.training.description import describe, objective_of
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.step import init_state, make_train_step
@@ -127,7 +128,7 @@ def _step(point: Point) -> tuple[Any, Any, tuple[Any, Any, Any]]:
     table = {"embed_tokens": jnp.ones((decoder.vocab_size, decoder.hidden_size), decoder.jax_dtype)}
     state = init_state(model.init(jax.random.key(0), table), optimizer, mesh)
     batch = place_batch(mesh, longer(draw_batch(point.rows, decoder.vocab_size), point.tokens))
-    arguments = (state, abstract_tree(decoder, mesh), batch)
+    arguments = (state, frozen_shapes(decoder, mesh), batch)
     traced = make_train_step(model, objective_of(config), optimizer, mesh).trace(*arguments)
     return traced, traced.lower().compile(), arguments
 

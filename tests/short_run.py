@@ -19,7 +19,7 @@ def get_config():
     config.data.limit, config.data.batch, config.data.max_length, config.data.max_buckets = 6, 4, 512, 1
     config.data.development_dialogues = config.data.test_dialogues = 1
     config.optimizer.learning_rate, config.optimizer.schedule = 1e-2, "cosine"
-    config.train.steps, config.train.save_every, config.train.evaluate_every = {steps}, 1, 6
+    config.train.steps, config.train.save_every, config.train.evaluate_every = {steps}, 1, {evaluate_every}
     config.tracking.tensorboard = False
     return config
 """
@@ -32,11 +32,11 @@ def short_llama() -> LlamaFiles:
     )
 
 
-def write_short_run(folder: Path) -> Path:
-    """Writes the LM into ``folder/lm``; the config file of the run, which saves every step, evaluates every sixth."""
+def write_short_run(folder: Path, steps: int = STEPS, evaluate_every: int = 6) -> Path:
+    """Writes the LM into ``folder/lm``, and the config file of a run that saves every step."""
     source = short_llama().write_folder(folder / "lm")
     config = folder / "tiny.py"
-    config.write_text(CONFIG.format(source=str(source), steps=STEPS))
+    config.write_text(CONFIG.format(source=str(source), steps=steps, evaluate_every=evaluate_every))
     return config
 
 

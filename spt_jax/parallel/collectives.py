@@ -7,9 +7,11 @@ import itertools
 import math
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping
 
 import numpy as np
+
+from spt_jax.parallel.hlo_text import Instruction, Module, arrays_of, read_module
 
 KINDS = (
     "all-gather",
@@ -35,7 +37,8 @@ class Collective:
         groups: The devices, by their place in the program, that take part together; of a ``collective-permute`` the
             pairs of sender and receiver.
         in_loop: Whether it stands inside a loop, such as the one over layers.
-        times: How often one run of the program executes it; a loop of unknown length counts once.
+        times: How often one run of the program executes it; a loop of unknown length counts as often as the reader
+            was told, once by default.
         source: What JAX was tracing, such as ``jit(step)/.../dot_general``; empty where the compiler made it.
     """
 
@@ -52,75 +55,43 @@ class Collective:
         """Devices that take part together."""
         return max(map(len, self.groups))
 
-
-@dataclasses.dataclass(frozen=True)
-class _Line:
-    """An instruction: ``%name = type opcode(operands), attributes``."""
-
-    name: str
-    type: str
-    opcode: str
-    rest: str
-
-
-_COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) (?:\(.*\) -> .*)?\{$")
-_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (.*)$")
-_ARRAY = re.compile(r"\b(pred|token|bf16|[a-z]\d+\w*)\[([\d,]*)\]")
-_CALLED = re.compile(r"\b(condition|body|calls|to_apply|\w+_computations?)=(\{[^}]*\}|%?[\w.\-]+)")
-_TRIPS = re.compile(r'known_trip_count["\\]*:\s*\{["\\]*n["\\]*:\s*["\\]*(\d+)')
+    @property
+    def sent(self) -> float:
+        """Bytes that a device sends in all its `times`, in the best known algorithm (as many arrive)."""
+        share = (self.group_size - 1) / self.group_size
+        once = {
+            "all-reduce": 2 * self.bytes * share,
+            "reduce-scatter": self.bytes * (self.group_size - 1),
+            "collective-permute": self.bytes,
+        }
+        return self.times * once.get(self.kind, self.bytes * share)
 
 
-def collectives(compiled_text: str) -> list[Collective]:
+def collectives(compiled_text: str, unknown_trips: int = 1) -> list[Collective]:
     """The collectives of a program, those of the entry computation and of all that it calls, in the text's order.
 
     An asynchronous pair (``all-gather-start``, ``all-gather-done``) is one.
 
     Args:
         compiled_text: What ``jitted.lower(...).compile().as_text()`` gives.
+        unknown_trips: How often the body of a loop runs of which the text does not say it.
 
     Raises:
         ValueError: The text is no HLO module, or names its groups of devices in an unknown way.
     """
-    entry, computations = _computations(compiled_text)
-    devices = math.prod(int(n) for n in re.findall(r"(?:num_partitions|replica_count)=(\d+)", compiled_text[:100_000]))
-    runs = _runs(entry, computations)
+    module = read_module(compiled_text)
+    runs = _runs(module, unknown_trips)
     return [
-        _collective(kind, line, lines, devices, *runs[name])
-        for name, lines in computations.items()
+        _collective(kind, instruction, body, module.devices, *runs[name])
+        for name, body in module.computations.items()
         if name in runs
-        for line in lines
+        for instruction in body.values()
         for kind in KINDS
-        if line.opcode in (kind, f"{kind}-start")
+        if instruction.opcode in (kind, f"{kind}-start")
     ]
 
 
-def _computations(text: str) -> tuple[str, Mapping[str, list[_Line]]]:
-    """The entry's name, and the instructions of every computation by its name."""
-    entry, current = "", ""
-    found: dict[str, list[_Line]] = {}
-    for raw in text.splitlines():
-        if header := _COMPUTATION.match(raw):
-            current = header[2]
-            found[current] = []
-            entry = current if header[1] else entry
-        elif current and (instruction := _INSTRUCTION.match(raw)):
-            found[current].append(_line(instruction[1], instruction[2]))
-    if not entry:
-        raise ValueError("this is not the text of a compiled program: it has no ENTRY computation")
-    return entry, found
-
-
-def _line(name: str, definition: str) -> _Line:
-    """Splits behind the type, which may be a tuple in parentheses and holds layouts such as ``{1,0:T(8,128)}``."""
-    depth = end = 0
-    while definition[end] != " " or depth:
-        depth += (definition[end] in "({[") - (definition[end] in ")}]")
-        end += 1
-    opcode, _, rest = definition[end + 1 :].partition("(")
-    return _Line(name, definition[:end], opcode, rest)
-
-
-def _runs(entry: str, computations: Mapping[str, Sequence[_Line]]) -> Mapping[str, tuple[bool, int]]:
+def _runs(module: Module, unknown_trips: int) -> Mapping[str, tuple[bool, int]]:
     """For every computation that is reached: whether inside a loop, and how often it runs."""
     times: defaultdict[str, int] = defaultdict(int)
     looped: defaultdict[str, bool] = defaultdict(bool)
@@ -128,57 +99,35 @@ def _runs(entry: str, computations: Mapping[str, Sequence[_Line]]) -> Mapping[st
     def visit(name: str, in_loop: bool, count: int) -> None:
         times[name] += count
         looped[name] |= in_loop
-        for line in computations[name]:
-            loop = line.opcode == "while"
-            trips = int(found[1]) if loop and (found := _TRIPS.search(line.rest)) else 1
-            for called in _called(line):
-                if called in computations:
+        for instruction in module.computations[name].values():
+            loop = instruction.opcode == "while"
+            trips = module.trips(instruction, unknown_trips) if loop else 1
+            for _, called in instruction.called():
+                if called in module.computations:
                     visit(called, in_loop or loop, count * trips)
 
-    visit(entry, False, 1)
+    visit(module.entry, False, 1)
     return {name: (looped[name], times[name]) for name in times}
 
 
-def _called(line: _Line) -> Iterator[str]:
-    for _, names in _CALLED.findall(line.rest):
-        yield from (name.strip().lstrip("%") for name in names.strip("{}").split(",") if name.strip())
-
-
 def _collective(
-    kind: str, line: _Line, neighbours: Sequence[_Line], devices: int, in_loop: bool, times: int
+    kind: str, it: Instruction, body: Mapping[str, Instruction], devices: int, in_loop: bool, times: int
 ) -> Collective:
-    type_ = line.type
-    if line.opcode.endswith("-start"):
+    type_ = it.type
+    if it.opcode.endswith("-start"):
         # The type of the start names its operands too; that of the end the results alone.
-        operand = re.compile(rf"%?{re.escape(line.name)}\b(?![.\-])")
-        type_ = next(x.type for x in neighbours if x.opcode == f"{kind}-done" and operand.search(x.rest))
-    shapes = tuple(
-        (dtype, tuple(int(n) for n in sizes.split(",") if n))
-        for dtype, sizes in _ARRAY.findall(_without_layouts(type_))
-    )
-    source = re.search(r'op_name="([^"]*)"', line.rest)
+        type_ = next(each.type for each in body.values() if each.opcode == f"{kind}-done" and it.name in each.operands)
+    arrays = arrays_of(type_)
+    source = re.search(r'op_name="([^"]*)"', it.rest)
     return Collective(
         kind=kind,
-        shapes=shapes,
-        bytes=sum(-(-_bits(dtype) * math.prod(shape) // 8) for dtype, shape in shapes),
-        groups=_groups(line.rest, devices),
+        shapes=tuple((array.dtype, array.shape) for array in arrays),
+        bytes=sum(array.bytes for array in arrays),
+        groups=_groups(it.rest, devices),
         in_loop=in_loop,
         times=times,
         source=source[1] if source else "",
     )
-
-
-def _without_layouts(type_: str) -> str:
-    return re.sub(r"\{[^{}]*\}", "", type_)
-
-
-def _bits(dtype: str) -> int:
-    """``pred`` is stored in a byte, ``s4`` in half of one; ``f8e4m3fn`` and its kin spell their width first."""
-    if dtype in ("pred", "token"):
-        return 8 if dtype == "pred" else 0
-    width = re.search(r"\d+", dtype)
-    assert width is not None, f"the pattern of arrays admits a type without a width: {dtype}"
-    return int(width[0])
 
 
 def _groups(attributes: str, devices: int) -> Groups:

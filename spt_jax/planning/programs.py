@@ -14,7 +14,6 @@ from jax.sharding import Mesh, NamedSharding
 from spt_jax.config import Config
 from spt_jax.data.buckets import BucketShape
 from spt_jax.data.collate import collate, training_contexts
-from spt_jax.errors import UserError
 from spt_jax.generation.decode import begin, decode_loop, prefill
 from spt_jax.generation.decoding import Decoding
 from spt_jax.models.decoder_config import DecoderConfig
@@ -22,6 +21,7 @@ from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.weights import map_boxes
 from spt_jax.parallel.rules import parameter_sharding, replicated, row_devices, row_sharding
 from spt_jax.training.description import describe, front_length, objective_of
+from spt_jax.training.experiment import check_rows
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.remat import with_remat
 from spt_jax.training.step import TrainState, make_train_step, state_shardings
@@ -91,20 +91,6 @@ def train_step(config: Config, decoder: DecoderConfig, mesh: Mesh, shape: Bucket
         model, objective_of(config), optimizer, mesh, config.optimizer.micro_batches, shardings=shardings
     )
     return Program("train step", step, (_placed(state, shardings), frozen, _batch(config, mesh, shape)))
-
-
-def check_rows(config: Config, mesh: Mesh) -> None:
-    """Refuses a batch whose rows the devices cannot share, as training does.
-
-    Raises:
-        UserError: ``data.batch`` is no multiple of the devices that share the rows of a micro-batch.
-    """
-    share = row_devices(mesh) * config.optimizer.micro_batches
-    if config.data.batch % share:
-        raise UserError(
-            f"data.batch is {config.data.batch}; allowed: a multiple of {share} (mesh.data × mesh.fsdp = "
-            f"{row_devices(mesh)} devices share the rows of each of {config.optimizer.micro_batches} micro-batches)"
-        )
 
 
 def _placed(tree: Any, shardings: Any) -> Shapes:

@@ -26,7 +26,7 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from spt_jax.errors import UserError
 from spt_jax.parallel.distributed import any_process, barrier, is_lead, on_host
-from spt_jax.training.checkpoint_record import METRIC, DamagedCheckpointError, read_record, sealed
+from spt_jax.training.checkpoint_record import METRIC, SHAPES, DamagedCheckpointError, read_record, sealed
 
 Tree = Any
 
@@ -167,8 +167,7 @@ class Checkpoints:
             **meta,
             "step": step,
             "digests": {name: tree_digest(tree) for name, tree in trees.items()},
-            "shapes": tree_shapes(trees["trainable"]),
-            "optimizer_shapes": tree_shapes(trees["optimizer"]),
+            **{key: tree_shapes(trees[item]) for item, key in SHAPES.items()},
         }
         try:
             self._check_space(trees)
@@ -302,7 +301,7 @@ class Checkpoints:
         return trees, meta
 
     def _check_shapes(self, step: int, meta: dict[str, Any], targets: dict[str, Tree]) -> None:
-        for item, key in (("trainable", "shapes"), ("optimizer", "optimizer_shapes")):
+        for item, key in SHAPES.items():
             if item not in targets or key not in meta:
                 continue
             saved, wanted = meta[key], tree_shapes(targets[item])

@@ -13,6 +13,8 @@ from typing import Any
 
 METRIC = "perplexity"
 SEAL = "sha256"
+SHAPES = {"trainable": "shapes", "optimizer": "optimizer_shapes"}
+"""Under which name the record has the shapes of a tree's arrays."""
 
 
 class DamagedCheckpointError(Exception):
@@ -50,7 +52,7 @@ def read_record(step_folder: Path, items: Iterable[str]) -> dict[str, Any]:
         if SEAL in record:
             _check_seal(record, perplexity)
         for item in items:
-            _check_item(step_folder / item)
+            _check_item(step_folder / item, record.get(SHAPES[item]))
     except Exception as error:
         raise DamagedCheckpointError(f"the checkpoint of step {step_folder.name} is damaged: {error}") from error
     return record
@@ -68,9 +70,25 @@ def _check_seal(record: Mapping[str, Any], perplexity: float | None) -> None:
         raise ValueError(f"its perplexity is {perplexity}, but {record[METRIC]} was saved")
 
 
-def _check_item(folder: Path) -> None:
+def _check_item(folder: Path, shapes: Mapping[str, list[int]] | None) -> None:
+    """What Orbax reads beside the arrays; whatever it still reads when one of them fails complains on its own."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder.name} is missing")
-    # Orbax reads these beside the arrays, and whatever it still reads when one fails complains of it on its own.
-    for path in (folder / "_METADATA", *(folder / "array_metadatas").glob("*")):
-        json.loads(path.read_bytes())
+    json.loads((folder / "_METADATA").read_bytes())
+    told = [each for path in (folder / "array_metadatas").glob("*") for each in _told_of_arrays(path)]
+    if shapes is None:
+        return
+    saved = {name.replace("/", "."): tuple(shape) for name, shape in shapes.items()}
+    if saved and {name for name, _ in told} != set(saved):
+        raise ValueError(f"the names of the arrays of {folder.name} are not those that were saved")
+    for name, part in told:
+        # A device writes its own part, which goes into the whole.
+        whole = saved.get(name, part)
+        if len(part) != len(whole) or any(size < 1 or total % size for size, total in zip(part, whole, strict=True)):
+            raise ValueError(f"the shape of {name} is told as {part}, but {whole} was saved")
+
+
+def _told_of_arrays(path: Path) -> list[tuple[str, tuple[int, ...]]]:
+    """Name and shape of the arrays that a process wrote, or of its part of them."""
+    found = [each["array_metadata"] for each in json.loads(path.read_bytes())["array_metadatas"]]
+    return [(str(each["param_name"]), tuple(int(size) for size in each["write_shape"])) for each in found]

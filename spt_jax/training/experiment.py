@@ -250,21 +250,30 @@ def contrastive_texts(config: Config, rows: Sequence[Row], dialogues: Sequence[D
     return pair_texts(rows, dialogues, o.pair_text)
 
 
+def check_rows(config: Config, mesh: Mesh) -> None:
+    """Refuses a batch whose rows the devices cannot share.
+
+    Raises:
+        UserError: ``data.batch`` is no multiple of the devices that share the rows of a micro-batch.
+    """
+    share = row_devices(mesh) * config.optimizer.micro_batches
+    if config.data.batch % share:
+        raise UserError(
+            f"data.batch is {config.data.batch}; allowed: a multiple of {share} (mesh.data × mesh.fsdp = "
+            f"{row_devices(mesh)} devices share the rows of each of {config.optimizer.micro_batches} micro-batches)"
+        )
+
+
 def make_loader(
     config: Config, rows: PackedRows, dialogues: Sequence[Dialogue], mesh: Mesh, pad_id: int
 ) -> DialogueLoader:
     """The training batches.
 
     Raises:
-        UserError: The batch, or a micro-batch, is not a multiple of the devices that share its rows.
+        UserError: As `check_rows`.
     """
     d = config.data
-    share = row_devices(mesh) * config.optimizer.micro_batches
-    if d.batch % share:
-        raise UserError(
-            f"data.batch is {d.batch}; allowed: a multiple of {share} (mesh.data × mesh.fsdp = {row_devices(mesh)} "
-            f"devices share the rows of each of {config.optimizer.micro_batches} micro-batches)"
-        )
+    check_rows(config, mesh)
     return DialogueLoader(
         rows.rows,
         batch_size=d.batch,

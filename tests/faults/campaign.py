@@ -18,6 +18,7 @@ import os
 import platform
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -260,6 +261,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     flags = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="spt-jax-faults-"))
     report = Campaign.prepared(folder).run(folder, flags.faults, flags.seed)
+    shutil.rmtree(folder)  # after a run that lost something it is left, to be looked at
     flags.out.with_suffix(".json").write_text(json.dumps(report.to_dict(), indent=2) + "\n")
     flags.out.with_suffix(".md").write_text(report.to_markdown())
     print(report.to_markdown())

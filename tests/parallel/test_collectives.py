@@ -132,3 +132,18 @@ def test_bytes_are_those_of_all_results(type_, size):
 def test_a_permutation_names_its_pairs():
     found = one("%r = f32[4]{0} collective-permute(%x), channel_id=1, source_target_pairs={{0,1},{1,0}}")
     assert (found.groups, found.group_size) == (((0, 1), (1, 0)), 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sent"),
+    [
+        ("all-reduce", 2 * 75),
+        ("all-gather", 75),
+        ("reduce-scatter", 300),
+        ("all-to-all", 75),
+        ("collective-permute", 100),
+    ],
+)
+def test_what_a_device_sends_is_what_the_best_algorithm_sends(kind, sent):
+    four = Collective(kind, (("f32", (25,)),), bytes=100, groups=((0, 1, 2, 3),), in_loop=False, times=2, source="")
+    assert four.sent == 2 * sent

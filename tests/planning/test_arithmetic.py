@@ -27,6 +27,12 @@ def test_a_product_and_its_gradients():
     assert flops(jax.grad(lambda x, w: (x @ w).sum()), (M, N), (N, N)) == 2 * ONE
 
 
+def test_a_gradient_of_weights_would_be_seen_as_a_third_product():
+    product = lambda x, w: ((x @ w) ** 2).sum()  # noqa: E731
+    assert flops(jax.grad(product), (M, N), (N, N)) == 2 * ONE
+    assert flops(jax.grad(product, argnums=(0, 1)), (M, N), (N, N)) == 3 * ONE
+
+
 def test_a_scan_counts_as_often_as_it_runs():
     def layers(x: jax.Array, stack: jax.Array) -> jax.Array:
         return jax.lax.scan(lambda x, w: (x @ w, None), x, stack)[0]

@@ -11,25 +11,12 @@ import time
 from pathlib import Path
 
 import pytest
-from llama_files import random_llama
+from short_run import write_short_run
 
 from spt_jax.commands.configuration import load_config
 from spt_jax.config import flatten
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
-BASE = """
-from spt_jax.config import default_config
-
-def get_config():
-    config = default_config()
-    config.model.source = {source!r}
-    config.bank.num_prompts, config.bank.prompt_length = 2, 2
-    config.data.limit, config.data.batch, config.data.max_length, config.data.max_buckets = 6, 4, 512, 1
-    config.data.development_dialogues = config.data.test_dialogues = 1
-    config.train.steps, config.train.save_every, config.train.evaluate_every = 4, 1, 2
-    config.tracking.tensorboard = False
-    return config
-"""
 SWEEP = """
 from optuna.distributions import CategoricalDistribution, FloatDistribution
 from spt_jax.sweeps.description import Sweep
@@ -50,9 +37,7 @@ def get_sweep():
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("sweep")
-    small = {"hidden_size": 16, "intermediate_size": 16, "head_dim": 4, "num_hidden_layers": 1}
-    source = random_llama(**small, max_position_embeddings=546).write_folder(path / "lm")
-    (path / "base.py").write_text(BASE.format(source=str(source)))
+    write_short_run(path, steps=4, evaluate_every=2).rename(path / "base.py")
     (path / "sweep.py").write_text(SWEEP)
     return path
 

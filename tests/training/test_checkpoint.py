@@ -155,6 +155,21 @@ def garble_what_is_told_of_the_arrays(step: Path) -> None:
     (step / "optimizer" / "array_metadatas" / "process_0").write_bytes(b"\xc2")
 
 
+def change_a_name_told_of_the_arrays(step: Path) -> None:
+    path = step / "trainable" / "array_metadatas" / "process_0"
+    path.write_text(path.read_text().replace("bank.prompts", "bank.pronpts"))
+
+
+def change_a_shape_told_of_the_arrays(step: Path) -> None:
+    path = step / "optimizer" / "array_metadatas" / "process_0"
+    told = json.loads(path.read_text())
+    shape = next(
+        x["array_metadata"]["write_shape"] for x in told["array_metadatas"] if x["array_metadata"]["write_shape"]
+    )
+    shape[0] += 1
+    path.write_text(json.dumps(told))
+
+
 def remove_item(step: Path) -> None:
     shutil.rmtree(step / "optimizer")
 
@@ -171,6 +186,8 @@ DAMAGES = [
     change_a_digit_of_the_perplexity,
     remove_metrics,
     garble_what_is_told_of_the_arrays,
+    change_a_name_told_of_the_arrays,
+    change_a_shape_told_of_the_arrays,
     remove_item,
 ]
 DAMAGES_OF_ARRAYS = [flip_bits, other_arrays]

@@ -1,4 +1,4 @@
-"""Any bytes: weight files are read, or refused with a sentence, in bounded time and memory."""
+"""Any bytes: files are read, or refused with a sentence, in bounded time and memory."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from pathlib import Path
 
 import pytest
 from driver import Reader, read_case, run_campaign
-from readers import WEIGHTS
+from readers import CONFIGURATIONS, DIALOGUES, WEIGHTS
+
+every_reader = pytest.mark.parametrize("reader", DIALOGUES + WEIGHTS + CONFIGURATIONS, ids=lambda reader: reader.name)
 
 
-@pytest.mark.parametrize("reader", WEIGHTS, ids=lambda reader: reader.name)
+@every_reader
 def test_a_sound_file_is_read(reader: Reader, tmp_path: Path) -> None:
     assert read_case(reader, reader.sound, tmp_path) is None
 
 
-@pytest.mark.parametrize("reader", WEIGHTS, ids=lambda reader: reader.name)
+@every_reader
 def test_any_bytes_are_read_or_refused_with_a_sentence(
     reader: Reader, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
