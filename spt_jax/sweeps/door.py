@@ -34,6 +34,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from spt_jax.commands.flag_reading import door_help, own_flags, read_flags
 from spt_jax.config import Config, flatten
 from spt_jax.errors import UserError
+from spt_jax.exit_codes import MISTAKE, STOPPED
 from spt_jax.sweeps import launchers
 from spt_jax.sweeps.description import Sweep, base_config, load_sweep, record
 from spt_jax.sweeps.leases import Leases
@@ -100,7 +101,7 @@ def main(program: str, arguments: Sequence[str]) -> int:
         arguments: As the user typed them.
 
     Returns:
-        The exit code: 0; 1 when a sweep ends without a complete trial, or its workers fail; 2 after a user's mistake.
+        The exit code, of `spt_jax.exit_codes`; 1 when a sweep ends without a complete trial, or its workers fail.
     """
     flag_values = flags.FlagValues()
     define_flags(flag_values)
@@ -114,11 +115,11 @@ def main(program: str, arguments: Sequence[str]) -> int:
         return _run(program, {name: flag.value for name, flag in own_flags(flag_values).items()}, arguments)
     except UserError as error:
         print(f"sweep: {error}", file=sys.stderr)
-        return 2
+        return MISTAKE
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         reason = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
         print(f"sweep: the storage failed ({reason}); nothing is lost, the same command goes on", file=sys.stderr)
-        return 2
+        return STOPPED
 
 
 def _run(program: str, values: Mapping[str, Any], arguments: Sequence[str]) -> int:
@@ -226,7 +227,7 @@ def _run_locally(request: _Request, at: Workplace, leases: Leases, count: int) -
             codes = [worker.wait() for worker in workers]
     if stop.requested:
         print("stopped, every run is saved; the same command goes on from there", file=sys.stderr)
-        return 0
+        return STOPPED
     if any(codes):
         print(f"sweep: a worker failed, see {logs}; the same command goes on", file=sys.stderr)
     return max(_finish(at), int(any(codes)))

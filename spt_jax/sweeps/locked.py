@@ -15,8 +15,8 @@ from typing import NoReturn
 
 from spt_jax.sweeps.process_identity import machine, start_of
 
-TAKEN = 75
-"""Exit code when another process has the lock (EX_TEMPFAIL of sysexits.h)."""
+TAKEN = 79
+"""Exit code when another process has the lock; none of `spt_jax.exit_codes`, nor of sysexits.h."""
 
 
 def main(arguments: list[str]) -> NoReturn:

@@ -62,7 +62,7 @@ def _evaluated(workdir: Path, objective: Objective) -> float:
     try:
         figures = json.loads(path.read_text(encoding="utf-8"))["columns"][MEASURED]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path} has no number unders of the column {MEASURED!r}") from error
+        raise UserError(f"{path} has no figures of the column {MEASURED!r}") from error
     value = figures.get(objective.metric)
     if not isinstance(value, int | float) or math.isnan(value):
         numbers = [name for name, figure in figures.items() if isinstance(figure, int | float)]

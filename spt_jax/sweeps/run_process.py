@@ -12,10 +12,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from spt_jax.errors import UserError
+from spt_jax.exit_codes import FINISHED, STOPPED
 from spt_jax.sweeps.locked import TAKEN, holder_here
 
-FINISHED = "finished "
-"""How the line begins with which ``spt-jax train`` ends a whole run; one that was stopped says something else."""
 SPT_JAX = (sys.executable, "-m", "spt_jax")
 MOST_KILLS = 3
 """A run that was killed from outside so often, for want of memory for instance, has failed."""
@@ -48,31 +47,29 @@ class RunProcess:
     ) -> None:
         self._lock, self._log, self._tick, self._confirm, self._program = lock, log, tick, confirm, program
 
-    def finish(self, arguments: Sequence[str], *, ends_with: str = "") -> None:
+    def finish(self, arguments: Sequence[str]) -> None:
         """Runs ``spt-jax ARGUMENTS`` until it has done its work, starting it again when it is killed or stopped.
 
         Args:
             arguments: The door and its flags.
-            ends_with: How the last line begins that is printed when all work is done; empty if the exit code says it.
 
         Raises:
-            RunFailed: It exits with an error, or was killed `MOST_KILLS` times.
+            RunFailed: It exits with an error, or was killed or stopped `MOST_KILLS` times.
         """
         kills = 0
         while True:
             begun = self._log.stat().st_size if self._log.exists() else 0
             code = self._once(arguments)
-            printed = self._printed(begun)
-            if code == 0 and any(line.startswith(ends_with) for line in printed or [""]):
+            if code == FINISHED:
                 return
             self._tick()  # a stop that was asked for is no failure
             self._confirm()
-            if code > 0:
-                reason = next((line for line in reversed(printed) if line.strip()), "nothing was printed")
+            if code > 0 and code != STOPPED:
+                reason = next((line for line in reversed(self._printed(begun)) if line.strip()), "nothing was printed")
                 raise RunFailed(f"spt-jax {arguments[0]} ended with exit code {code}: {reason} (see {self._log})")
             kills += 1
             if kills == MOST_KILLS:
-                how = f"was killed by signal {-code}" if code else "was stopped"
+                how = "was stopped" if code == STOPPED else f"was killed by signal {-code}"
                 raise RunFailed(f"spt-jax {arguments[0]} {how} {kills} times from outside; see {self._log}")
 
     def _once(self, arguments: Sequence[str]) -> int:

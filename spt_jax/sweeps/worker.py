@@ -23,7 +23,7 @@ from spt_jax.sweeps.description import Sweep, trial_config
 from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.metrics import final_value, logged_values
 from spt_jax.sweeps.points import suggest
-from spt_jax.sweeps.run_process import FINISHED, SPT_JAX, LostLease, RunProcess
+from spt_jax.sweeps.run_process import SPT_JAX, LostLease, RunProcess
 from spt_jax.training.absolute_paths import absolute_paths
 from spt_jax.training.signals import StopSignal
 
@@ -164,7 +164,7 @@ class Worker:
         lock, log = folder / f"seed_{seed}.lock", folder / f"seed_{seed}.log"
         process = RunProcess(lock, log, tick, lambda: self._renew(trial.number), self._at.program)
         flags = [f"--config={folder / 'config.py'}", f"--workdir={workdir}", f"--config.seed={seed}"]
-        process.finish(["train", *flags], ends_with=FINISHED)
+        process.finish(["train", *flags])
         tick()  # what a short run wrote before it was looked at counts like what a long one wrote
         if sweep.objective.file == "results.json":
             process.finish(["evaluate", f"--workdir={workdir}", "--nobaselines", "--reuse"])

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -31,6 +32,15 @@ def _as_user() -> dict[str, int]:
     return {"user": account.pw_uid, "group": account.pw_gid}
 
 
+def _must(command: list[str], folder: Path, run: dict[str, Any]) -> None:
+    """Runs a command of the server's; if it fails, the test's failure says all that the server said."""
+    done = subprocess.run(command, **run)
+    if done.returncode:
+        log = folder / "log"
+        told = f"{done.stdout or ''}{done.stderr or ''}{log.read_text() if log.exists() else ''}"
+        pytest.fail(f"{command[0]} ended with exit code {done.returncode}:\n{told}", pytrace=False)
+
+
 @contextmanager
 def postgres() -> Iterator[str]:
     """The address of an empty database, with a password; skips the test where there is no server to start."""
@@ -44,7 +54,7 @@ def postgres() -> Iterator[str]:
         os.chown(folder, user["user"], user["group"])
     (folder / "password").write_text("s3cret\n")
     (folder / "password").chmod(0o644)
-    data, run = folder / "data", {"cwd": folder, "check": True, "capture_output": True, "text": True, **user}
+    data, run = folder / "data", {"cwd": folder, "capture_output": True, "text": True, **user}
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -52,12 +62,10 @@ def postgres() -> Iterator[str]:
     options = f"-p {port} -c listen_addresses=127.0.0.1 -k {folder} -c fsync=off"
     control = [str(binaries / "pg_ctl"), "-D", str(data), "-w"]
     try:
-        subprocess.run([str(binaries / initialise[0]), *initialise[1:], "--no-sync"], **run)
-        subprocess.run(
-            [*control, "-l", str(folder / "log"), "-o", options, "start"], **{**run, "capture_output": False}
-        )
+        _must([str(binaries / initialise[0]), *initialise[1:], "--no-sync"], folder, run)
+        _must([*control, "-l", str(folder / "log"), "-o", options, "start"], folder, {**run, "capture_output": False})
         yield f"postgresql://sweeper:s3cret@127.0.0.1:{port}/postgres"
     finally:
         if (data / "postmaster.pid").exists():
-            subprocess.run([*control, "-m", "immediate", "stop"], **{**run, "check": False})
+            subprocess.run([*control, "-m", "immediate", "stop"], **run)
         shutil.rmtree(folder, ignore_errors=True)

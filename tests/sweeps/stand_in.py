@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from spt_jax.commands.configuration import load_config
+from spt_jax.exit_codes import FINISHED, STOPPED
 
 OVERLAP = "another process was here"
 STAND_IN_FINISHED = "finished"
@@ -58,10 +59,10 @@ def main(arguments: list[str]) -> int:
         _replace(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     if len(rows) < config.train.steps:
         print(f"stopped after step {len(rows)} of {config.train.steps}")
-    else:
-        _note(workdir, STAND_IN_FINISHED)
-        print(f"finished {len(rows)} steps")
-    return 0
+        return STOPPED
+    _note(workdir, STAND_IN_FINISHED)
+    print(f"finished {len(rows)} steps")
+    return FINISHED
 
 
 def _note(workdir: Path, line: str) -> None:

@@ -15,6 +15,7 @@ from short_run import write_short_run
 
 from spt_jax.commands.configuration import load_config
 from spt_jax.config import flatten
+from spt_jax.exit_codes import STOPPED
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SWEEP = """
@@ -70,7 +71,7 @@ def test_a_sweep_of_real_trainings_is_stopped_killed_resumed_and_its_best_config
         time.sleep(0.05)
     first.send_signal(signal.SIGTERM)
     _, told = first.communicate(timeout=120)
-    assert first.returncode == 0 and "stopped, every run is saved" in told
+    assert first.returncode == STOPPED and "stopped, every run is saved" in told
     code, printed, told = run(folder, *flags)
     assert code == 0, told
     assert printed.count("wrote ") == 3 and "best: trial " in printed

@@ -115,7 +115,11 @@ def test_a_run_whose_worker_was_killed_is_ended_before_it_is_taken_up_again(tmp_
     assert_each_point_once(at, undisturbed)
 
 
-def test_a_run_killed_behind_its_workers_back_goes_on_and_one_that_always_dies_fails(tmp_path):
+@pytest.mark.parametrize(
+    ("ending", "told"),
+    [(signal.SIGKILL, "was killed by signal 9 3 times"), (signal.SIGTERM, "was stopped 3 times from outside")],
+)
+def test_a_run_ended_behind_its_workers_back_goes_on_and_one_that_always_ends_fails(tmp_path, ending, told):
     at = workplace(
         write_sweep(
             tmp_path / "sweep.py", 'space={"bank.num_prompts": CategoricalDistribution([3])}, sampler="grid"', steps=30
@@ -127,13 +131,13 @@ def test_a_run_killed_behind_its_workers_back_goes_on_and_one_that_always_dies_f
             wait_until(lambda begun=begun: len(processes(at, 0)) == begun)
             holder = holder_here(trial_folder(at.folder, 0) / "seed_0.lock")
             with suppress(ProcessLookupError):
-                os.kill(holder or 0, signal.SIGKILL)
+                os.kill(holder or 0, ending)
             if begun == 2:
                 assert at.trials()[0].state == TrialState.RUNNING
         assert worker.wait(60) == 0
     (trial,) = at.trials()
     assert trial.state == TrialState.FAIL
-    assert "was killed by signal 9 3 times" in trial.user_attrs[ERROR]
+    assert told in trial.user_attrs[ERROR]
 
 
 def test_a_polite_stop_gives_the_trial_back_at_once(tmp_path, undisturbed):
