@@ -1,13 +1,14 @@
 #!/usr/bin/env bash
-# Trains with several processes on this machine, which find one another on a free port.
+# Trains, or evaluates, with several processes on this machine, which find one another on a free port.
 #
 #   bash launch/local.sh -n 2 -- --config=configs/quickstart.py --workdir=runs/two
+#   bash launch/local.sh -n 2 -- evaluate --workdir=runs/two
 #   bash launch/local.sh -n 2 --devices 4 -- ...    each process with 4 CPU devices, to try a mesh of 8
 #   bash launch/local.sh -n 2 --dry-run -- ...      prints the commands
 #
-# What follows -- goes to spt-jax train. Lines begin with the number of their process. When one fails, or Ctrl-C or
-# SIGTERM comes, all are asked to stop; the exit code is that of the first that failed, or 75 after a stop that saved:
-# the same command then goes on. Costs nothing but this machine.
+# What follows -- goes to spt-jax train, unless it begins with evaluate. Lines begin with the number of their process.
+# When one fails, or Ctrl-C or SIGTERM comes, all are asked to stop; the exit code is that of the first that failed, or
+# 75 after a stop that saved: the same command then goes on. Costs nothing but this machine.
 set -euo pipefail
 
 fail() { echo "local: $1" >&2; exit 2; }
@@ -20,13 +21,15 @@ while [ $# -gt 0 ]; do
       shift 2
       ;;
     --dry-run) dry=1; shift ;;
-    -h | --help) sed -n '2,10s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,11s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     --) shift; break ;;
     *) fail "unknown argument '$1'; allowed: -n COUNT, --devices COUNT, --dry-run, and flags of spt-jax train behind --" ;;
   esac
 done
 [ -n "$count" ] || fail "-n is missing; give the number of processes, as in -n 2"
 [ $# -gt 0 ] || fail "nothing to train; give the flags of spt-jax train behind --"
+door=train
+if [ "$1" = evaluate ]; then door=evaluate; shift; fi
 spt_jax="$(command -v spt-jax || true)"
 here="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 [ -n "$spt_jax" ] || spt_jax="$here/.venv/bin/spt-jax"
@@ -36,7 +39,7 @@ if [ -n "$devices" ]; then
 fi
 
 if [ -n "$dry" ]; then
-  for ((i = 0; i < count; i++)); do printf '%q ' "$spt_jax" train "$@" "--distributed=127.0.0.1:PORT,$count,$i"; echo; done
+  for ((i = 0; i < count; i++)); do printf '%q ' "$spt_jax" "$door" "$@" "--distributed=127.0.0.1:PORT,$count,$i"; echo; done
   exit 0
 fi
 port="$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')"
@@ -45,7 +48,7 @@ port="$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0))
 set -m
 pids=()
 for ((i = 0; i < count; i++)); do
-  "$spt_jax" train "$@" "--distributed=127.0.0.1:$port,$count,$i" > >(sed -u "s/^/[$i] /") 2>&1 </dev/null &
+  "$spt_jax" "$door" "$@" "--distributed=127.0.0.1:$port,$count,$i" > >(sed -u "s/^/[$i] /") 2>&1 </dev/null &
   pids+=($!)
 done
 ask_all() { kill -TERM "${pids[@]}" 2>/dev/null || true; }

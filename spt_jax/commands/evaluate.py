@@ -2,7 +2,7 @@
 
 Writes predictions.jsonl, results.json and report.html into the workdir and prints the table. Beside the trained bank
 it measures the LM without a soft prompt and the bank before training, unless --nobaselines. One that is killed goes on
-where it was when the same command is given again.
+where it was when the same command is given again. Several processes share the work as in training; the first writes.
 
 Examples:
   spt-jax evaluate --workdir=runs/quickstart
@@ -14,15 +14,20 @@ Examples:
 from __future__ import annotations
 
 import shlex
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
 from spt_jax.commands.decoding_flags import define_decoding_flags, given_decoding
+from spt_jax.commands.joining import define_joining_flags, joined_processes
 from spt_jax.commands.workdirs import evaluated_in
 from spt_jax.errors import UserError
 from spt_jax.metric_groups import GROUPS, chosen_groups
+
+if TYPE_CHECKING:
+    from spt_jax.data.dialogue import Dialogue
 
 _SAMPLES_PRINTED = 3
 
@@ -63,6 +68,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         **fv,
     )
     define_decoding_flags(flag_values)
+    define_joining_flags(flag_values)
 
 
 def run(flag_values: flags.FlagValues) -> int:
@@ -75,20 +81,17 @@ def run(flag_values: flags.FlagValues) -> int:
     if not given["workdir"]:
         raise UserError("--workdir is missing; give the working directory of a trained run")
     decoding = given_decoding(flag_values)
-    return evaluated_in(
-        given["workdir"], given["checkpoint"], print, lambda workdir: _evaluate(given, decoding, workdir)
-    )
+    with joined_processes("spt-jax evaluate", flag_values):
+        return evaluated_in(
+            given["workdir"], given["checkpoint"], print, lambda workdir: _evaluate(given, decoding, workdir)
+        )
 
 
 def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) -> int:
-    import jax
-
-    from spt_jax.atomic_file import check_writable
-    from spt_jax.commands.restored import heldout_dialogues, open_run
+    from spt_jax.commands.restored import heldout_dialogues
     from spt_jax.config import validate
-    from spt_jax.evaluation.journal import Journal
     from spt_jax.evaluation.kept_results import kept_results, question
-    from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
+    from spt_jax.parallel.distributed import any_process, is_lead
     from spt_jax.training.checkpoint import Checkpoints
     from spt_jax.training.workdir import CHECKPOINT_FOLDER, read_config
 
@@ -104,34 +107,71 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
         checkpoint = checkpoints.meta(given["checkpoint"])
     source, dialogues = heldout_dialogues(config, given["data"], given["limit"], given["split"])
     asked = question(config, checkpoint, dialogues, given["baselines"], given["replies"]) if checkpoint else ""
+    _check_same(asked)
     chat = f"spt-jax chat --workdir={shlex.quote(given['workdir'])}"
-    results = kept_results(workdir, asked) if given["reuse"] else None
-    if results is None:
-        restored = open_run(str(workdir), given["checkpoint"])
-        restored.config.evaluation.update(options)
-        restored.config.generation.update(decoding)
+    results = kept_results(workdir, asked) if given["reuse"] and is_lead() else None
+    if not any_process(results is not None):
+        changes = {"evaluation": options, "generation": decoding}
+        results = _measured(given, changes, workdir, dialogues, source=source, chat=chat, question=asked)
+    if results is not None:
+        _show(results)
+        print(f"\nreport: {workdir / 'report.html'}\ntalk to it: {chat}")
+    return 0
+
+
+def _check_same(asked: str) -> None:
+    """Refuses processes that would evaluate different things, and wait for one another for ever."""
+    from spt_jax.parallel.distributed import told_by_lead
+
+    if told_by_lead(asked.encode()).decode() != asked:
+        raise UserError(
+            "this process was asked for another evaluation than the first: each must be given the same flags, and find "
+            "the same checkpoints and the same dialogues under the names in them"
+        )
+
+
+def _measured(
+    given: dict[str, Any],
+    changes: dict[str, dict[str, Any]],
+    workdir: Path,
+    dialogues: Sequence[Dialogue],
+    *,
+    source: str,
+    chat: str,
+    question: str,
+) -> dict[str, Any] | None:
+    """What ``results.json`` holds now; None for a process that is not the first of several, which wrote nothing."""
+    from spt_jax.atomic_file import check_writable
+    from spt_jax.commands.restored import open_run
+    from spt_jax.evaluation.journal import Journal
+    from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
+    from spt_jax.parallel.distributed import is_lead
+
+    restored = open_run(str(workdir), given["checkpoint"])
+    for section, values in changes.items():
+        restored.config[section].update(values)
+    journal = Journal(workdir, question)
+    if is_lead():
         check_writable(workdir / "results.json")
         which = "" if given["checkpoint"].isdigit() else f"{given['checkpoint']} "
         print(f"{which}checkpoint, step {restored.step}, on {len(dialogues)} dialogues of {source}", flush=True)
-        journal = Journal(workdir, asked) if jax.process_count() == 1 else None
-        if journal is not None and journal.begun:
+        if journal.begun:
             print(f"going on where an evaluation was stopped: {journal.begun} replies are there", flush=True)
-        evaluation = evaluate_run(
-            restored.experiment,
-            restored.trainable,
-            restored.initial if given["baselines"] else None,
-            dialogues,
-            template=restored.template,
-            replies=given["replies"],
-            journal=journal,
-        )
-        about = {"source": source, "step": restored.step, "chat": chat, "question": asked}
-        results = write_results(workdir, evaluation, restored.config, **about)
-        if journal is not None:
-            journal.close()
-    _show(results)
-    print(f"\nreport: {workdir / 'report.html'}\ntalk to it: {chat}")
-    return 0
+    evaluation = evaluate_run(
+        restored.experiment,
+        restored.trainable,
+        restored.initial if given["baselines"] else None,
+        dialogues,
+        template=restored.template,
+        replies=given["replies"],
+        journal=journal,
+    )
+    if not is_lead():
+        return None
+    about = {"source": source, "step": restored.step, "chat": chat, "question": question}
+    results = write_results(workdir, evaluation, restored.config, **about)
+    journal.close()
+    return results
 
 
 def _check_scorers(options: Any) -> None:

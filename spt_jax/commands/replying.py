@@ -198,6 +198,7 @@ class Responder:
             decoding=self.decoding,
             seed=self.settings.seed,
             ended=self._text.ended,
+            stopped=self._text.stopped,
             on_batch=on_batch,
         )
         return [[self._text.of(continued.tokens) for continued in row] for row in found]
@@ -213,6 +214,7 @@ class Responder:
             decoding=self.decoding,
             seed=[seed] * len(prompts),
             ended=self._text.ended,
+            stopped=self._text.stopped,
         )
         return [self._text.of(ids) for ids in found]
 
@@ -237,5 +239,6 @@ class Responder:
             max_new_tokens=self.settings.max_new_tokens,
             decoding=decoding or self.decoding,
             seed=seed,
+            stopped=self._text.stopped,
         )
         return ReplyStream(ids, self._text)

@@ -20,6 +20,7 @@ from spt_jax.data.template import Template, encode_context
 from spt_jax.errors import UserError
 from spt_jax.generation.replies import cut_reply_official
 from spt_jax.models.loading import LanguageModel
+from spt_jax.parallel.distributed import is_lead
 from spt_jax.parallel.mesh import mesh_sizes
 from spt_jax.parallel.rules import replicated
 from spt_jax.prompting.adapters import Conditions, Trainable, WholeModel
@@ -195,6 +196,6 @@ def heldout_dialogues(config: Config, source: str, limit: int = 0, split: str = 
         dialogues, skipped = getattr(splits, split), tuple(splits.skipped)
         if not dialogues:
             raise UserError(f"this run has no {split} dialogues; --data names others")
-    for sentence in skipped:
+    for sentence in skipped if is_lead() else ():
         print(f"skipped {sentence}", file=sys.stderr)
     return source, dialogues[: limit or None]

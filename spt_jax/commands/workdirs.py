@@ -45,15 +45,9 @@ def trained_in(workdir: str, say: Callable[[str], None], train: Callable[[Path],
     """
     if not is_bucket_url(workdir):
         return train(Path(workdir))
-    import jax
-
     from spt_jax.storage.staged_run import StagedRun
 
-    if jax.process_count() > 1:
-        raise UserError(
-            f"--workdir={workdir} is a bucket, which one process may train into; {jax.process_count()} processes need "
-            "a folder that their hosts share, such as an NFS mount"
-        )
+    _refuse_several(workdir, "train into")
     with StagedRun(workdir, say) as run:
         code = train(run.folder)
     return code if run.complete else STOPPED
@@ -70,13 +64,27 @@ def evaluated_in(workdir: str, checkpoint: str, say: Callable[[str], None], eval
 
     Returns:
         The exit code: that of `evaluate`, unless the bucket lacks something.
+
+    Raises:
+        UserError: The bucket cannot be used, or this is one of several processes, which share what was found so far.
     """
     if not is_bucket_url(workdir):
         return evaluate(Path(workdir))
+    _refuse_several(workdir, "evaluate")
     copy = _pulled(workdir, checkpoint)
     with copy.copied_back(say) as copies:
         code = evaluate(copy.folder)
     return code if copies.complete else STOPPED
+
+
+def _refuse_several(workdir: str, do: str) -> None:
+    import jax
+
+    if jax.process_count() > 1:
+        raise UserError(
+            f"--workdir={workdir} is a bucket, which one process may {do}; {jax.process_count()} processes need a "
+            "folder that their hosts share, such as an NFS mount"
+        )
 
 
 def refuse_bucket(workdir: str, why: str) -> None:

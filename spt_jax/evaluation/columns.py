@@ -25,7 +25,7 @@ from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.replies import ReplyText
 from spt_jax.metric_groups import EVERYDAY, chosen_groups, is_chosen
 from spt_jax.models.loading import LanguageModel
-from spt_jax.parallel.rules import row_devices, row_sharding
+from spt_jax.parallel.rules import row_sharding
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.prompting.selective_lm import SelectiveLM, inference_conditions, mixed_prompts
 
@@ -296,7 +296,7 @@ class ColumnEvaluator:
             pad_id=tokenizer.pad_id,
             vocab_size=tokenizer.vocab_size,
             max_batch=self._batch_size,
-            row_sharding=row_sharding(self._mesh) if row_devices(self._mesh) > 1 else None,
+            row_sharding=row_sharding(self._mesh) if self._mesh.size > 1 else None,
         )
         return ReplyWriter(
             engine, conditions.bank, self._contexts, self._text, self._max_new_tokens, self._decoding, self._seed
@@ -363,6 +363,7 @@ class ReplyWriter:
                 # A turn draws as it would in an evaluation that was not stopped.
                 seed=[_turn_seed(self.seed, place) for place in open_places],
                 ended=self.text.ended,
+                stopped=self.text.stopped,
                 on_rows=on_rows,
             )
         return [str(reply) for reply in replies]

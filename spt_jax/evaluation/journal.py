@@ -18,6 +18,7 @@ from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
 from spt_jax.evaluation.candidate_scores import CandidateScores
 from spt_jax.evaluation.likelihood import Likelihoods
+from spt_jax.parallel.distributed import is_lead, told_by_lead
 
 FOLDER = "evaluation.partial"
 Turn = tuple[int, int]
@@ -27,8 +28,8 @@ Turn = tuple[int, int]
 class Journal:
     """A folder with what is known of every column of an evaluation that has begun.
 
-    Each question has its own, so that a short evaluation in between takes nothing from a long one that was stopped. For
-    one process: several would have to know the same.
+    Each question has its own, so that a short evaluation in between takes nothing from a long one that was stopped. Of
+    several processes the first reads, tells the others what it read, and writes.
 
     Args:
         workdir: The run's working directory.
@@ -44,11 +45,11 @@ class Journal:
 
     @property
     def begun(self) -> int:
-        """How many replies an evaluation that was stopped has left, over all columns."""
+        """How many replies an evaluation that was stopped has left on this process's disk, over all columns."""
         return sum(len(_read_bytes(path).splitlines()) for path in self._folder.glob(f"*{_REPLIES}"))
 
     def close(self) -> None:
-        """Throws everything of this question away: the results are written."""
+        """Throws everything of this question away: the results are written. For the process that writes."""
         shutil.rmtree(self._folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # another question's is there
             self._folder.parent.rmdir()
@@ -69,7 +70,8 @@ class KeptColumn:
     def likelihoods(self) -> Likelihoods | None:
         """Those of all turns; None where they are not known yet."""
         try:
-            with np.load(io.BytesIO(_read_bytes(self._file(_LIKELIHOODS))), allow_pickle=False) as found:
+            content = told_by_lead(_read_bytes(self._file(_LIKELIHOODS)))
+            with np.load(io.BytesIO(content), allow_pickle=False) as found:
                 return Likelihoods(*(found[name] for name in _FIELDS))
         except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
             return None
@@ -80,6 +82,8 @@ class KeptColumn:
         Raises:
             UserError: They cannot be written.
         """
+        if not is_lead():
+            return
         self._make_folder()
         content = io.BytesIO()
         np.savez(content, **{name: getattr(likelihoods, name) for name in _FIELDS})
@@ -116,7 +120,7 @@ class KeptColumn:
         """The lines of a file up to the first that is not whole, which is cut off with what follows it."""
         path = self._file(kind)
         whole = 0
-        for line in _read_bytes(path).splitlines(keepends=True):
+        for line in told_by_lead(_read_bytes(path)).splitlines(keepends=True):
             try:
                 row = json.loads(line)
                 turn = int(row["dialogue"]), int(row["turn"])
@@ -126,11 +130,13 @@ class KeptColumn:
                 break
             yield turn, row
             whole += len(line)
-        if path.exists() and path.stat().st_size > whole:
+        if is_lead() and path.exists() and path.stat().st_size > whole:
             with path.open("r+b") as file:
                 file.truncate(whole)
 
     def _add(self, kind: str, turns: Sequence[Turn], rows: Iterable[Mapping[str, Any]]) -> None:
+        if not is_lead():
+            return
         lines = [
             json.dumps({"dialogue": d, "turn": t, **row}, ensure_ascii=False) + "\n"
             for (d, t), row in zip(turns, rows, strict=True)

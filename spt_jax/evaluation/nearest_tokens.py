@@ -11,6 +11,7 @@ import numpy as np
 
 from spt_jax.models.decoder import FrozenTree, embed
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.parallel.distributed import on_host
 
 _CHUNK = 4096  # tokens embedded at once: the table of a large LM, M wide and in float32, is gigabytes
 
@@ -48,7 +49,8 @@ def nearest_tokens(
     for start in range(0, last, _CHUNK):
         cosines, ids = _merged(config, params, virtual, cosines, ids, np.int32(start), np.int32(last))
     shape = (*prompts.shape[:2], count)
-    return NearestTokens(np.asarray(ids).reshape(shape), np.asarray(cosines).reshape(shape))
+    ids, cosines = on_host((ids, cosines))
+    return NearestTokens(ids.reshape(shape), cosines.reshape(shape))
 
 
 def _unit(x: jax.Array) -> jax.Array:

@@ -27,6 +27,7 @@ from spt_jax.evaluation.spread import spread_evenly
 from spt_jax.evaluation.told_dialogues import told_dialogues
 from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.replies import cut_reply_official
+from spt_jax.parallel.distributed import is_lead
 from spt_jax.progress import ProgressBar
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.prompting.selective_lm import without_prompt
@@ -67,6 +68,8 @@ def evaluate_run(
     journal: Journal | None = None,
 ) -> Evaluation:
     """Measures a trained tree on dialogues.
+
+    Several processes that share the mesh make the same call and find the same; the first alone keeps a journal.
 
     Args:
         experiment: The LM, mesh and configuration.
@@ -115,7 +118,7 @@ def evaluate_run(
         banks = {NO_PROMPT: (without_prompt(model), {}), **before, **banks}
     columns: dict[str, Column] = {}
     for name, (model, tree) in banks.items():
-        with ProgressBar(f"evaluating, {name}", evaluator.work) as bar:
+        with ProgressBar(f"evaluating, {name}", evaluator.work, shown=is_lead()) as bar:
             columns[name] = evaluator.run(model, tree, bar.advance, None if journal is None else journal.column(name))
     after = columns[AFTER]
     chosen = spread_evenly(len(after.answered), options.samples) if options.samples else np.array([], np.int64)
@@ -199,7 +202,7 @@ def _samples(
         return []
     turns = after.answered[chosen]
     keys = [(int(after.likelihoods.dialogue[u]), int(after.likelihoods.turn[u])) for u in turns]
-    with ProgressBar("replying under every prompt", len(keys) * num_prompts) as bar:
+    with ProgressBar("replying under every prompt", len(keys) * num_prompts, shown=is_lead()) as bar:
         repeated = [key for key in keys for _ in range(num_prompts)]
         texts = writer.replies(repeated, list(range(num_prompts)) * len(keys))
         bar.advance(len(texts))

@@ -9,13 +9,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from spt_jax.generation.beam import Search, beam_search
+from spt_jax.generation.beam import Search, beam_search, watched_beam_search
 from spt_jax.generation.decode import DecodeState, begin, decode_loop
 from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.sampling import Rule
 from spt_jax.models.continuation import Context
 from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.parallel.distributed import on_host
 
 # Tokens between two looks at the text: a look costs little, and so do a few tokens behind the end of a reply.
 _SEGMENT = 8
@@ -72,7 +73,7 @@ class Batch:
             # The first segment ends with a full one behind the token that is there already.
             step = max_new_tokens if ended is None else min(max(step, 1) + _SEGMENT, max_new_tokens)
             state = self._advanced(state, step, rule)
-            tokens, counts, finished = jax.device_get((state.tokens, state.counts, state.finished))
+            tokens, counts, finished = on_host((state.tokens, state.counts, state.finished))
             if ended is None:
                 break
             finished = finished.copy()
@@ -91,22 +92,21 @@ class Batch:
         ]
 
     def search(
-        self, decoding: Decoding, max_new_tokens: int, ended: Callable[[Sequence[int]], bool] | None
+        self,
+        decoding: Decoding,
+        max_new_tokens: int,
+        ended: Callable[[Sequence[int]], bool] | None,
+        stopped: Callable[[Sequence[int]], bool] | None,
     ) -> list[list[Continued]]:
         """The best `decoding.samples` hypotheses of each row; see `GenerationEngine.generate`."""
         search = Search(decoding.beams, max_new_tokens, decoding.length_penalty, str(decoding.early_stopping))
-        found = beam_search(
-            self.config,
-            self.params,
-            self.context,
-            self.logits,
-            self.real,
-            self.eos_ids,
-            rule=self._rule(decoding),
-            search=search,
-        )
+        batch = self.config, self.params, self.context, self.logits, self.real, self.eos_ids
+        if stopped is None:
+            found = beam_search(*batch, rule=self._rule(decoding), search=search)
+        else:
+            found = watched_beam_search(*batch, stopped, rule=self._rule(decoding), search=search)
         rows = []
-        for row in zip(*jax.device_get(found), strict=True):
+        for row in zip(*on_host(found), strict=True):
             continued = []
             for ids, count, score in list(zip(*row, strict=True))[: decoding.samples]:
                 kept = ids[:count].tolist()
@@ -115,15 +115,21 @@ class Batch:
             rows.append(continued)
         return rows
 
-    def stream(self, decoding: Decoding, max_new_tokens: int, keys: jax.Array) -> Iterator[int]:
+    def stream(
+        self,
+        decoding: Decoding,
+        max_new_tokens: int,
+        keys: jax.Array,
+        stopped: Callable[[Sequence[int]], bool] | None,
+    ) -> Iterator[int]:
         """The tokens of a batch of one row, each as soon as it is chosen; of beam search, at its end."""
         if decoding.beams > 1:
-            yield from self.search(decoding, max_new_tokens, None)[0][0].tokens
+            yield from self.search(decoding, max_new_tokens, None, stopped)[0][0].tokens
             return
         rule = self._rule(decoding)
         state = begin(self.config, self.logits, self.real, keys, self.eos_ids, rule=rule, room=max_new_tokens)
         for step in range(max_new_tokens):
-            token, finished = jax.device_get((state.tokens[0, 0, step], state.finished[0, 0]))
+            token, finished = on_host((state.tokens[0, 0, step], state.finished[0, 0]))
             if finished:
                 return
             yield int(token)

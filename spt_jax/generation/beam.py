@@ -7,6 +7,7 @@ Every row ends by itself, as it does alone; a batch ends with its last row.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import flax.struct
@@ -19,6 +20,7 @@ from spt_jax.generation.sampling import Rule
 from spt_jax.models.continuation import Context, Continuation, extend
 from spt_jax.models.decoder import FrozenTree, embed, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.parallel.distributed import on_host
 
 # What stands for "impossible" in sums and comparisons; transformers' number, so that ties fall as they do there.
 _NEVER = -1e9
@@ -93,6 +95,28 @@ class BeamState:
     step: jax.Array
 
 
+@flax.struct.dataclass
+class Proposal:
+    """The best C continuations of each row's beams by one token, best first.
+
+    Attributes:
+        sequences: int32 ``[B, C, R]``, the new token in column `BeamState.step`.
+        tokens: int32 ``[B, C]``, that token.
+        parents: int32 ``[B, C]``, the beam that each continues.
+        scores: float32 ``[B, C]``, log-probabilities.
+    """
+
+    sequences: jax.Array
+    tokens: jax.Array
+    parents: jax.Array
+    scores: jax.Array
+
+
+Found = tuple[jax.Array, jax.Array, jax.Array]
+"""Tokens int32 ``[B, N, R]``, best first; how many of them count, int32 ``[B, N]``, end-of-sequence left out; and
+scores float32 ``[B, N]``."""
+
+
 @functools.partial(jax.jit, static_argnames=("config", "rule", "search"))
 def beam_search(
     config: DecoderConfig,
@@ -104,7 +128,7 @@ def beam_search(
     *,
     rule: Rule,
     search: Search,
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+) -> Found:
     """The best N continuations of every row.
 
     Args:
@@ -116,11 +140,50 @@ def beam_search(
         eos_ids: int32 ``[E]``, the tokens that end a hypothesis.
         rule: Its processors change the log-probabilities, which are not normalised again, as in transformers.
         search: How.
-
-    Returns:
-        Tokens int32 ``[B, N, R]``, best first; how many of them count, int32 ``[B, N]``, end-of-sequence left out; and
-        scores float32 ``[B, N]``.
     """
+
+    def settled(state: BeamState, proposal: Proposal) -> BeamState:
+        return _settled(state, proposal, ends(proposal.tokens, eos_ids), search)
+
+    def advance(state: BeamState) -> BeamState:
+        return settled(*_extended(config, params, context, state, eos_ids, rule))
+
+    state = settled(*_begun(config, logits, real, eos_ids, rule, search))
+    return _found(jax.lax.while_loop(lambda state: state.running.any(), advance, state), eos_ids)
+
+
+def watched_beam_search(
+    config: DecoderConfig,
+    params: FrozenTree,
+    context: Context,
+    logits: jax.Array,
+    real: jax.Array,
+    eos_ids: jax.Array,
+    stopped: Callable[[Sequence[int]], bool],
+    *,
+    rule: Rule,
+    search: Search,
+) -> Found:
+    """As `beam_search`, where a hypothesis also ends with the first token that makes `stopped` true of its tokens.
+
+    The host looks at every proposal, so each token takes a round trip that `beam_search` does without.
+    """
+    state, proposal = _begun_jitted(config, logits, real, eos_ids, rule, search)
+    while True:
+        running, step, sequences, tokens = on_host((state.running, state.step, proposal.sequences, proposal.tokens))
+        over = (tokens[..., None] == np.asarray(eos_ids)).any(axis=-1)
+        for row, place in np.argwhere(running[:, None] & ~over):
+            over[row, place] = stopped(sequences[row, place, : step + 1].tolist())
+        state = _settled_jitted(state, proposal, over, search)
+        if not on_host(state.running).any():
+            return _found_jitted(state, eos_ids)
+        state, proposal = _extended_jitted(config, params, context, state, eos_ids, rule)
+
+
+def _begun(
+    config: DecoderConfig, logits: jax.Array, real: jax.Array, eos_ids: jax.Array, rule: Rule, search: Search
+) -> tuple[BeamState, Proposal]:
+    """Before the first token, with the proposals for it from logits ``[B, V]``."""
     rows, n, room = len(logits), search.beams, search.room
     zeros = functools.partial(jnp.zeros, (rows, n))
     nothing = Hypotheses(
@@ -136,39 +199,48 @@ def beam_search(
         running=real,
         step=jnp.int32(0),
     )
-
-    def advance(state: BeamState) -> BeamState:
-        last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
-        hidden, past = extend(config, params, embed(config, params, last), context, state.past)
-        following = vocabulary_logits(config, params, hidden.reshape(rows * n, -1))
-        return _advanced(state.replace(past=past), following, eos_ids, rule, search)  # pyright: ignore[reportAttributeAccessIssue]
-
-    state = _advanced(first, jnp.repeat(logits, n, axis=0), eos_ids, rule, search)
-    state = jax.lax.while_loop(lambda state: state.running.any(), advance, state)
-    found = state.finished
-    last = jnp.take_along_axis(found.tokens, jnp.maximum(found.lengths - 1, 0)[..., None], axis=2)[..., 0]
-    return found.tokens, found.lengths - (ends(last, eos_ids) & (found.lengths > 0)), found.scores
+    return first, _proposed(first, jnp.repeat(logits, n, axis=0), eos_ids, rule)
 
 
-def _advanced(state: BeamState, logits: jax.Array, eos_ids: jax.Array, rule: Rule, search: Search) -> BeamState:
-    """One more token in every beam, from logits ``[B · N, V]``."""
+def _extended(
+    config: DecoderConfig, params: FrozenTree, context: Context, state: BeamState, eos_ids: jax.Array, rule: Rule
+) -> tuple[BeamState, Proposal]:
+    """The running beams with the keys and values of their last tokens, and the proposals for the next."""
+    rows, n, _ = state.tokens.shape
+    last = jax.lax.dynamic_index_in_dim(state.tokens, state.step - 1, axis=2, keepdims=False)
+    hidden, past = extend(config, params, embed(config, params, last), context, state.past)
+    following = vocabulary_logits(config, params, hidden.reshape(rows * n, -1))
+    return state.replace(past=past), _proposed(state, following, eos_ids, rule)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _proposed(state: BeamState, logits: jax.Array, eos_ids: jax.Array, rule: Rule) -> Proposal:
+    """The continuations by one more token, from logits ``[B · N, V]``."""
     rows, n, room = state.tokens.shape
-    step = state.step
     log_p = jax.nn.log_softmax(rule.within(logits))
-    log_p = rule.processed(log_p, state.tokens.reshape(-1, room), step).reshape(rows, n, -1)
+    log_p = rule.processed(log_p, state.tokens.reshape(-1, room), state.step).reshape(rows, n, -1)
     # Enough that n of them do not end, though every beam may end with each of the eos tokens.
     scores, parents, tokens = _best(log_p + state.scores[..., None], n * max(2, 1 + len(eos_ids)))
     sequences = _picked(state.tokens, parents)
-    sequences = jax.lax.dynamic_update_slice(sequences, tokens[..., None], (0, 0, step))
-    over = ends(tokens, eos_ids) | (step + 1 == room)
+    sequences = jax.lax.dynamic_update_slice(sequences, tokens[..., None], (0, 0, state.step))
+    return Proposal(sequences, tokens, parents, scores)
+
+
+def _settled(state: BeamState, proposal: Proposal, ended: jax.Array, search: Search) -> BeamState:
+    """One more token in every beam; `ended`, bool ``[B, C]``, says which proposals are whole hypotheses."""
+    n, room, step = search.beams, search.room, state.step
+    scores = proposal.scores
+    over = ended | (step + 1 == room)
 
     going, kept = jax.lax.top_k(jnp.where(over, scores + _NEVER, scores), n)
     divisors = jnp.asarray(search.divisors)
-    ended = over & (jnp.arange(scores.shape[1]) < n)
+    whole = over & (jnp.arange(scores.shape[1]) < n)
     # What may not join gets the impossible score once for each reason, as in transformers.
-    against = (~ended).astype(jnp.float32) + ~state.improvable[:, None]
+    against = (~whole).astype(jnp.float32) + ~state.improvable[:, None]
     candidates = Hypotheses(
-        sequences, jnp.full(tokens.shape, step + 1), scores / divisors[step + 1] + _NEVER * against, ended
+        proposal.sequences,
+        jnp.full(proposal.tokens.shape, step + 1),
+        scores / divisors[step + 1] + _NEVER * against,
+        whole,
     )
     finished = state.finished.joined(candidates)
 
@@ -178,8 +250,8 @@ def _advanced(state: BeamState, logits: jax.Array, eos_ids: jax.Array, rule: Rul
     improvable = state.improvable & (possible > worst).any(axis=1)
     stopped = finished.finished.all(axis=1) & (search.early_stopping == "true")
     after = BeamState(
-        past=state.past.descended(_picked(parents, kept)),
-        tokens=_picked(sequences, kept),
+        past=state.past.descended(_picked(proposal.parents, kept)),
+        tokens=_picked(proposal.sequences, kept),
         scores=going,
         finished=finished,
         improvable=improvable,
@@ -191,6 +263,18 @@ def _advanced(state: BeamState, logits: jax.Array, eos_ids: jax.Array, rule: Rul
         lambda new, old: jnp.where(state.running.reshape(-1, *[1] * (new.ndim - 1)), new, old), finished, state.finished
     )
     return after.replace(finished=frozen)  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def _found(state: BeamState, eos_ids: jax.Array) -> Found:
+    found = state.finished
+    last = jnp.take_along_axis(found.tokens, jnp.maximum(found.lengths - 1, 0)[..., None], axis=2)[..., 0]
+    return found.tokens, found.lengths - (ends(last, eos_ids) & (found.lengths > 0)), found.scores
+
+
+_begun_jitted = jax.jit(_begun, static_argnames=("config", "rule", "search"))
+_extended_jitted = jax.jit(_extended, static_argnames=("config", "rule"), donate_argnames="state")
+_settled_jitted = jax.jit(_settled, static_argnames="search", donate_argnames="state")
+_found_jitted = jax.jit(_found)
 
 
 def _picked(leaf: jax.Array, places: jax.Array) -> jax.Array:

@@ -30,7 +30,7 @@ class Decoding:
         presence_penalty: Is taken from the logits of tokens generated before; 0 for none.
         no_repeat_ngram: No n-gram of this length is generated twice; 0 for no such rule.
         min_new_tokens: No row ends by an end-of-sequence token before so many tokens.
-        stop: Texts that end a reply, which does not contain them. With beams they cut the reply that was found.
+        stop: Texts that end a reply, which does not contain them; with beams, a hypothesis, as an end of sequence does.
         beams: Width of beam search; 1 for none.
         length_penalty: A finished beam's score is its log-probability / length ** length_penalty, its end of sequence
             counted: above 0 favours long replies.

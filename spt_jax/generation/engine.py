@@ -16,7 +16,7 @@ from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.seeds import row_keys, strand_keys
 from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.parallel.rules import row_devices
+from spt_jax.parallel.rules import place_whole, replicated, row_devices
 
 # Larger banks are mixtures, a prompt for every row: nothing of them would be used again.
 _KEPT_PROMPTS = 64
@@ -39,7 +39,8 @@ class GenerationEngine:
             None for all.
         max_batch: Rows in a batch, at most.
         length_multiple: Tokens; the text's width is rounded up to it.
-        row_sharding: How the rows of batches that devices can share evenly lie on them; None for one device.
+        row_sharding: How the rows of batches that devices can share evenly lie on them; others lie on each of its
+            devices whole. None for one device. Of several processes every one makes the same calls.
 
     Raises:
         UserError: If `max_batch` or `length_multiple` is below 1.
@@ -81,6 +82,7 @@ class GenerationEngine:
         decoding: Decoding | None = None,
         seed: int | Sequence[int] = 0,
         ended: Callable[[Sequence[int]], bool] | None = None,
+        stopped: Callable[[Sequence[int]], bool] | None = None,
         on_batch: Callable[[int, int], None] | None = None,
         on_rows: Callable[[Sequence[int], Sequence[list[int]]], None] | None = None,
     ) -> list[list[int]]:
@@ -96,7 +98,10 @@ class GenerationEngine:
             seed: One for all rows (row i draws with key i of it), or one a row: then a row draws as it does alone
                 with that seed, wherever it stands.
             ended: Whether nothing behind these new tokens matters; a row goes no further than the first of its
-                beginnings for which this holds. Called now and then, with more and more tokens of each row.
+                beginnings for which this holds. Called now and then, with more and more tokens of each row. What beam
+                search found it cuts.
+            stopped: Of beam search: whether these new tokens are a whole hypothesis though no token among them ends
+                one. Called for every hypothesis of every step, which takes time.
             on_batch: Called with (rows done, rows in all) after every batch.
             on_rows: Called before that with the numbers of the batch's rows, and what each of them became.
 
@@ -115,6 +120,7 @@ class GenerationEngine:
             decoding=decoding,
             seed=seed,
             ended=ended,
+            stopped=stopped,
             on_batch=on_batch,
             on_rows=None
             if on_rows is None
@@ -132,6 +138,7 @@ class GenerationEngine:
         decoding: Decoding | None = None,
         seed: int | Sequence[int] = 0,
         ended: Callable[[Sequence[int]], bool] | None = None,
+        stopped: Callable[[Sequence[int]], bool] | None = None,
         on_batch: Callable[[int, int], None] | None = None,
         on_rows: Callable[[Sequence[int], Sequence[list[Continued]]], None] | None = None,
     ) -> list[list[Continued]]:
@@ -150,7 +157,7 @@ class GenerationEngine:
             rows = order[start : start + size]
             batch = self._prefill(bank, contexts, selected, rows, size)
             if decoding.beams > 1:
-                found = batch.search(decoding, max_new_tokens, ended)
+                found = batch.search(decoding, max_new_tokens, ended, stopped)
             else:
                 found = batch.sample(decoding, max_new_tokens, keys[np.resize(rows, size)], ended)
             del batch  # it is as large as the next one
@@ -171,6 +178,7 @@ class GenerationEngine:
         max_new_tokens: int = 32,
         decoding: Decoding | None = None,
         seed: int = 0,
+        stopped: Callable[[Sequence[int]], bool] | None = None,
     ) -> Iterator[int]:
         """The tokens that `generate` gives for this one row, each as soon as it is chosen; of beam search, at its end.
 
@@ -182,7 +190,8 @@ class GenerationEngine:
         keys = strand_keys(row_keys(seed, 1), 1)
 
         def read_then_go_on() -> Iterator[int]:
-            yield from self._prefill(bank, [context], [selected], [0], 1).stream(decoding, max_new_tokens, keys)
+            batch = self._prefill(bank, [context], [selected], [0], 1)
+            yield from batch.stream(decoding, max_new_tokens, keys, stopped)
 
         return read_then_go_on()
 
@@ -209,12 +218,14 @@ class GenerationEngine:
         real = np.arange(size) < len(rows)
         return Batch(self.config, self.params, self._eos_ids, self.vocab_size, context, logits, real)
 
-    def _on_devices(self, *rows: Any) -> Any:
+    def _on_devices(self, prefixes: jax.Array, *rows: np.ndarray) -> Any:
         """Arrays of B rows, spread over the devices where B can be; a row never leaves its device from here on."""
         sharding = self._row_sharding
-        if sharding is None or len(rows[0]) % row_devices(sharding.mesh):
-            return rows
-        return jax.device_put(rows, sharding)
+        if sharding is None:
+            return prefixes, *rows
+        if len(prefixes) % row_devices(sharding.mesh):
+            sharding = replicated(sharding.mesh)
+        return jax.device_put(prefixes, sharding), *(place_whole(x, sharding) for x in rows)
 
     def _prefixes(self, bank: jax.Array, prompts: np.ndarray) -> jax.Array:
         """Keys and values of each row's prompt, ``[B, L, 2, P, G, head_dim]``."""

@@ -64,6 +64,18 @@ class ReplyText:
         """Whether more text would change nothing: a marker or a stop string is in it."""
         return any(stop in text for stop in self.stop) or not self.cut(text + _SENTINEL).endswith(_SENTINEL.strip())
 
+    @property
+    def stopped(self) -> Callable[[Sequence[int]], bool] | None:
+        """Whether new tokens hold a stop string, which ends a hypothesis of a beam search; None where there is none.
+
+        Markers and line breaks, as in the authors' program, cut what a search found and do not end a hypothesis.
+        """
+        return self._stopped if self.stop else None
+
+    def _stopped(self, ids: Sequence[int]) -> bool:
+        text = self.decode(ids)
+        return any(stop in text for stop in self.stop)
+
     def ended(self, ids: Sequence[int]) -> bool:
         """As `over`, of new tokens: what `GenerationEngine.generate` asks."""
         return self.over(self.decode(ids))

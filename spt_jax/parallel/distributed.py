@@ -136,6 +136,15 @@ def any_process(flag: bool) -> bool:
     return bool(np.any(multihost_utils.process_allgather(np.asarray(flag))))
 
 
+def told_by_lead(content: bytes) -> bytes:
+    """What the first process has, on every process; all must ask. What the others have is not looked at."""
+    if jax.process_count() == 1:
+        return content
+    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    mine = np.frombuffer(content, np.uint8) if is_lead() else np.zeros(length, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes()
+
+
 def on_host(tree: Any) -> Any:
     """A tree's arrays as NumPy arrays, whole on every process; all must ask for it where one is spread over hosts."""
 

@@ -128,8 +128,8 @@ class Peers:
 
     def _lost(self, link: _Link, how: str) -> None:
         sentence = (
-            f"{self._name(link)} {how}, so the others stopped too; its own output may say more. The checkpoints are "
-            "intact: start the same command on every host again to go on from the last one"
+            f"{self._name(link)} {how}, so the others stopped too; its own output may say more. What was saved "
+            "is intact: start the same command on every host again to go on from there"
         )
         self._end_all(sentence, 1, said=False)
 

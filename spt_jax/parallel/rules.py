@@ -79,17 +79,18 @@ def place_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Ar
         Global arrays.
     """
     return {
-        name: _place_whole(x, replicated(mesh)) if name == "similar" else _place_rows(mesh, x)
+        name: place_whole(x, replicated(mesh)) if name == "similar" else _place_rows(mesh, x)
         for name, x in batch.items()
     }
 
 
 def place_whole_batch(mesh: Mesh, batch: Mapping[str, np.ndarray]) -> dict[str, jax.Array]:
     """The same for a batch that every process has whole."""
-    return {name: _place_whole(x, row_sharding(mesh)) for name, x in batch.items()}
+    return {name: place_whole(x, row_sharding(mesh)) for name, x in batch.items()}
 
 
-def _place_whole(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+def place_whole(x: np.ndarray, sharding: NamedSharding) -> jax.Array:
+    """An array that every process has whole, as one global array."""
     if sharding.is_fully_addressable:
         return jax.make_array_from_process_local_data(sharding, x)
     return jax.make_array_from_callback(x.shape, sharding, x.__getitem__)

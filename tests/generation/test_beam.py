@@ -64,6 +64,24 @@ def test_scores_fall_and_no_hypothesis_is_found_twice(tiny, contexts, selected):
             assert len(set(pairs)) == len(pairs)
 
 
+def test_a_search_that_the_host_watches_finds_the_same_and_a_text_ends_a_hypothesis_as_eos_does(
+    tiny, contexts, selected
+):
+    last = set(range(30, 36))
+    engine = GenerationEngine(tiny.config, tiny.params, eos_ids=[EOS, *last], pad_id=0, max_batch=8)
+    other = GenerationEngine(tiny.config, tiny.params, eos_ids=[EOS], pad_id=0, max_batch=8)
+    arguments = {"max_new_tokens": 6, "decoding": Decoding(beams=3, samples=3)}
+    free = engine.continuations(tiny.bank, contexts, selected, **arguments)
+    watched = engine.continuations(tiny.bank, contexts, selected, stopped=lambda ids: False, **arguments)
+    assert watched == free
+    by_text = other.continuations(tiny.bank, contexts, selected, stopped=lambda ids: bool(last & {*ids}), **arguments)
+    assert any(last & {*continued.tokens} for row in by_text for continued in row)
+    for row, texts in zip(free, by_text, strict=True):
+        # A hypothesis keeps what ended it; an end-of-sequence token it does not.
+        assert [c.tokens for c in row] == [[t for t in c.tokens if t not in last] for c in texts]
+        np.testing.assert_allclose([c.score for c in row], [c.score for c in texts], rtol=1e-6)
+
+
 def test_the_best_of_many_scores_are_found_in_chunks():
     scores = jax.random.normal(jax.random.key(0), (5, 3, 1000))
     values, beams, tokens = _best(scores, 12)

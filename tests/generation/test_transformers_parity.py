@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -22,6 +22,7 @@ pytestmark = [
 ]
 
 NEW, MARGIN = 12, 1e-4
+Stopped = Callable[[Sequence[int]], bool]
 EOS = [5, 11, 50, 99, 200, 201]
 MANY_EOS = [*EOS, *range(210, 250)]
 """So many hypotheses end that it matters when a search does."""
@@ -38,18 +39,35 @@ def llama(tmp_path_factory) -> Reference:
 
 
 def ours(
-    reference: Reference, decoding: Decoding, rows: int | None = None, eos: Sequence[int] = EOS
+    reference: Reference,
+    decoding: Decoding,
+    rows: int | None = None,
+    eos: Sequence[int] = EOS,
+    stopped: Stopped | None = None,
 ) -> list[list[Continued]]:
     lm = reference.lm
     engine = GenerationEngine(lm.config, lm.params, eos_ids=eos, pad_id=0, max_batch=16)
     bank = jnp.asarray(reference.bank)
     return engine.continuations(
-        bank, reference.contexts[:rows], reference.selected[:rows], max_new_tokens=NEW, decoding=decoding
+        bank,
+        reference.contexts[:rows],
+        reference.selected[:rows],
+        max_new_tokens=NEW,
+        decoding=decoding,
+        stopped=stopped,
     )
 
 
-def until_end(ids: list[int], eos: Sequence[int] = EOS) -> list[int]:
-    return ids[: next((place for place, token in enumerate(ids) if token in eos), len(ids))]
+def until_end(ids: list[int], eos: Sequence[int] = EOS, stopped: Stopped | None = None) -> list[int]:
+    ids = ids[: next((place for place, token in enumerate(ids) if token in eos), len(ids))]
+    return ids[: next((end for end in range(1, len(ids)) if stopped and stopped(ids[:end])), len(ids))]
+
+
+def _criterion(stopped: Stopped) -> Any:
+    """A stopping criterion as transformers calls them: of new tokens, where the context comes as embeddings."""
+    import torch
+
+    return lambda ids, scores, **_: torch.tensor([stopped(row) for row in ids.tolist()])
 
 
 @dataclasses.dataclass
@@ -59,6 +77,7 @@ class Comparison:
     same: int = 0
     near_ties: int = 0
     ended: int = 0
+    stopped: int = 0
     different: list[str] = dataclasses.field(default_factory=list)
 
     def add(self, name: str, found: list[int], expected: list[int], margin: float) -> None:
@@ -106,11 +125,15 @@ def test_greedy_rows_equal_transformers(reference, options):
 
 
 def compare_beams(
-    reference: Reference, options: dict[str, Any], rows: int | None = None, eos: Sequence[int] = EOS
+    reference: Reference,
+    options: dict[str, Any],
+    rows: int | None = None,
+    eos: Sequence[int] = EOS,
+    stopped: Stopped | None = None,
 ) -> Comparison:
     """All `samples` hypotheses of every row and their scores against transformers'."""
     decoding = Decoding(**options)
-    found, compared = ours(reference, decoding, rows, eos), Comparison()
+    found, compared = ours(reference, decoding, rows, eos, stopped), Comparison()
     for group in reference.groups():
         group = [row for row in group if row < len(found)]
         if not group:
@@ -127,6 +150,7 @@ def compare_beams(
             min_new_tokens=decoding.min_new_tokens,
             length_penalty=decoding.length_penalty,
             early_stopping={"true": True, "false": False}.get(str(decoding.early_stopping), "never"),
+            stopping_criteria=None if stopped is None else [_criterion(stopped)],
             output_scores=True,
         )
         sequences = output.sequences.reshape(len(group), decoding.samples, -1)
@@ -135,11 +159,28 @@ def compare_beams(
             # What could go either way: the order of two hypotheses of one score.
             margin = float(-np.diff(scores[place]).max()) if decoding.samples > 1 else float("inf")
             for rank, hypothesis in enumerate(found[row][: decoding.samples - 1 or 1]):
-                expected = until_end(sequences[place, rank].tolist(), eos)
+                expected = until_end(sequences[place, rank].tolist(), eos, stopped)
                 compared.add(f"row {row}, rank {rank}", hypothesis.tokens, expected, margin)
+                compared.stopped += third_low(expected) and not third_low(expected[:-1])
                 if hypothesis.tokens == expected:
                     assert hypothesis.score == pytest.approx(scores[place, rank], rel=1e-6, abs=2e-5)
     return compared
+
+
+def third_low(ids: Sequence[int]) -> bool:
+    """What ends a hypothesis in the test below, as a stop string of several tokens would."""
+    return sum(token < 80 for token in ids) >= 3
+
+
+@pytest.mark.parametrize(
+    "options", [{"beams": 4, "samples": 4, "length_penalty": -0.5}, {"beams": 3, "early_stopping": True, "samples": 3}]
+)
+def test_hypotheses_that_a_text_ends_are_those_that_a_stopping_criterion_ends_in_transformers(llama, options):
+    compared = compare_beams(llama, options, rows=40, stopped=third_low)
+    compared.check(30)
+    assert compared.stopped >= 10  # of some hundred, or the comparison would say nothing
+    unwatched = compare_beams(llama, options, rows=40)
+    assert unwatched.stopped < compared.stopped
 
 
 def test_the_papers_beam_search_equals_transformers(reference):

@@ -55,6 +55,16 @@ def test_every_process_gets_the_arguments_its_index_and_the_same_port(stand_ins)
     assert 1024 <= ports.pop() < 65536
 
 
+def test_evaluate_behind_the_dashes_takes_the_place_of_train(stand_ins):
+    program(stand_ins, "exit 0")
+    done = stand_ins.run("local.sh", "-n", "2", "--", "evaluate", "--workdir=a run")
+    assert done.returncode == 0, done.stderr
+    for index in range(2):
+        arguments = (stand_ins.folder / f"arguments.{index}").read_text().splitlines()
+        assert arguments[:2] == ["evaluate", "--workdir=a run"]
+        assert arguments[2].endswith(f",2,{index}")
+
+
 def test_each_line_begins_with_the_number_of_its_process(stand_ins):
     program(stand_ins, "echo 'and complains' >&2; exit 0")
     done = run(stand_ins, "-n", "2")

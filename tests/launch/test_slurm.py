@@ -38,6 +38,13 @@ def test_the_job_queues_itself_again_after_a_stop_alone_and_keeps_the_exit_code(
     assert stand_ins.calls() == [COMMAND, *([["scontrol", "requeue", "17"]] if again else [])]
 
 
+def test_evaluate_as_the_first_argument_takes_the_place_of_train(stand_ins: StandIns):
+    stand_ins.add("srun")
+    done = stand_ins.run("slurm.sbatch", "evaluate", "--workdir=/shared/a run", SLURM_JOB_ID="17")
+    assert done.returncode == 0, done.stderr
+    assert stand_ins.calls() == [[*COMMAND[:3], "evaluate", "--distributed=auto", "--workdir=/shared/a run"]]
+
+
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_signal_reaches_the_tasks_and_the_job_waits_for_their_saving(stand_ins: StandIns, signals):
     stand_ins.add("scontrol")

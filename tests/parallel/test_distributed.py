@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from several_processes import environment, free_port
 
-from spt_jax.parallel.distributed import SharedFlag, any_process, is_lead, on_host, one_at_a_time
+from spt_jax.parallel.distributed import SharedFlag, any_process, is_lead, on_host, one_at_a_time, told_by_lead
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import place_batch, place_whole_batch, rows_here
 
@@ -44,6 +44,7 @@ def test_a_process_alone_leads_and_answers_for_itself_at_once():
     flag = SharedFlag()
     assert [flag.ask(False), flag.ask(True), flag.ask(False)] == [False, True, False]
     assert one_at_a_time(print) is print
+    assert told_by_lead(b"\x00said") == b"\x00said"
     tree = {"a": jax.numpy.arange(3.0)}
     np.testing.assert_array_equal(on_host(tree)["a"], [0, 1, 2])
 
