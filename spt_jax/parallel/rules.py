@@ -39,7 +39,7 @@ def parameter_sharding(mesh: Mesh | AbstractMesh, names: Sequence[str | None], s
     return NamedSharding(mesh, PartitionSpec(*even))
 
 
-def replicated(mesh: Mesh) -> NamedSharding:
+def replicated(mesh: Mesh | AbstractMesh) -> NamedSharding:
     """The same values on every device: the trainable tree, the optimizer's state, scalars."""
     return NamedSharding(mesh, PartitionSpec())
 
