@@ -17,6 +17,10 @@ def check_writable(path: Path) -> None:
     """
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file to write")
+    if _is_device(path):
+        if not os.access(path, os.W_OK):
+            raise UserError(f"{path} cannot be written: no permission")
+        return
     if not path.parent.is_dir():
         raise UserError(f"{path} cannot be written: the folder {path.parent} does not exist")
     if not os.access(path.parent, os.W_OK):
@@ -26,15 +30,22 @@ def check_writable(path: Path) -> None:
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes bytes, or text as UTF-8, to a temporary neighbour, flushes it to disk and renames it to `path`.
 
+    A device or a pipe, such as /dev/null or /dev/stdout, is written into: a file must not take its place.
+
     Raises:
         UserError: If the disk is full or refuses; a file that was there before is then unchanged.
     """
     check_writable(path)
+    content = content.encode() if isinstance(content, str) else content
     temporary = None
     try:
+        if _is_device(path):
+            with path.open("wb") as device:
+                device.write(content)
+            return
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = Path(file.name)
-            file.write(content.encode() if isinstance(content, str) else content)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         # A temporary file is private; the result takes the mode any new file would have.
@@ -46,3 +57,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+
+
+def _is_device(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder."""
+    return path.exists() and not (path.is_file() or path.is_dir())

@@ -99,8 +99,7 @@ def _needed(
     remat = options.get("model.remat", plan.remat)
     try:
         mesh = mesh_of(changed, topology)
-        program = train_step(changed, decoder, mesh, workload.longest_shape, remat)
+        then = estimated_memory(train_step(changed, decoder, mesh, workload.longest_shape, remat))
     except UserError:
         return None
-    then = estimated_memory(changed, decoder, mesh, workload.longest_shape, remat, program)
     return max(then.frozen + then.learned, plan.needed + then.total - plan.memory.total)

@@ -4,13 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jax.sharding import Mesh
-
-from spt_jax.config import Config
-from spt_jax.data.buckets import BucketShape
-from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.planning.memory import Memory, device_tokens, kernel_bytes, learned_bytes
-from spt_jax.planning.programs import Program
+from spt_jax.planning.programs import TrainStep
 
 
 class EstimatedTraffic(NamedTuple):
@@ -25,15 +20,7 @@ class EstimatedTraffic(NamedTuple):
     sent: float
 
 
-def estimated_traffic(
-    config: Config,
-    decoder: DecoderConfig,
-    mesh: Mesh,
-    shape: BucketShape,
-    remat: str,
-    program: Program,
-    memory: Memory,
-) -> EstimatedTraffic:
+def estimated_traffic(step: TrainStep, memory: Memory) -> EstimatedTraffic:
     """Of a train step.
 
     Kernels are gathered over fsdp and read in every pass (forward, backward, and forward again where activations are
@@ -42,19 +29,15 @@ def estimated_traffic(
     micro-batches follow each other, all but the last happens in each of them.
 
     Args:
-        config: As in `spt_jax.planning.memory.estimated_memory`, whose result `memory` is; so are the others.
-        decoder: The LM.
-        mesh: The mesh.
-        shape: The batch's.
-        remat: The policy.
-        program: The train step.
-        memory: Its memory.
+        step: The train step.
+        memory: Of `spt_jax.planning.memory.estimated_memory`.
     """
-    state, frozen, _ = program.arguments
-    passes, times = 2 if remat == "none" else 3, config.optimizer.micro_batches
+    state, frozen, _ = step.program.arguments
+    decoder, mesh = step.decoder, step.mesh
+    passes, times = 2 if step.remat == "none" else 3, step.config.optimizer.micro_batches
     fsdp, tensor, layers = mesh.shape["fsdp"], mesh.shape["tensor"], decoder.num_layers
     kernels = kernel_bytes(frozen)
-    outputs = device_tokens(config, mesh, shape) * decoder.hidden_size * decoder.jax_dtype.dtype.itemsize * layers
+    outputs = device_tokens(step) * decoder.hidden_size * decoder.jax_dtype.dtype.itemsize * layers
     hbm = passes * (kernels * fsdp + layers * memory.layer / 2) + 2 * memory.kept
     gathers = passes * kernels * (fsdp - 1)
     sums = passes * 2 * 2 * outputs * (tensor - 1) / tensor

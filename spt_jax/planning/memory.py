@@ -19,14 +19,11 @@ from typing import Any
 
 import jax
 from flax import traverse_util
-from jax.sharding import Mesh
 
-from spt_jax.config import Config
-from spt_jax.data.buckets import BucketShape
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.quantized import QTensor, tree_bytes
 from spt_jax.parallel.rules import row_devices
-from spt_jax.planning.programs import Program, Shapes
+from spt_jax.planning.programs import Shapes, TrainStep
 from spt_jax.training.description import front_length
 
 
@@ -56,25 +53,14 @@ class Memory:
         return sum(dataclasses.astuple(self))
 
 
-def estimated_memory(
-    config: Config, decoder: DecoderConfig, mesh: Mesh, shape: BucketShape, remat: str, program: Program
-) -> Memory:
-    """Of a train step.
-
-    Args:
-        config: As in `spt_jax.planning.programs.train_step`, which made `program` of it; so are the others.
-        decoder: The LM.
-        mesh: The mesh.
-        shape: The batch's.
-        remat: The policy.
-        program: The train step.
-    """
-    state, frozen, batch = program.arguments
-    tokens, tensor = device_tokens(config, mesh, shape), mesh.shape["tensor"]
+def estimated_memory(step: TrainStep) -> Memory:
+    """Of a train step."""
+    state, frozen, batch = step.program.arguments
+    decoder, tokens, tensor = step.decoder, device_tokens(step), step.mesh.shape["tensor"]
     width = decoder.jax_dtype.dtype.itemsize
     inputs, products, between = _activations(decoder, tensor)
-    kept = {"full": inputs, "dots": inputs + products, "none": inputs + products + between}[remat]
-    rows_of_logits = config.model.max_logit_rows / row_devices(mesh)
+    kept = {"full": inputs, "dots": inputs + products, "none": inputs + products + between}[step.remat]
+    rows_of_logits = step.config.model.max_logit_rows / row_devices(step.mesh)
     return Memory(
         frozen=device_bytes(frozen),
         learned=device_bytes((state, state.trainable, batch)),
@@ -85,11 +71,12 @@ def estimated_memory(
     )
 
 
-def device_tokens(config: Config, mesh: Mesh, shape: BucketShape) -> float:
+def device_tokens(step: TrainStep) -> float:
     """Tokens that a device has at once: of its rows of a micro-batch behind every prompt."""
+    config = step.config
     prompts = config.objective.prompts_per_step or config.bank.num_prompts if config.method.kind == "spt" else 1
-    rows = config.data.batch * prompts / row_devices(mesh) / config.optimizer.micro_batches
-    return rows * (shape.length + front_length(config))
+    rows = config.data.batch * prompts / row_devices(step.mesh) / config.optimizer.micro_batches
+    return rows * (step.shape.length + front_length(config))
 
 
 def _activations(c: DecoderConfig, tensor: int) -> tuple[float, float, float]:

@@ -10,11 +10,10 @@ from jax.sharding import Mesh
 from spt_jax.config import Config
 from spt_jax.data.buckets import BucketShape
 from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.planning.arithmetic import product_flops
 from spt_jax.planning.compilation import Compiled, compile_program
 from spt_jax.planning.estimated_traffic import estimated_traffic
 from spt_jax.planning.memory import Memory, estimated_memory, learned_bytes
-from spt_jax.planning.programs import generation, train_step
+from spt_jax.planning.programs import TrainStep, generation, train_step
 from spt_jax.planning.roofline import Roofline, roofline
 from spt_jax.planning.topology import Topology, topology_mesh
 from spt_jax.planning.workload import Workload
@@ -108,15 +107,15 @@ def plan_training(
     policies = POLICIES if config.model.remat == "auto" else (config.model.remat,)
     plan = None
     for policy in policies:
-        program = train_step(config, decoder, mesh, workload.longest_shape, policy)
-        memory = estimated_memory(config, decoder, mesh, workload.longest_shape, policy, program)
+        step = train_step(config, decoder, mesh, workload.longest_shape, policy)
+        memory = estimated_memory(step)
         if policy != policies[-1] and memory.total > _HOPELESS * topology.chip.memory:
             continue
         compiled = None
         if topology.chip.kind == "tpu":
             say(f"compiling the train step for {topology}, remat = {policy}")
-            compiled = compile_program(program, mesh.size)
-        plan = _training_plan(config, decoder, topology, workload, mesh, policy, memory, compiled)
+            compiled = compile_program(step.program, mesh.size)
+        plan = _training_plan(step, topology, workload, memory, compiled)
         if plan.fits:
             break
     assert plan is not None
@@ -124,27 +123,20 @@ def plan_training(
 
 
 def _training_plan(
-    config: Config,
-    decoder: DecoderConfig,
-    topology: Topology,
-    workload: Workload,
-    mesh: Mesh,
-    policy: str,
-    memory: Memory,
-    compiled: Compiled | None,
+    longest: TrainStep, topology: Topology, workload: Workload, memory: Memory, compiled: Compiled | None
 ) -> Plan:
     """Puts together what is known of a step; a shape's FLOPs are traced, its bytes are those of the longest rows."""
+    config, decoder, mesh = longest.config, longest.decoder, longest.mesh
 
     def on(shape: BucketShape) -> Roofline:
-        program = train_step(config, decoder, mesh, shape, policy)
-        flops = product_flops(program.trace().jaxpr.jaxpr) / mesh.size
+        step = train_step(config, decoder, mesh, shape, longest.remat)
+        flops = step.flops / mesh.size
         if compiled is not None and compiled.traffic is not None:
             share = shape.length / workload.longest_shape.length
             hbm, sent = share * compiled.traffic.hbm, sum(c.sent for c in compiled.traffic.collectives)
         else:
-            then = estimated_memory(config, decoder, mesh, shape, policy, program)
-            hbm, sent = estimated_traffic(config, decoder, mesh, shape, policy, program, then)
-        return roofline(topology, flops, hbm, sent, learned_bytes(program.arguments[0]))
+            hbm, sent = estimated_traffic(step, estimated_memory(step))
+        return roofline(topology, flops, hbm, sent, learned_bytes(step.program.arguments[0]))
 
     model = describe(config, decoder, mesh)
     return Plan(
@@ -153,7 +145,7 @@ def _training_plan(
         mesh={name: int(size) for name, size in mesh.shape.items()},
         rows=config.data.batch,
         prompts=model.num_prompts,
-        remat=policy,
+        remat=longest.remat,
         quantization=decoder.quantization,
         attention=model.decoder.attention_kernel,
         programs=() if compiled is None else (compiled,),

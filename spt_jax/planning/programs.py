@@ -20,6 +20,7 @@ from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.weights import map_boxes
 from spt_jax.parallel.rules import parameter_sharding, replicated, row_devices, row_sharding
+from spt_jax.planning.arithmetic import product_flops
 from spt_jax.training.description import describe, front_length, objective_of
 from spt_jax.training.experiment import check_rows
 from spt_jax.training.optimizer import make_optimizer
@@ -51,6 +52,23 @@ class Program:
         return self.function.trace(*self.arguments, **self.options)
 
 
+@dataclasses.dataclass(frozen=True)
+class TrainStep:
+    """A run's train step, and what it was made of; see `train_step`."""
+
+    config: Config
+    decoder: DecoderConfig
+    mesh: Mesh
+    shape: BucketShape
+    remat: str
+    program: Program
+
+    @property
+    def flops(self) -> float:
+        """Of its matrix products, on all devices; traced anew each time."""
+        return product_flops(self.program.trace().jaxpr.jaxpr)
+
+
 def frozen_shapes(decoder: DecoderConfig, mesh: Mesh) -> Shapes:
     """The frozen tree, where loading would put it."""
 
@@ -61,7 +79,7 @@ def frozen_shapes(decoder: DecoderConfig, mesh: Mesh) -> Shapes:
     return map_boxes(one, abstract_params(decoder))
 
 
-def train_step(config: Config, decoder: DecoderConfig, mesh: Mesh, shape: BucketShape, remat: str) -> Program:
+def train_step(config: Config, decoder: DecoderConfig, mesh: Mesh, shape: BucketShape, remat: str) -> TrainStep:
     """The train step of a run of `config`, on batches of `shape`.
 
     Args:
@@ -90,7 +108,8 @@ def train_step(config: Config, decoder: DecoderConfig, mesh: Mesh, shape: Bucket
     step = make_train_step(
         model, objective_of(config), optimizer, mesh, config.optimizer.micro_batches, shardings=shardings
     )
-    return Program("train step", step, (_placed(state, shardings), frozen, _batch(config, mesh, shape)))
+    program = Program("train step", step, (_placed(state, shardings), frozen, _batch(config, mesh, shape)))
+    return TrainStep(config, decoder, mesh, shape, remat, program)
 
 
 def _placed(tree: Any, shardings: Any) -> Shapes:

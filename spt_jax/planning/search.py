@@ -12,7 +12,6 @@ from jax.sharding import Mesh
 from spt_jax.config import Config
 from spt_jax.errors import UserError
 from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.planning.arithmetic import product_flops
 from spt_jax.planning.estimated_traffic import estimated_traffic
 from spt_jax.planning.memory import estimated_memory, learned_bytes
 from spt_jax.planning.plan import Plan, mesh_of, plan_training
@@ -131,15 +130,14 @@ def _of_policies(
     flops_per_row: dict[str, float],
 ) -> Iterator[Candidate]:
     """The candidates of a mesh and a batch; FLOPs are traced once a policy, as they are the same on any mesh."""
-    shape = workload.longest_shape
     for policy in POLICIES:
-        program = train_step(config, decoder, mesh, shape, policy)
-        memory = estimated_memory(config, decoder, mesh, shape, policy, program)
-        hbm, sent = estimated_traffic(config, decoder, mesh, shape, policy, program, memory)
+        step = train_step(config, decoder, mesh, workload.longest_shape, policy)
+        memory = estimated_memory(step)
+        hbm, sent = estimated_traffic(step, memory)
         if policy not in flops_per_row:
-            flops_per_row[policy] = product_flops(program.trace().jaxpr.jaxpr) / config.data.batch
+            flops_per_row[policy] = step.flops / config.data.batch
         flops = flops_per_row[policy] * config.data.batch / mesh.size
-        times = roofline(topology, flops, hbm, sent, learned_bytes(program.arguments[0]))
+        times = roofline(topology, flops, hbm, sent, learned_bytes(step.program.arguments[0]))
         chosen = copy.deepcopy(config)
         chosen.model.remat = policy
         yield Candidate(chosen, config.data.batch / times.seconds, memory.total)

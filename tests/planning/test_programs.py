@@ -66,7 +66,7 @@ def test_a_planned_step_has_the_arguments_of_a_runs_step(options):
     own = jax.tree.map(lambda x: x.sharding, first) if config.method.kind == "full" else None
     state = init_state(first, optimizer, mesh, own)
     batch = place_batch(mesh, loader.batch(0))
-    program = train_step(config, tiny.CONFIG, mesh, loader.shape(0), "none")
+    program = train_step(config, tiny.CONFIG, mesh, loader.shape(0), "none").program
     wanted = (state, {} if config.method.kind == "full" else frozen, batch)
     for planned, real in zip(program.arguments, wanted, strict=True):
         assert as_compiled(planned) == as_compiled(real)

@@ -73,11 +73,11 @@ def test_a_run_killed_before_its_first_checkpoint_begins_with_an_empty_file(tmp_
     assert [row["step"] for row in rows(path)] == kept
 
 
-def test_a_full_disk_is_told_in_a_sentence():
+def test_a_full_disk_is_told_in_a_sentence(tmp_path):
     full = Path("/dev/full")
     if not full.exists():
         pytest.skip("this system has no /dev/full")
-    with contextlib.closing(JsonLines(Path("/dev/null"), -1)) as tracker:
+    with contextlib.closing(JsonLines(tmp_path / "metrics.jsonl", -1)) as tracker:
         tracker._file.close()
         tracker._file = full.open("a", encoding="utf-8")
         with pytest.raises(
