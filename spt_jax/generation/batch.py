@@ -66,7 +66,7 @@ class Batch:
     ) -> list[list[Continued]]:
         """N continuations of each row, greedy or drawn with keys ``[B, N]``; see `GenerationEngine.generate`."""
         rule = self._rule(decoding)
-        state = begin(self.config, self.logits, self.real, keys, self.eos_ids, rule=rule, room=max_new_tokens)
+        state = self._begun(rule, max_new_tokens, keys)
         lengths = np.full(keys.shape, max_new_tokens)
         step = looked = 0
         while True:
@@ -127,7 +127,7 @@ class Batch:
             yield from self.search(decoding, max_new_tokens, None, stopped)[0][0].tokens
             return
         rule = self._rule(decoding)
-        state = begin(self.config, self.logits, self.real, keys, self.eos_ids, rule=rule, room=max_new_tokens)
+        state = self._begun(rule, max_new_tokens, keys)
         for step in range(max_new_tokens):
             token, finished = on_host((state.tokens[0, 0, step], state.finished[0, 0]))
             if finished:
@@ -135,6 +135,10 @@ class Batch:
             yield int(token)
             if step + 1 < max_new_tokens:
                 state = self._advanced(state, step + 2, rule)
+
+    def _begun(self, rule: Rule, room: int, keys: jax.Array) -> DecodeState:
+        apart = self.context.apart
+        return begin(self.config, self.logits, self.real, keys, self.eos_ids, rule=rule, room=room, apart=apart)
 
     def _rule(self, decoding: Decoding) -> Rule:
         return decoding.rule(self.eos_ids.tolist(), self.vocab_size)

@@ -148,7 +148,7 @@ def beam_search(
     def advance(state: BeamState) -> BeamState:
         return settled(*_extended(config, params, context, state, eos_ids, rule))
 
-    state = settled(*_begun(config, logits, real, eos_ids, rule, search))
+    state = settled(*_begun(config, logits, real, eos_ids, rule, search, context.apart))
     return _found(jax.lax.while_loop(lambda state: state.running.any(), advance, state), eos_ids)
 
 
@@ -168,7 +168,7 @@ def watched_beam_search(
 
     The host looks at every proposal, so each token takes a round trip that `beam_search` does without.
     """
-    state, proposal = _begun_jitted(config, logits, real, eos_ids, rule, search)
+    state, proposal = _begun_jitted(config, logits, real, eos_ids, rule, search, context.apart)
     while True:
         running, step, sequences, tokens = on_host((state.running, state.step, proposal.sequences, proposal.tokens))
         over = (tokens[..., None] == np.asarray(eos_ids)).any(axis=-1)
@@ -181,7 +181,13 @@ def watched_beam_search(
 
 
 def _begun(
-    config: DecoderConfig, logits: jax.Array, real: jax.Array, eos_ids: jax.Array, rule: Rule, search: Search
+    config: DecoderConfig,
+    logits: jax.Array,
+    real: jax.Array,
+    eos_ids: jax.Array,
+    rule: Rule,
+    search: Search,
+    apart: bool,
 ) -> tuple[BeamState, Proposal]:
     """Before the first token, with the proposals for it from logits ``[B, V]``."""
     rows, n, room = len(logits), search.beams, search.room
@@ -190,7 +196,7 @@ def _begun(
         jnp.zeros((rows, n, room), jnp.int32), zeros(jnp.int32), jnp.full((rows, n), _NEVER), zeros(bool)
     )
     first = BeamState(
-        past=Continuation.empty(config, rows, n, room),
+        past=Continuation.empty(config, rows, n, room, apart=apart),
         tokens=nothing.tokens,
         # All beams are the same still: only the first may go on.
         scores=jnp.broadcast_to(jnp.where(jnp.arange(n) == 0, 0.0, _NEVER), (rows, n)),
@@ -271,7 +277,7 @@ def _found(state: BeamState, eos_ids: jax.Array) -> Found:
     return found.tokens, found.lengths - (ends(last, eos_ids) & (found.lengths > 0)), found.scores
 
 
-_begun_jitted = jax.jit(_begun, static_argnames=("config", "rule", "search"))
+_begun_jitted = jax.jit(_begun, static_argnames=("config", "rule", "search", "apart"))
 _extended_jitted = jax.jit(_extended, static_argnames=("config", "rule"), donate_argnames="state")
 _settled_jitted = jax.jit(_settled, static_argnames="search", donate_argnames="state")
 _found_jitted = jax.jit(_found)

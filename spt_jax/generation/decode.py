@@ -8,6 +8,7 @@ j-th generated token holds P+lengths[b]+j. Text is padded on the right, and what
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import flax.struct
 import jax
@@ -57,7 +58,8 @@ def read_prompts(config: DecoderConfig, params: FrozenTree, prompts: jax.Array) 
     if length == 0:
         return nothing
     _, context = read(c, params, prompts, jnp.full(count, length, jnp.int32), nothing)
-    return jnp.stack([context.key, context.value]).transpose(2, 1, 0, 4, 3, 5)
+    pair: Any = context.key, context.value
+    return jnp.stack(pair).transpose(2, 1, 0, 4, 3, 5)
 
 
 @functools.partial(jax.jit, static_argnames="config")
@@ -81,8 +83,8 @@ def prefill(
     return context, vocabulary_logits(config, params, hidden[:, 0])
 
 
-# rule: every rule is another program; room: the width of the output, an array shape.
-@functools.partial(jax.jit, static_argnames=("config", "rule", "room"))
+# rule: every rule is another program; room: the width of the output, an array shape; apart: the state's structure.
+@functools.partial(jax.jit, static_argnames=("config", "rule", "room", "apart"))
 def begin(
     config: DecoderConfig,
     logits: jax.Array,
@@ -92,6 +94,7 @@ def begin(
     *,
     rule: Rule,
     room: int,
+    apart: bool = False,
 ) -> DecodeState:
     """Chooses the first token of every strand.
 
@@ -103,11 +106,12 @@ def begin(
         eos_ids: int32 ``[E]``, the tokens that end a row.
         rule: Chooses tokens.
         room: R, how many tokens may be generated.
+        apart: Whether the layers lie apart in the context and in the frozen tree that go on with it.
     """
     rows, strands = keys.shape
     shape = (rows, strands, room)
     state = DecodeState(
-        past=Continuation.empty(config, rows, strands, room),
+        past=Continuation.empty(config, rows, strands, room, apart=apart),
         tokens=jnp.zeros(shape, jnp.int32),
         counts=jnp.zeros((rows, strands), jnp.int32),
         finished=jnp.broadcast_to(~real[:, None], (rows, strands)),

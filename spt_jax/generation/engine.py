@@ -16,6 +16,7 @@ from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.seeds import row_keys, strand_keys
 from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.layers_apart import layers_apart, on_one_cpu
 from spt_jax.parallel.rules import place_whole, replicated, row_devices
 
 # Larger banks are mixtures, a prompt for every row: nothing of them would be used again.
@@ -71,6 +72,8 @@ class GenerationEngine:
         self._row_sharding = row_sharding
         self._eos_ids = np.asarray(tuple(eos_ids), np.int32)
         self._kept: tuple[jax.Array, jax.Array] | None = None
+        # For the steps of decoding, whose rows are few.
+        self._apart = params | {"layers": layers_apart(params["layers"])} if on_one_cpu(params) else None
 
     def generate(
         self,
@@ -216,7 +219,10 @@ class GenerationEngine:
         placed = self._on_devices(self._prefixes(bank, prompts), tokens, lengths)
         context, logits = prefill(self.config, self.params, *placed)
         real = np.arange(size) < len(rows)
-        return Batch(self.config, self.params, self._eos_ids, self.vocab_size, context, logits, real)
+        if self._apart is not None:
+            context = context.taken_apart()
+        params = self.params if self._apart is None else self._apart
+        return Batch(self.config, params, self._eos_ids, self.vocab_size, context, logits, real)
 
     def _on_devices(self, prefixes: jax.Array, *rows: np.ndarray) -> Any:
         """Arrays of B rows, spread over the devices where B can be; a row never leaves its device from here on."""

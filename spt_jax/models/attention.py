@@ -53,8 +53,8 @@ class Cache(Protocol):
     """Keys and values of earlier tokens, as the decoder uses them."""
 
     @property
-    def layers(self) -> LayerCache:
-        """The layers' parts, stacked on the first axis of every array."""
+    def layers(self) -> LayerCache | list[LayerCache]:
+        """The layers' parts, stacked on the first axis of every array; a list where the LM's layers lie apart."""
         ...
 
     @property

@@ -7,16 +7,18 @@ moved: a table of ancestors says which of the new slots each of them sees.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 from einops import rearrange
 
-from spt_jax.models.attention import attention, causal_mask, masked_products, weighted_sum
+from spt_jax.models.attention import LayerCache, attention, causal_mask, masked_products, weighted_sum
 from spt_jax.models.decoder import FrozenTree, decode
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.models.layers_apart import layers_apart
 
 
 @flax.struct.dataclass
@@ -25,14 +27,24 @@ class Context:
 
     Attributes:
         key: ``[L, B, num_key_value_heads, C, head_dim]``: L layers, C = P + T slots, slot c holding position c. Heads
-            stand before slots, as products of matrices are fastest at.
+            stand before slots, as products of matrices are fastest at. Or L arrays, of layers that lie apart.
         value: Like `key`.
         lengths: int32 ``[B]``, real tokens, those of the prefix counted; the slots behind are padding.
     """
 
-    key: jax.Array
-    value: jax.Array
+    key: jax.Array | tuple[jax.Array, ...]
+    value: jax.Array | tuple[jax.Array, ...]
     lengths: jax.Array
+
+    @property
+    def apart(self) -> bool:
+        """Whether it goes with layers that lie apart."""
+        return isinstance(self.key, tuple)
+
+    def taken_apart(self) -> Context:
+        """The same for layers that lie apart; nothing is copied. For arrays on one CPU."""
+        keys, values = zip(*layers_apart((self.key, self.value)), strict=True)
+        return Context(key=keys, value=values, lengths=self.lengths)
 
 
 @flax.struct.dataclass
@@ -40,24 +52,32 @@ class Continuation:
     """Keys and values of what was generated after B contexts, N ways each, R tokens at most.
 
     Attributes:
-        key: ``[L, B, num_key_value_heads, R · N, head_dim]``; slot j · N + n holds the j-th token of strand n.
+        key: ``[L, B, num_key_value_heads, R · N, head_dim]``; slot j · N + n holds the j-th token of strand n. Or L
+            arrays, as those of the context.
         value: Like `key`.
         ancestors: int32 ``[B, N, R]``, which strand's slot holds the j-th token of each strand's past.
         length: int32 scalar, tokens written in every strand.
     """
 
-    key: jax.Array
-    value: jax.Array
+    key: jax.Array | tuple[jax.Array, ...]
+    value: jax.Array | tuple[jax.Array, ...]
     ancestors: jax.Array
     length: jax.Array
 
     @classmethod
-    def empty(cls, config: DecoderConfig, contexts: int, strands: int, room: int) -> Continuation:
+    def empty(
+        cls, config: DecoderConfig, contexts: int, strands: int, room: int, *, apart: bool = False
+    ) -> Continuation:
         """Nothing generated yet, with room for `room` tokens in each of `strands` strands of every context."""
-        shape = (config.num_layers, contexts, config.num_key_value_heads, room * strands, config.head_dim)
+        layer = (contexts, config.num_key_value_heads, room * strands, config.head_dim)
         own = jnp.broadcast_to(jnp.arange(strands, dtype=jnp.int32)[:, None], (contexts, strands, room))
-        key, value = jnp.zeros(shape, config.jax_dtype), jnp.zeros(shape, config.jax_dtype)
-        return cls(key=key, value=value, ancestors=own, length=jnp.int32(0))
+
+        def nothing() -> jax.Array | tuple[jax.Array, ...]:
+            if apart:
+                return tuple(jnp.zeros(layer, config.jax_dtype) for _ in range(config.num_layers))
+            return jnp.zeros((config.num_layers, *layer), config.jax_dtype)
+
+        return cls(key=nothing(), value=nothing(), ancestors=own, length=jnp.int32(0))
 
     def descended(self, parents: jax.Array) -> Continuation:
         """Strand n goes on from the past of strand ``parents[:, n]``; int32 ``[B, N]``."""
@@ -197,20 +217,63 @@ class _StrandLayer(NamedTuple):
         del slot
         key, value = (jnp.swapaxes(new, 1, 2).astype(self.key.dtype) for new in (key, value))
         keys, values = (self.context_key, self.key, key), (self.context_value, self.value, value)
-        query = jnp.swapaxes(query, 1, 2)
-        products = [
-            masked_products(query, k, seen, scale=scale, softcap=softcap) for k, seen in zip(keys, mask, strict=True)
-        ]
-        # One softmax over the three places where keys lie, none of them moved.
-        top = jnp.stack([part.max(axis=-1) for part in products]).max(axis=0)[..., None]
-        total, attended = jnp.zeros_like(top), jnp.zeros((*top.shape[:-1], value.shape[-1]), jnp.float32)
-        for part, kept in zip(products, values, strict=True):
-            weights = jnp.exp(part - top)
-            total += weights.sum(axis=-1, keepdims=True)
-            attended += weighted_sum(weights, kept)
-        attended = attended / total
-        y = rearrange(attended, "b g (r n) d -> b n (g r) d", n=query.shape[2]).astype(query.dtype)
-        return y, (key, value)
+        return _attended(query, keys, values, mask, scale, softcap), (key, value)
+
+
+class _ApartLayer(NamedTuple):
+    """As `_StrandLayer`, of layers that lie apart: what is new is written first, and nothing of the past is copied.
+
+    Were it written after it was looked at, as where layers are scanned, XLA would not know that both can be done in
+    one buffer, and would copy the past twice for each token.
+    """
+
+    context_key: jax.Array
+    context_value: jax.Array
+    key: jax.Array
+    value: jax.Array
+
+    def attend(
+        self,
+        query: jax.Array,
+        key: jax.Array,
+        value: jax.Array,
+        mask: tuple[jax.Array, jax.Array],
+        slot: jax.Array | None,
+        *,
+        scale: float | None,
+        softcap: float | None,
+    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """See `spt_jax.models.attention.LayerCache.attend`; keeps past and new tokens."""
+        assert slot is not None
+        key, value = (
+            jax.lax.dynamic_update_slice_in_dim(past, jnp.swapaxes(new, 1, 2).astype(past.dtype), slot, 2)
+            for past, new in ((self.key, key), (self.value, value))
+        )
+        keys, values = (self.context_key, key), (self.context_value, value)
+        return _attended(query, keys, values, mask, scale, softcap), (key, value)
+
+
+def _attended(
+    query: jax.Array,
+    keys: Sequence[jax.Array],
+    values: Sequence[jax.Array],
+    masks: Sequence[jax.Array],
+    scale: float | None,
+    softcap: float | None,
+) -> jax.Array:
+    """One softmax over the places where keys and values lie, none of them moved."""
+    query = jnp.swapaxes(query, 1, 2)
+    products = [
+        masked_products(query, key, seen, scale=scale, softcap=softcap) for key, seen in zip(keys, masks, strict=True)
+    ]
+    top = jnp.stack([part.max(axis=-1) for part in products]).max(axis=0)[..., None]
+    total, attended = jnp.zeros_like(top), jnp.zeros((*top.shape[:-1], values[0].shape[-1]), jnp.float32)
+    for part, value in zip(products, values, strict=True):
+        weights = jnp.exp(part - top)
+        total += weights.sum(axis=-1, keepdims=True)
+        attended += weighted_sum(weights, value)
+    attended = attended / total
+    return rearrange(attended, "b g (r n) d -> b n (g r) d", n=query.shape[2]).astype(query.dtype)
 
 
 @flax.struct.dataclass
@@ -221,43 +284,57 @@ class _Strands:
     continuation: Continuation
 
     @property
-    def slot(self) -> None:
-        """Every layer writes by itself."""
+    def slot(self) -> jax.Array:
+        """The first of the N slots for the new tokens."""
+        return self.continuation.length * self.continuation.ancestors.shape[1]
 
     @property
-    def layers(self) -> _StrandLayer:
-        return _StrandLayer(self.context.key, self.context.value, self.continuation.key, self.continuation.value)
+    def layers(self) -> _StrandLayer | list[LayerCache]:
+        parts: Any = self.context.key, self.context.value, self.continuation.key, self.continuation.value
+        if not self.context.apart:
+            return _StrandLayer(*parts)
+        return [_ApartLayer(*layer) for layer in zip(*parts, strict=True)]
 
-    def mask(
-        self, positions: jax.Array, valid: jax.Array, window: int | None
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        """bool ``[B, 1, N, C]`` of the context, ``[B, 1, N, R·N]`` of earlier tokens and ``[B, 1, N, N]`` of these."""
+    def mask(self, positions: jax.Array, valid: jax.Array, window: int | None) -> tuple[jax.Array, ...]:
+        """bool ``[B, 1, N, C]`` of the context and ``[B, 1, N, R·N]`` of what was generated.
+
+        Where the new tokens are not written yet, as layers are scanned, they have a third, ``[B, 1, N, N]``.
+        """
         past = self.continuation
         rows, strands, room = past.ancestors.shape
-        places = jnp.arange(self.context.key.shape[3])
+        places = jnp.arange(jax.tree.leaves(self.context.key)[0].shape[-2])
         seen = places < self.context.lengths[:, None]
         steps = jnp.arange(room)
-        written = steps < past.length
+        apart = self.context.apart
+        written = steps <= past.length if apart else steps < past.length
         if window is not None:
             seen &= positions[:, :1] - places < window
             written &= past.length - steps < window
         own = jnp.arange(strands)
-        ancestral = (past.ancestors[..., None] == own) & written[:, None]
-        return (
+        ancestral = ((self._ancestors if apart else past.ancestors)[..., None] == own) & written[:, None]
+        masks = (
             jnp.broadcast_to(seen[:, None, None], (rows, 1, strands, len(places))),
             ancestral.reshape(rows, 1, strands, room * strands),
-            jnp.broadcast_to(own[:, None] == own, (rows, 1, strands, strands)),
         )
+        return masks if apart else (*masks, jnp.broadcast_to(own[:, None] == own, (rows, 1, strands, strands)))
 
-    def after(self, kept: tuple[jax.Array, jax.Array], positions: jax.Array, valid: jax.Array) -> Continuation:
-        del positions, valid
+    @property
+    def _ancestors(self) -> jax.Array:
+        """Those of the strands with the new tokens in them."""
         past = self.continuation
         _, strands, room = past.ancestors.shape
-        start = (0, 0, 0, past.length * strands, 0)
         own = jnp.arange(strands, dtype=jnp.int32)[:, None]
-        return Continuation(
-            key=jax.lax.dynamic_update_slice(past.key, kept[0], start),
-            value=jax.lax.dynamic_update_slice(past.value, kept[1], start),
-            ancestors=jnp.where(jnp.arange(room) == past.length, own, past.ancestors),
-            length=past.length + 1,
-        )
+        return jnp.where(jnp.arange(room) == past.length, own, past.ancestors)
+
+    def after(self, kept: Any, positions: jax.Array, valid: jax.Array) -> Continuation:
+        del positions, valid
+        past = self.continuation
+        if self.context.apart:
+            key, value = zip(*kept, strict=True)
+        else:
+            stacks: Any = past.key, past.value
+            key, value = (
+                jax.lax.dynamic_update_slice_in_dim(stack, new, self.slot, 3)
+                for stack, new in zip(stacks, kept, strict=True)
+            )
+        return Continuation(key=key, value=value, ancestors=self._ancestors, length=past.length + 1)

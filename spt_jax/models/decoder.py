@@ -8,7 +8,8 @@ The embedding table and the vocabulary projection are functions of their own, so
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -241,10 +242,26 @@ class Decoder(nn.Module):
             assert valid is not None, "what is seen is said of rows whose padding is told"
             masks = tuple(mask & visible[:, None] for mask in masks if mask is not None)
         layers, slot = (None, None) if cache is None else (cache.layers, cache.slot)
-        through = self.layers if wanted is None else functools.partial(self._to_places, wanted)
-        x, kept = through(x, layers, self._layers(dropout), Places(masks, tables, slot))
+        each, places = self._layers(dropout), Places(masks, tables, slot)
+        if isinstance(layers, list):
+            x, kept = self._one_by_one(x, layers, each, places)
+        else:
+            through = self.layers if wanted is None else functools.partial(self._to_places, wanted)
+            x, kept = through(x, layers, each, places)
         x = self.final_norm(x) if c.final_norm else x
         return x, None if cache is None or valid is None else cache.after(kept, positions, valid)
+
+    def _one_by_one(
+        self, x: jax.Array, layers: Sequence[LayerCache], each: Layer, places: Places
+    ) -> tuple[jax.Array, Sequence[Any]]:
+        """As ``self.layers``, of layers that lie apart."""
+        kept = []
+        for number, (weights, cache) in enumerate(zip(self.variables["params"]["layers"], layers, strict=True)):
+            own = jax.tree.map(operator.itemgetter(number), each)
+            block = DecoderBlock(self.config, parent=None)
+            x, new = block.apply({"params": weights}, x, cache, own, places)  # pyright: ignore[reportGeneralTypeIssues]
+            kept.append(new)
+        return x, kept
 
     def _to_places(
         self, wanted: jax.Array, x: jax.Array, layers: LayerCache | None, each: Layer, places: Places
@@ -323,7 +340,8 @@ def decode(
 
     Args:
         config: The decoder.
-        params: The frozen tree.
+        params: The frozen tree. With a cache whose layers lie apart, so do those of the tree
+            (`spt_jax.models.layers_apart`).
         embeddings: ``[B, T, M]``.
         positions: int ``[B, T]``, counted from the row's first real token (the soft prompt's first). Real tokens stand
             in their order.

@@ -71,6 +71,20 @@ def test_batch_size_and_padding_change_nothing(tiny, contexts, selected, decodin
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED, SEARCHED])
+def test_layers_in_a_stack_and_apart_give_the_same(tiny, contexts, selected, decoding, monkeypatch):
+    apart = make_engine(tiny, eos_ids=[7])
+    monkeypatch.setattr(engine_module, "on_one_cpu", lambda params: False)
+    stacked = make_engine(tiny, eos_ids=[7])
+    found = [
+        engine.generate(tiny.bank, contexts, selected, max_new_tokens=NEW, decoding=decoding)
+        for engine in (apart, stacked)
+    ]
+    assert found[0] == found[1]
+    assert isinstance(apart._prefill(tiny.bank, contexts, selected, [0], 1).context.key, tuple)
+    assert not isinstance(stacked._prefill(tiny.bank, contexts, selected, [0], 1).context.key, tuple)
+
+
+@pytest.mark.parametrize("decoding", [GREEDY, SAMPLED, SEARCHED])
 def test_row_order_changes_nothing_when_rows_have_seeds(tiny, contexts, selected, decoding):
     engine = make_engine(tiny)
     seeds = list(range(len(contexts)))

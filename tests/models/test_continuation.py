@@ -14,6 +14,7 @@ from spt_jax.models.continuation import Continuation, extend, read
 from spt_jax.models.decoder import decode, embed
 from spt_jax.models.decoder_config import DecoderConfig, LayerKind
 from spt_jax.models.frozen_tree import random_params
+from spt_jax.models.layers_apart import layers_apart, on_one_cpu
 
 PLAIN = DecoderConfig(
     vocab_size=61,
@@ -39,8 +40,9 @@ CONFIGS = {
 P, LENGTHS, NEW = 3, (9, 4), 5
 
 
+@pytest.mark.parametrize("apart", [False, True], ids=["stacked", "apart"])
 @pytest.mark.parametrize("name", CONFIGS)
-def test_strands_of_changing_ancestry_equal_whole_rows(name):
+def test_strands_of_changing_ancestry_equal_whole_rows(name, apart):
     config = CONFIGS[name]
     params = random_params(config, jax.random.key(0))
     params = {**params, "embed_tokens": params["embed_tokens"] * 20}
@@ -65,12 +67,14 @@ def test_strands_of_changing_ancestry_equal_whole_rows(name):
         expected = whole(config, params, prompts[row], text[row, :length])
         np.testing.assert_allclose(hidden[row, :length], expected, rtol=1e-4, atol=1e-5)
 
-    strands = 3
+    strands, step_params = 3, params
+    if apart:
+        context, step_params = context.taken_apart(), params | {"layers": layers_apart(params["layers"])}
     said = [[list(text[row, :length]) for _ in range(strands)] for row, length in enumerate(LENGTHS)]
-    past = Continuation.empty(config, 2, strands, NEW)
+    past = Continuation.empty(config, 2, strands, NEW, apart=apart)
     for step in range(NEW):
         tokens = rng.integers(0, 61, (2, strands))
-        hidden, past = compiled(extend)(config, params, embed(config, params, tokens), context, past)
+        hidden, past = compiled(extend)(config, step_params, embed(config, params, tokens), context, past)
         said = [[[*ids, tokens[row, n]] for n, ids in enumerate(rows)] for row, rows in enumerate(said)]
         for row in range(2):
             for n in range(strands):
@@ -81,3 +85,27 @@ def test_strands_of_changing_ancestry_equal_whole_rows(name):
         parents = rng.integers(0, strands, (2, strands))
         past = past.descended(jnp.asarray(parents, jnp.int32))
         said = [[said[row][parent] for parent in parents[row]] for row in range(2)]
+
+
+def test_layers_apart_are_views_of_their_stack():
+    stack = {"kernel": jnp.arange(2 * 16 * 32, dtype=jnp.bfloat16).reshape(2, 16, 32), "scale": jnp.ones((2, 3))}
+    apart = layers_apart(stack)
+    assert len(apart) == 2
+    for number, layer in enumerate(apart):
+        for name, array in layer.items():
+            assert array.dtype == stack[name].dtype
+            np.testing.assert_array_equal(array, stack[name][number])
+        offset = number * layer["kernel"].nbytes
+        assert layer["kernel"].unsafe_buffer_pointer() == stack["kernel"].unsafe_buffer_pointer() + offset
+    kept = np.asarray(apart[1]["kernel"]).copy()
+    del stack
+    np.testing.assert_array_equal(apart[1]["kernel"], kept)
+
+
+def test_layers_are_taken_apart_on_one_cpu_alone():
+    first, second, *_ = jax.devices("cpu")
+    here, there = (jax.device_put(jnp.ones(3), device) for device in (first, second))
+    assert on_one_cpu({"a": here, "b": here})
+    assert not on_one_cpu({"a": here, "b": there})
+    mesh = jax.sharding.Mesh(np.array([first, second]), ("x",))
+    assert not on_one_cpu({"a": jax.device_put(here, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec()))})
