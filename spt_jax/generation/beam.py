@@ -7,6 +7,7 @@ Every row ends by itself, as it does alone; a batch ends with its last row.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -169,15 +170,18 @@ def watched_beam_search(
     The host looks at every proposal, so each token takes a round trip that `beam_search` does without.
     """
     state, proposal = _begun_jitted(config, logits, real, eos_ids, rule, search, context.apart)
-    while True:
-        running, step, sequences, tokens = on_host((state.running, state.step, proposal.sequences, proposal.tokens))
+    running = np.asarray(real)
+    for length in itertools.count(1):
+        sequences, tokens = on_host((proposal.sequences, proposal.tokens))
         over = (tokens[..., None] == np.asarray(eos_ids)).any(axis=-1)
         for row, place in np.argwhere(running[:, None] & ~over):
-            over[row, place] = stopped(sequences[row, place, : step + 1].tolist())
+            over[row, place] = stopped(sequences[row, place, :length].tolist())
         state = _settled_jitted(state, proposal, over, search)
-        if not on_host(state.running).any():
-            return _found_jitted(state, eos_ids)
+        running = on_host(state.running)
+        if not running.any():
+            break
         state, proposal = _extended_jitted(config, params, context, state, eos_ids, rule)
+    return _found_jitted(state, eos_ids)
 
 
 def _begun(

@@ -73,7 +73,8 @@ class GenerationEngine:
         self._eos_ids = np.asarray(tuple(eos_ids), np.int32)
         self._kept: tuple[jax.Array, jax.Array] | None = None
         # For the steps of decoding, whose rows are few.
-        self._apart = params | {"layers": layers_apart(params["layers"])} if on_one_cpu(params) else None
+        self._apart = on_one_cpu(params)
+        self._step_params = params | {"layers": layers_apart(params["layers"])} if self._apart else params
 
     def generate(
         self,
@@ -219,10 +220,8 @@ class GenerationEngine:
         placed = self._on_devices(self._prefixes(bank, prompts), tokens, lengths)
         context, logits = prefill(self.config, self.params, *placed)
         real = np.arange(size) < len(rows)
-        if self._apart is not None:
-            context = context.taken_apart()
-        params = self.params if self._apart is None else self._apart
-        return Batch(self.config, params, self._eos_ids, self.vocab_size, context, logits, real)
+        context = context.taken_apart() if self._apart else context
+        return Batch(self.config, self._step_params, self._eos_ids, self.vocab_size, context, logits, real)
 
     def _on_devices(self, prefixes: jax.Array, *rows: np.ndarray) -> Any:
         """Arrays of B rows, spread over the devices where B can be; a row never leaves its device from here on."""

@@ -207,49 +207,26 @@ class _StrandLayer(NamedTuple):
         query: jax.Array,
         key: jax.Array,
         value: jax.Array,
-        mask: tuple[jax.Array, jax.Array, jax.Array],
+        mask: Sequence[jax.Array],
         slot: jax.Array | None,
         *,
         scale: float | None,
         softcap: float | None,
     ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """See `spt_jax.models.attention.LayerCache.attend`; keeps the new tokens' alone."""
-        del slot
+        """See `spt_jax.models.attention.LayerCache.attend`; keeps the new tokens', with a slot the past's as well.
+
+        Layers that are scanned leave what is new to `_Strands.after`, so that no stack is copied for it. Layers that
+        lie apart write it first: XLA would not know that what is written behind a look can be done in the same buffer,
+        and would copy the past twice for each token.
+        """
         key, value = (jnp.swapaxes(new, 1, 2).astype(self.key.dtype) for new in (key, value))
         keys, values = (self.context_key, self.key, key), (self.context_value, self.value, value)
-        return _attended(query, keys, values, mask, scale, softcap), (key, value)
-
-
-class _ApartLayer(NamedTuple):
-    """As `_StrandLayer`, of layers that lie apart: what is new is written first, and nothing of the past is copied.
-
-    Were it written after it was looked at, as where layers are scanned, XLA would not know that both can be done in
-    one buffer, and would copy the past twice for each token.
-    """
-
-    context_key: jax.Array
-    context_value: jax.Array
-    key: jax.Array
-    value: jax.Array
-
-    def attend(
-        self,
-        query: jax.Array,
-        key: jax.Array,
-        value: jax.Array,
-        mask: tuple[jax.Array, jax.Array],
-        slot: jax.Array | None,
-        *,
-        scale: float | None,
-        softcap: float | None,
-    ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        """See `spt_jax.models.attention.LayerCache.attend`; keeps past and new tokens."""
-        assert slot is not None
-        key, value = (
-            jax.lax.dynamic_update_slice_in_dim(past, jnp.swapaxes(new, 1, 2).astype(past.dtype), slot, 2)
-            for past, new in ((self.key, key), (self.value, value))
-        )
-        keys, values = (self.context_key, key), (self.context_value, value)
+        if slot is not None:
+            key, value = (
+                jax.lax.dynamic_update_slice_in_dim(past, new, slot, axis=2)
+                for past, new in ((self.key, key), (self.value, value))
+            )
+            keys, values = (self.context_key, key), (self.context_value, value)
         return _attended(query, keys, values, mask, scale, softcap), (key, value)
 
 
@@ -261,7 +238,19 @@ def _attended(
     scale: float | None,
     softcap: float | None,
 ) -> jax.Array:
-    """One softmax over the places where keys and values lie, none of them moved."""
+    """Attention with one softmax over all the places where keys and values lie, none of them moved.
+
+    Args:
+        query: ``[B, N, H, head_dim]``.
+        keys: ``[B, G, places, head_dim]`` each.
+        values: Like `keys`.
+        masks: bool ``[B, 1, N, places]``, for each of them.
+        scale: See `spt_jax.models.attention.attention`.
+        softcap: See there.
+
+    Returns:
+        ``[B, N, H, head_dim]``.
+    """
     query = jnp.swapaxes(query, 1, 2)
     products = [
         masked_products(query, key, seen, scale=scale, softcap=softcap) for key, seen in zip(keys, masks, strict=True)
@@ -284,7 +273,12 @@ class _Strands:
     continuation: Continuation
 
     @property
-    def slot(self) -> jax.Array:
+    def slot(self) -> jax.Array | None:
+        """Where layers that lie apart write; those that are scanned leave that to `after`."""
+        return self._first_slot if self.context.apart else None
+
+    @property
+    def _first_slot(self) -> jax.Array:
         """The first of the N slots for the new tokens."""
         return self.continuation.length * self.continuation.ancestors.shape[1]
 
@@ -293,7 +287,7 @@ class _Strands:
         parts: Any = self.context.key, self.context.value, self.continuation.key, self.continuation.value
         if not self.context.apart:
             return _StrandLayer(*parts)
-        return [_ApartLayer(*layer) for layer in zip(*parts, strict=True)]
+        return [_StrandLayer(*layer) for layer in zip(*parts, strict=True)]
 
     def mask(self, positions: jax.Array, valid: jax.Array, window: int | None) -> tuple[jax.Array, ...]:
         """bool ``[B, 1, N, C]`` of the context and ``[B, 1, N, R·N]`` of what was generated.
@@ -334,7 +328,7 @@ class _Strands:
         else:
             stacks: Any = past.key, past.value
             key, value = (
-                jax.lax.dynamic_update_slice_in_dim(stack, new, self.slot, 3)
+                jax.lax.dynamic_update_slice_in_dim(stack, new, self._first_slot, axis=3)
                 for stack, new in zip(stacks, kept, strict=True)
             )
         return Continuation(key=key, value=value, ancestors=self._ancestors, length=past.length + 1)

@@ -17,7 +17,7 @@ from tiny_run import TALK, train_arguments
 pytestmark = pytest.mark.first_python
 
 FLAGS = ("--metrics=default,hits", "--replies=0", "--heartbeat=20")
-FIGURES = ("perplexity", "perplexity_per_word", "oracle_perplexity", "hits_at_1", "f1", "usage")
+FIGURES = {"perplexity", "perplexity_per_word", "oracle_perplexity", "hits_1", "hits_turns", "f1", "usage"}
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,8 @@ def test_two_processes_find_what_one_finds_and_the_first_alone_speaks(workdir, c
     assert "report: " in job.out[0]
     assert [line for line in (job.out[1] + job.err[1]).splitlines() if "[Gloo]" not in line] == []
     results, _ = found(here)
-    assert set(FIGURES[:3]) <= results["columns"]["after training"].keys()
+    assert results["columns"]["after training"].keys() >= FIGURES
+    assert results["columns"]["after training"]["hits_turns"] == sum(len(turns) for _, turns in TALK)
 
 
 def test_an_evaluation_of_two_killed_on_one_host_goes_on_and_finds_the_same(workdir, candidates, tmp_path):
