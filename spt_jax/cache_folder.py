@@ -15,6 +15,7 @@ import math
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from importlib.resources.abc import Traversable
 from pathlib import Path
@@ -98,6 +99,15 @@ def drop(entry: Path) -> None:
     else:
         with contextlib.suppress(OSError):
             entry.unlink()
+
+
+def drop_cut_short(folder: Path) -> None:
+    """Removes what a process that was killed had only begun to write: empty files of a minute ago and older."""
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            found = entry.stat()
+            if found.st_size == 0 and time.time() - found.st_mtime > 60 and entry.is_file(follow_symlinks=False):
+                drop(Path(entry.path))
 
 
 def make_room(size: int) -> bool:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 from absl import flags
 
 import spt_jax
-from spt_jax.cache_folder import cache_home
+from spt_jax.cache_folder import cache_home, drop_cut_short
 from spt_jax.commands.failures import sentence_of
 from spt_jax.commands.flag_reading import door_help, read_flags
 from spt_jax.errors import UserError, nearest
@@ -44,9 +45,14 @@ def _prepare_libraries() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     home = cache_home()
     if home is not None:  # an account without a home compiles anew each time
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(home / "compiled"))
+        compiled = home / "compiled"
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(compiled))
+        # JAX writes a program in place: a kill leaves it cut short, and it is never written again while it is there.
+        drop_cut_short(compiled)
         # A start compiles some sixty programs of a twentieth of a second each, which JAX would not keep.
         os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    # Or another process reads it half written. Then it is compiled, and nobody need be told.
+    warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry", UserWarning)
 
 
 def main(arguments: Sequence[str]) -> int:

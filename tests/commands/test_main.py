@@ -221,3 +221,32 @@ def test_compiled_programs_are_kept_in_the_users_cache_folder_unless_jax_is_told
         subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True)
     assert any((tmp_path / "spt_jax" / "compiled").iterdir())
     assert any((tmp_path / "theirs").iterdir())
+
+
+def test_programs_that_were_cut_short_are_compiled_and_those_left_empty_are_kept_again(tmp_path):
+    code = (
+        "from spt_jax.commands.main import main; main(['score', '--workdir=absent'])\n"
+        "import jax; print(jax.jit(lambda x: x + 1)(1))"
+    )
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    environment |= {"XDG_CACHE_HOME": str(tmp_path), "JAX_PLATFORMS": "cpu"}
+
+    def run() -> list[Path]:
+        done = subprocess.run([sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True)
+        assert done.stdout == "2\n"
+        assert "Error reading" not in done.stderr
+        return sorted((tmp_path / "spt_jax" / "compiled").glob("*-cache"))
+
+    kept = run()
+    sizes = [path.stat().st_size for path in kept]
+    for path, size in zip(kept, sizes, strict=True):
+        os.truncate(path, size // 2)
+    assert run() == kept
+    for path in kept:
+        os.truncate(path, 0)
+        os.utime(path, (0, 0))
+    assert run() == kept
+    assert all(path.stat().st_size for path in kept)
+    os.truncate(kept[0], 0)  # just now, as one that is being written
+    assert run() == kept
+    assert kept[0].stat().st_size == 0
