@@ -44,3 +44,4 @@ fetch_smollm2 .venv
 
 .venv/bin/spt-jax train --config=configs/quickstart.py --workdir="$workdir" ${overrides[@]+"${overrides[@]}"}
 .venv/bin/spt-jax evaluate --workdir="$workdir" --reuse
+command -v spt-jax >/dev/null || echo "(source .venv/bin/activate in $PWD puts spt-jax on the PATH)"
