@@ -5,12 +5,16 @@ from __future__ import annotations
 import dataclasses
 import importlib.metadata
 import os
+import re
 import socket
 import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+GREETING = re.compile(
+    r"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+"
+)
 SECONDS = 120
 """After which a process that should have ended is taken for one that hangs."""
 
@@ -29,6 +33,10 @@ class Job:
             self.kill()
         self.out, self.err = [out for out, _ in texts], [err for _, err in texts]
         return [process.returncode for process in self.processes]
+
+    def said(self, index: int) -> str:
+        """What a process wrote, without Gloo's greetings, of which two threads may write pieces in one line."""
+        return GREETING.sub("", self.out[index] + self.err[index]).strip()
 
     def kill(self) -> None:
         for process in self.processes:
@@ -50,7 +58,13 @@ def environment(devices: int) -> dict[str, str]:
     }
 
 
-def start(arguments: Sequence[str], count: int, devices: int, each: Sequence[Sequence[str]] = ()) -> Job:
+def start(
+    arguments: Sequence[str],
+    count: int,
+    devices: int,
+    each: Sequence[Sequence[str]] = (),
+    homes: Sequence[Path] = (),
+) -> Job:
     """Starts `count` processes of `devices` devices.
 
     Args:
@@ -58,11 +72,13 @@ def start(arguments: Sequence[str], count: int, devices: int, each: Sequence[Seq
         count: Processes.
         devices: Fake devices of each.
         each: More arguments of each process, if they differ.
+        homes: The cache folder of each, as on hosts of their own.
     """
     port = free_port()
     processes = []
     for index in range(count):
         own = each[index] if each else ()
+        home = {"XDG_CACHE_HOME": str(homes[index])} if homes else {}
         joining = [f"--distributed=127.0.0.1:{port},{count},{index}"] if count > 1 else []
         processes.append(
             subprocess.Popen(
@@ -70,7 +86,7 @@ def start(arguments: Sequence[str], count: int, devices: int, each: Sequence[Seq
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,
-                env=environment(devices),
+                env=environment(devices) | home,
                 cwd=Path(__file__).resolve().parent.parent,
             )
         )

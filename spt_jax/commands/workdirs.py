@@ -41,14 +41,17 @@ def trained_in(workdir: str, say: Callable[[str], None], train: Callable[[Path],
         The exit code: that of `train`, unless the bucket lacks something.
 
     Raises:
-        UserError: The bucket cannot be used, or this is one of several processes, which write checkpoints together.
+        UserError: The bucket cannot be used.
     """
     if not is_bucket_url(workdir):
         return train(Path(workdir))
+    from spt_jax.parallel.distributed import is_lead
     from spt_jax.storage.staged_run import StagedRun
 
-    _refuse_several(workdir, "train into")
-    with StagedRun(workdir, say) as run:
+    run = StagedRun(workdir, say)
+    if not is_lead():
+        return train(run.folder)  # the first of several processes alone reads and writes it
+    with run:
         code = train(run.folder)
     return code if run.complete else STOPPED
 
@@ -66,25 +69,19 @@ def evaluated_in(workdir: str, checkpoint: str, say: Callable[[str], None], eval
         The exit code: that of `evaluate`, unless the bucket lacks something.
 
     Raises:
-        UserError: The bucket cannot be used, or this is one of several processes, which share what was found so far.
+        UserError: The bucket cannot be used.
     """
     if not is_bucket_url(workdir):
         return evaluate(Path(workdir))
-    _refuse_several(workdir, "evaluate")
+    from spt_jax.parallel.distributed import is_lead
+    from spt_jax.storage.read_copy import ReadCopy
+
+    if not is_lead():
+        return evaluate(ReadCopy(workdir).folder)  # the first of several processes alone reads and writes it
     copy = _pulled(workdir, checkpoint)
     with copy.copied_back(say) as copies:
         code = evaluate(copy.folder)
     return code if copies.complete else STOPPED
-
-
-def _refuse_several(workdir: str, do: str) -> None:
-    import jax
-
-    if jax.process_count() > 1:
-        raise UserError(
-            f"--workdir={workdir} is a bucket, which one process may {do}; {jax.process_count()} processes need a "
-            "folder that their hosts share, such as an NFS mount"
-        )
 
 
 def refuse_bucket(workdir: str, why: str) -> None:

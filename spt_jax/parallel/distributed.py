@@ -23,6 +23,9 @@ from spt_jax.parallel.peers import End, Peers, connect, serve
 JOIN_SECONDS = 300
 """How long a process waits for the others to start; a queue may start hosts minutes apart."""
 
+TOLD_AT_ONCE = 64 * 2**20
+"""Bytes that the devices take, once each, when the first process tells the others something."""
+
 _PUBLISHED = "spt_jax/peers"
 
 
@@ -140,7 +143,12 @@ def told_by_lead(content: bytes) -> bytes:
     """What the first process has, on every process; all must ask. What the others have is not looked at."""
     if jax.process_count() == 1:
         return content
-    length = int(multihost_utils.broadcast_one_to_all(np.int32(len(content))))
+    length = int.from_bytes(_broadcast(len(content).to_bytes(8, "little"), 8), "little")
+    starts = range(0, length, TOLD_AT_ONCE)
+    return b"".join(_broadcast(content[i : i + TOLD_AT_ONCE], min(TOLD_AT_ONCE, length - i)) for i in starts)
+
+
+def _broadcast(content: bytes, length: int) -> bytes:
     mine = np.frombuffer(content, np.uint8) if is_lead() else np.zeros(length, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(mine)).tobytes()
 

@@ -140,8 +140,10 @@ class Peers:
 
     def _tell_end(self, sentence: str, code: int, *, said: bool) -> None:
         self._send_all({"end": sentence, "code": code, "said": said})
-        # A connection that closes with something unread drops what it has not delivered.
-        time.sleep(_DELIVERY_SECONDS)
+        if self._index == 0:
+            # A connection that closes with something unread drops what it has not delivered. The others have nobody to
+            # tell, and hurry: JAX's service, gone with process 0, makes its clients abort with a stack trace.
+            time.sleep(_DELIVERY_SECONDS)
         self._end(sentence, code, True)
 
     def _name(self, link: _Link) -> str:

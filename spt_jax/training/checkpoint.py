@@ -2,6 +2,9 @@
 
 Saving is asynchronous; the latest and the best are kept. Every checkpoint carries the sha256 of its arrays, which a
 restore computes again: a damaged step is set aside (``N`` becomes ``N.corrupt``) and the one before is taken.
+
+Of several processes the first alone reads and writes, and tells the others what it read, so that they need not see its
+disk. What is saved is small beside the LM, and lies whole on every device unless it is the LM itself.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from spt_jax.errors import UserError
-from spt_jax.parallel.distributed import any_process, barrier, is_lead, on_host
+from spt_jax.parallel.distributed import is_lead, on_host, told_by_lead
+from spt_jax.parallel.rules import place_whole
 from spt_jax.training.checkpoint_record import METRIC, SHAPES, DamagedCheckpointError, read_record, sealed
 
 Tree = Any
@@ -38,8 +42,10 @@ SMALL_FILES_BYTES = 256 * 1024
 
 
 PATIENCE_SECONDS = 100 * 365 * 24 * 3600
-"""How long a process of its own waits for a save: Orbax measures it by the wall clock, which jumps ahead when a laptop
-wakes up. Of several, which wait for each other, one that hangs ends the others after Orbax's own twenty minutes."""
+"""How long a save is waited for: Orbax measures it by the wall clock, which jumps ahead when a laptop wakes up."""
+
+_ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0})
+"""The first process asks no other one."""
 
 
 def tree_digest(tree: Tree) -> str:
@@ -59,6 +65,25 @@ def _stored(tree: Tree) -> Tree:
 
 def _restored(wanted: Tree, stored: Tree) -> Tree:
     return stored if jax.tree.leaves(wanted) else wanted
+
+
+def _on_host(targets: Tree) -> Tree:
+    """Empty arrays, by which Orbax knows that it shall read into the memory of the host."""
+    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), targets)
+
+
+def _told(value: Any) -> Any:
+    """A JSON value of the first process, on every process."""
+    return json.loads(told_by_lead(json.dumps(value).encode()))
+
+
+def _placed(target: jax.ShapeDtypeStruct, array: np.ndarray | None) -> jax.Array:
+    """The first process's array as a global one of the sharding that is wanted."""
+    if jax.process_count() > 1:
+        content = told_by_lead(b"" if array is None else array.tobytes())
+        array = np.frombuffer(content, target.dtype).reshape(target.shape)
+    assert array is not None, "a process of its own has read it"
+    return place_whole(array, target.sharding)
 
 
 def _perplexity(metrics: Any) -> float:
@@ -93,7 +118,7 @@ class Checkpoints:
         self.directory = directory.absolute()
         self._read_only = read_only
         self._keep = (keep_latest, keep_best)
-        if read_only and not _step_folders(self.directory):
+        if read_only and is_lead() and not _step_folders(self.directory):
             raise UserError(f"there is no checkpoint in {self.directory}")
         # Orbax narrates every save, and prints a traceback of every failure that it raises as well.
         for narrator in ("absl", "asyncio"):
@@ -102,16 +127,16 @@ class Checkpoints:
         warnings.filterwarnings("ignore", FORGOTTEN_READ, RuntimeWarning)
         self._failed_before = False
         # Orbax's manager stumbles over a damaged step as soon as it is made; reading needs none.
-        self._manager = None if read_only else self._open()
+        self._manager = self._open() if is_lead() and not read_only else None
 
     def _open(self) -> ocp.CheckpointManager:
         keep_latest, keep_best = self._keep
-        for step in _step_folders(self.directory) if is_lead() else ():
+        self.directory.mkdir(parents=True, exist_ok=True)
+        for step in _step_folders(self.directory):
             try:
                 self._peek(step)
             except DamagedCheckpointError as error:
                 self._set_aside(step, error)
-        barrier("checkpoints looked through")
         policy = preservation_policy.AnyPreservationPolicy(
             [
                 preservation_policy.LatestN(keep_latest),
@@ -121,12 +146,13 @@ class Checkpoints:
             ]
         )
         options = ocp.CheckpointManagerOptions(
-            create=True,
+            create=False,
             cleanup_tmp_directories=True,
             best_fn=_perplexity,
             best_mode="min",
             preservation_policy=policy,
-            async_options=_patient() if jax.process_count() == 1 else None,
+            async_options=_patient(),
+            multiprocessing_options=_ALONE,
         )
         return ocp.CheckpointManager(self.directory, options=options, item_names=("trainable", "optimizer", "meta"))
 
@@ -136,7 +162,7 @@ class Checkpoints:
         return read_record(self.directory / str(step), items)
 
     def _set_aside(self, step: int, error: Exception) -> None:
-        if self._read_only or not is_lead():
+        if self._read_only:
             return
         source = self.directory / str(step)
         target = source.with_name(f"{step}.corrupt")
@@ -160,9 +186,11 @@ class Checkpoints:
         Raises:
             UserError: This save, or the one before it, could not be written. Earlier checkpoints stay usable.
         """
-        assert self._manager is not None, "these checkpoints were opened to be read only"
+        assert not self._read_only, "these checkpoints were opened to be read only"
         # jax may reuse a donated buffer for the next step, so the arrays are fetched before anything else happens.
         trees = on_host({"trainable": trainable, "optimizer": optimizer})
+        if self._manager is None:
+            return
         record = {
             **meta,
             "step": step,
@@ -174,8 +202,8 @@ class Checkpoints:
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
-                    trainable=ocp.args.StandardSave(_stored(trainable)),
-                    optimizer=ocp.args.StandardSave(_stored(optimizer)),
+                    trainable=ocp.args.StandardSave(_stored(trees["trainable"])),
+                    optimizer=ocp.args.StandardSave(_stored(trees["optimizer"])),
                     meta=ocp.args.JsonSave(sealed(record, None if perplexity is None else float(perplexity))),
                 ),
                 metrics=None if perplexity is None else {METRIC: float(perplexity)},
@@ -217,11 +245,11 @@ class Checkpoints:
         return True
 
     def steps(self) -> list[int]:
-        """The steps on disk, ascending."""
-        return _step_folders(self.directory)
+        """The steps on disk, ascending; every process must ask."""
+        return _told(_step_folders(self.directory) if is_lead() else None)
 
     def candidates(self, which: str) -> Iterator[int]:
-        """Steps in the order in which they should be tried for ``best`` or ``latest``."""
+        """Steps in the order in which they should be tried for ``best`` or ``latest``; for the first process."""
         latest_first = _step_folders(self.directory)[::-1]
         if which == "latest":
             yield from latest_first
@@ -237,7 +265,13 @@ class Checkpoints:
         yield from (step for step in latest_first if step not in perplexities)
 
     def meta(self, which: str) -> dict[str, Any] | None:
-        """The JSON values beside the first readable checkpoint of ``latest``, ``best`` or a step; None without one."""
+        """The JSON values beside the first readable checkpoint of ``latest``, ``best`` or a step; None without one.
+
+        Every process must ask.
+        """
+        return _told(self._first_record(which) if is_lead() else None)
+
+    def _first_record(self, which: str) -> dict[str, Any] | None:
         for step in [int(which)] if which.isdigit() else self.candidates(which):
             try:
                 return self._peek(step)
@@ -246,7 +280,7 @@ class Checkpoints:
         return None
 
     def restore(self, which: str, targets: dict[str, Tree]) -> tuple[int, dict[str, Tree], dict[str, Any]] | None:
-        """Restores the latest or the best checkpoint that is whole.
+        """Restores the latest or the best checkpoint that is whole; every process must ask.
 
         Args:
             which: ``"latest"``, ``"best"`` or a step.
@@ -259,15 +293,26 @@ class Checkpoints:
         Raises:
             UserError: The shapes differ from `targets`, there is no such step, or every checkpoint is damaged.
         """
+        found = self._read(which, targets) if is_lead() else None
+        about = _told(found and (found[0], found[2]))
+        if about is None:
+            return None
+        step, meta = about
+        # The others have no arrays, and the same targets.
+        arrays = jax.tree.leaves(found[1]) if found else [None] * len(jax.tree.leaves(targets))
+        wanted, structure = jax.tree.flatten(targets)
+        return step, structure.unflatten(map(_placed, wanted, arrays)), meta
+
+    def _read(self, which: str, targets: dict[str, Tree]) -> tuple[int, dict[str, Tree], dict[str, Any]] | None:
+        """What `restore` gives, on the host."""
         candidates = list(self.candidates(which)) if which in ("latest", "best") else [int(which)]
         if not candidates:
             return None
         for step in candidates:
             try:
-                trees, meta = self._restore_step(step, targets)
+                trees, meta = self._read_step(step, targets)
             except DamagedCheckpointError as error:
                 self._set_aside(step, error)
-                barrier("checkpoint set aside")
                 if self._manager is not None:
                     self._manager.close()
                     self._manager = self._open()
@@ -276,27 +321,27 @@ class Checkpoints:
             return step, trees, meta
         raise UserError(f"no checkpoint in {self.directory} is whole: {last_error}")  # pyright: ignore[reportPossiblyUnboundVariable]
 
-    def _restore_step(self, step: int, targets: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:
-        if step not in _step_folders(self.directory):
-            raise UserError(f"there is no checkpoint of step {step} in {self.directory}; there are {self.steps()}")
-        failure, meta, trees = None, {}, {}
+    def _read_step(self, step: int, targets: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:
+        steps = _step_folders(self.directory)
+        if step not in steps:
+            raise UserError(f"there is no checkpoint of step {step} in {self.directory}; there are {steps}")
         try:
             meta = self._peek(step, targets)
             self._check_shapes(step, meta, targets)
             folder = self.directory / str(step)
-            with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
+            handler = ocp.StandardCheckpointHandler(multiprocessing_options=_ALONE)
+            with ocp.Checkpointer(handler, multiprocessing_options=_ALONE) as reader:
                 trees = {
-                    name: _restored(tree, reader.restore(folder / name, args=ocp.args.StandardRestore(_stored(tree))))
+                    name: _restored(
+                        tree, reader.restore(folder / name, args=ocp.args.StandardRestore(_stored(_on_host(tree))))
+                    )
                     for name, tree in targets.items()
                 }
-        except UserError:
+        except (UserError, DamagedCheckpointError):
             raise
         except Exception as error:
-            failure = error
-        if any_process(failure is not None):  # what one of several cannot read, none of them takes
-            reason = failure or "another process could not read it"
-            raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: {reason}") from failure
-        if any(tree_digest(on_host(trees[name])) != meta["digests"][name] for name in targets):
+            raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: {error}") from error
+        if any(tree_digest(trees[name]) != meta["digests"][name] for name in targets):
             raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: its arrays are not those saved")
         return trees, meta
 
@@ -327,8 +372,7 @@ class Checkpoints:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if error is None or jax.process_count() == 1:  # the others do not come to an end that only this process meets
-            self.close()
+        self.close()
 
 
 def tree_shapes(tree: Tree) -> dict[str, list[int]]:

@@ -17,6 +17,10 @@ SHAPES = {"trainable": "shapes", "optimizer": "optimizer_shapes"}
 """Under which name the record has the shapes of a tree's arrays."""
 
 
+_ARRAYS = ("np.ndarray", "jax.Array")
+"""What Orbax calls them; beside them it tells of members of a tree that hold nothing."""
+
+
 class DamagedCheckpointError(Exception):
     """A checkpoint that cannot be read, or whose arrays are not those that were saved."""
 
@@ -74,21 +78,8 @@ def _check_item(folder: Path, shapes: Mapping[str, list[int]] | None) -> None:
     """What Orbax reads beside the arrays; whatever it still reads when one of them fails complains on its own."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder.name} is missing")
-    json.loads((folder / "_METADATA").read_bytes())
-    told = [each for path in (folder / "array_metadatas").glob("*") for each in _told_of_arrays(path)]
-    if shapes is None:
-        return
-    saved = {name.replace("/", "."): tuple(shape) for name, shape in shapes.items()}
-    if saved and {name for name, _ in told} != set(saved):
+    leaves = json.loads((folder / "_METADATA").read_bytes())["tree_metadata"].values()
+    arrays = [leaf for leaf in leaves if leaf["value_metadata"]["value_type"] in _ARRAYS]
+    told = {"/".join(str(part["key"]) for part in array["key_metadata"]) for array in arrays}
+    if shapes and told != set(shapes):
         raise ValueError(f"the names of the arrays of {folder.name} are not those that were saved")
-    for name, part in told:
-        # A device writes its own part, which goes into the whole.
-        whole = saved.get(name, part)
-        if len(part) != len(whole) or any(size < 1 or total % size for size, total in zip(part, whole, strict=True)):
-            raise ValueError(f"the shape of {name} is told as {part}, but {whole} was saved")
-
-
-def _told_of_arrays(path: Path) -> list[tuple[str, tuple[int, ...]]]:
-    """Name and shape of the arrays that a process wrote, or of its part of them."""
-    found = [each["array_metadata"] for each in json.loads(path.read_bytes())["array_metadatas"]]
-    return [(str(each["param_name"]), tuple(int(size) for size in each["write_shape"])) for each in found]

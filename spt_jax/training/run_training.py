@@ -57,7 +57,7 @@ def run_training(
     """Starts or resumes the run of `config` in `workdir`.
 
     The folder is made, and marked as this run's, only when everything that can be wrong with the input has been read.
-    Of several processes the first alone says, shows and writes; the folder must be the same one for all.
+    Of several processes the first alone says, shows, and reads and writes the folder, which the others need not see.
 
     Args:
         config: A validated configuration.
@@ -72,17 +72,17 @@ def run_training(
         UserError: The folder holds another run, or a part of the input cannot be used.
     """
     absolute_paths(config)
-    check_workdir(workdir, config)
+    if is_lead():
+        check_workdir(workdir, config)
     say = say if is_lead() else _say_nothing
     prepared = _prepare(config, say)
     e = prepared.experiment
-    barrier("prepared")  # whoever still looks at the folder must not find it claimed
+    barrier("prepared")  # a folder is claimed when nothing of any process is wrong
     with _undone_unless_begun(workdir):
         if is_lead():
             claim_workdir(workdir, config, e.lm.identity, e.lm.tokenizer.fingerprint)
             if keeps_initial(config):
                 write_initial(workdir, prepared.state.trainable)
-        barrier("claimed")
         say(_summary(prepared))
         keep = {"keep_latest": config.train.keep_latest, "keep_best": config.train.keep_best}
         with StopSignal() as stop, Checkpoints(workdir / CHECKPOINT_FOLDER, **keep) as checkpoints:

@@ -9,13 +9,14 @@ from typing import Any
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors.numpy import load_file, save
+from safetensors.numpy import load, save
 
 import spt_jax
 from spt_jax.atomic_file import write_atomically
 from spt_jax.config import Config, flatten, from_dict
 from spt_jax.errors import UserError
 from spt_jax.models.loading import LMIdentity
+from spt_jax.parallel.distributed import is_lead, told_by_lead
 from spt_jax.prompting.adapters import Trainable
 
 CONFIG_FILE = "config.json"
@@ -64,10 +65,15 @@ def _read(workdir: Path) -> dict[str, Any]:
 def read_config(workdir: Path) -> tuple[Config, LMIdentity, str]:
     """The configuration of the run in `workdir`, the LM it was trained on and its tokenizer's fingerprint.
 
+    Of several processes the first reads it, and tells the others; all must ask.
+
     Raises:
         UserError: There is no run, or its record cannot be read.
     """
-    record = _read(workdir)
+    return _parts(json.loads(told_by_lead(json.dumps(_read(workdir)).encode() if is_lead() else b"")))
+
+
+def _parts(record: dict[str, Any]) -> tuple[Config, LMIdentity, str]:
     return from_dict(record["config"]), LMIdentity.from_dict(record["lm"]), record["tokenizer"]
 
 
@@ -85,9 +91,10 @@ def write_initial(workdir: Path, trainable: Trainable) -> None:
 
 
 def read_initial(workdir: Path) -> Trainable:
-    """The tree that `write_initial` kept; UserError when it cannot be read."""
+    """The tree that `write_initial` kept; UserError when it cannot be read. See `read_config` of several processes."""
     try:
-        return unflatten_dict(load_file(workdir / INITIAL_FILE), sep="/")
+        content = told_by_lead((workdir / INITIAL_FILE).read_bytes() if is_lead() else b"")
+        return unflatten_dict(load(content), sep="/")
     except Exception as error:
         raise UserError(f"{workdir / INITIAL_FILE}, the trainable tree before training, cannot be read") from error
 
@@ -127,7 +134,7 @@ def claim_workdir(workdir: Path, config: Config, lm: LMIdentity, tokenizer: str)
         UserError: The LM or the tokenizer is another one; both are named.
     """
     if (workdir / CONFIG_FILE).exists():
-        _, old, old_tokenizer = read_config(workdir)
+        _, old, old_tokenizer = _parts(_read(workdir))
         check_lm(workdir, old, lm, old_tokenizer, tokenizer)
     try:
         workdir.mkdir(parents=True, exist_ok=True)

@@ -8,12 +8,13 @@ import uuid
 from pathlib import Path
 
 import pytest
+from buckets import copy_of
 from tiny_run import train_arguments, walk
 
 from spt_jax.commands.main import main
 from spt_jax.exit_codes import MISTAKE, STOPPED
 from spt_jax.storage.bucket import Bucket, open_bucket
-from spt_jax.storage.complete_steps import complete_steps, delete_step, push_step
+from spt_jax.storage.complete_steps import complete_steps, delete_step
 
 LAST = 4
 
@@ -21,18 +22,6 @@ LAST = 4
 @pytest.fixture
 def url() -> str:
     return f"memory://bucket-{uuid.uuid4().hex}/runs/a"
-
-
-def copy_of(folder: Path, url: str) -> Bucket:
-    """A bucket with a trained run."""
-    bucket = open_bucket(url)
-    for path in folder.iterdir():
-        if path.is_file():
-            bucket.write(path.name, path.read_bytes())
-    for step in (folder / "checkpoints").iterdir():
-        push_step(bucket, int(step.name), step)
-    bucket.write("run_id", b"0" * 32)
-    return bucket
 
 
 def digests(bucket: Bucket) -> dict[str, str]:
@@ -118,15 +107,6 @@ def test_what_is_wrong_with_a_bucket_is_one_sentence(trained, tmp_path, url, cap
         told = capsys.readouterr().err
         assert told.startswith("spt-jax ")
         assert len(told.splitlines()) == 1, told
-    assert open_bucket(url).files() == {}
-
-
-@pytest.mark.usefixtures("cache_home")
-def test_several_processes_are_refused_before_the_bucket_is_touched(tmp_path, url, monkeypatch, capsys):
-    monkeypatch.setattr("jax.process_count", lambda: 2)
-    arguments = [*train_arguments(tmp_path, workdir=Path("unused"))[:-1], f"--workdir={url}"]
-    assert main([str(argument) for argument in arguments]) == MISTAKE
-    assert "2 processes need a folder that their hosts share" in capsys.readouterr().err
     assert open_bucket(url).files() == {}
 
 

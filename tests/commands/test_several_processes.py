@@ -15,6 +15,9 @@ from several_processes import Job, start
 from tiny_run import train_arguments
 
 from spt_jax.exit_codes import STOPPED
+from spt_jax.storage.bucket import open_bucket
+from spt_jax.storage.complete_steps import complete_steps
+from spt_jax.storage.file_mirror import staging_folder
 
 pytestmark = pytest.mark.first_python
 
@@ -109,8 +112,7 @@ def test_files_are_written_once_and_the_first_process_alone_speaks(two, alone):
     assert steps_saved(workdir) == steps_saved(alone)
     assert "finished 24 steps" in job.out[0]
     assert "development perplexity" in job.err[0]
-    said = [line for line in (job.out[1] + job.err[1]).splitlines() if "[Gloo]" not in line]
-    assert said == []
+    assert job.said(1) == ""
 
 
 def test_a_killed_process_ends_the_others_with_a_sentence_and_the_job_goes_on_bitwise(arguments, two, tmp_path):
@@ -156,6 +158,39 @@ def test_bad_input_on_one_host_ends_all_with_one_sentence(arguments, tmp_path):
     assert "spt-jax train: on process 1 of 2 (" in job.err[0]
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
+
+
+def test_hosts_that_share_no_folder_learn_the_same_and_go_on_from_that_of_the_first(arguments, two, tmp_path):
+    undisturbed, _ = two
+    each = [[f"--workdir={tmp_path / host / 'run'}"] for host in ("first", "second")]
+    job = start(arguments, 2, 2, each=each)
+    disturb(job, tmp_path / "first" / "run", 7, job.processes[1].kill)
+    assert job.wait() == [1, -signal.SIGKILL]
+    again = start(arguments, 2, 2, each=each)
+    assert again.wait() == [0, 0], again.err
+    assert "resuming from step" in again.out[0]
+    assert rows(tmp_path / "first" / "run") == rows(undisturbed)
+    assert digests(tmp_path / "first" / "run", STEPS) == digests(undisturbed, STEPS)
+    assert not (tmp_path / "second").exists()
+
+
+def test_a_run_of_two_in_a_bucket_goes_on_from_it_on_other_hosts(arguments, two, tmp_path):
+    undisturbed, _ = two
+    url = f"file://{tmp_path / 'bucket' / 'run'}"
+    homes = [tmp_path / host for host in ("first", "second", "third", "fourth")]
+    job = start([*arguments, f"--workdir={url}"], 2, 2, homes=homes[:2])
+    folder = homes[0] / "spt_jax" / "buckets" / staging_folder(url).name / "run"
+    disturb(job, folder, 9, lambda: job.processes[0].send_signal(signal.SIGTERM))
+    assert job.wait() == [STOPPED, STOPPED], job.err
+    newest = max(complete_steps(open_bucket(url)))
+    assert 9 < newest < STEPS
+    again = start([*arguments, f"--workdir={url}"], 2, 2, homes=homes[2:])
+    assert again.wait() == [0, 0], again.err
+    assert f"resuming from step {newest} of {STEPS}" in again.out[0]
+    bucket = tmp_path / "bucket" / "run"
+    assert rows(bucket) == rows(undisturbed)
+    assert digests(bucket, STEPS) == digests(undisturbed, STEPS)
+    assert not list(homes[1].glob("spt_jax/buckets")) and not list(homes[3].glob("spt_jax/buckets"))
 
 
 @pytest.mark.campaign

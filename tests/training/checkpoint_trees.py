@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import replicated
@@ -21,7 +22,8 @@ def trees(step: int, width: int = 5) -> dict[str, Any]:
     values = np.random.default_rng(step).standard_normal((3, 2, width)).astype(np.float32)
     return {
         "trainable": {"bank": {"prompts": jnp.asarray(values)}},
-        "optimizer": {"mu": jnp.asarray(values[0]), "count": jnp.asarray(step, jnp.int32)},
+        # As those of optax: tuples, with members that hold nothing.
+        "optimizer": (optax.EmptyState(), {"mu": jnp.asarray(values[0]), "count": jnp.asarray(step, jnp.int32)}),
     }
 
 

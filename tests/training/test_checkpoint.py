@@ -152,22 +152,19 @@ def remove_metrics(step: Path) -> None:
 
 
 def garble_what_is_told_of_the_arrays(step: Path) -> None:
-    (step / "optimizer" / "array_metadatas" / "process_0").write_bytes(b"\xc2")
+    (step / "optimizer" / "_METADATA").write_bytes(b"\xc2")
 
 
 def change_a_name_told_of_the_arrays(step: Path) -> None:
-    path = step / "trainable" / "array_metadatas" / "process_0"
-    path.write_text(path.read_text().replace("bank.prompts", "bank.pronpts"))
+    path = step / "trainable" / "_METADATA"
+    path.write_text(path.read_text().replace("prompts", "pronpts"))
 
 
-def change_a_shape_told_of_the_arrays(step: Path) -> None:
-    path = step / "optimizer" / "array_metadatas" / "process_0"
+def change_how_the_arrays_are_told_to_lie(step: Path) -> None:
+    path = step / "optimizer" / "_METADATA"
     told = json.loads(path.read_text())
-    shape = next(
-        x["array_metadata"]["write_shape"] for x in told["array_metadatas"] if x["array_metadata"]["write_shape"]
-    )
-    shape[0] += 1
-    path.write_text(json.dumps(told))
+    assert told["use_ocdbt"]
+    path.write_text(json.dumps({**told, "use_ocdbt": False}))
 
 
 def remove_item(step: Path) -> None:
@@ -187,10 +184,10 @@ DAMAGES = [
     remove_metrics,
     garble_what_is_told_of_the_arrays,
     change_a_name_told_of_the_arrays,
-    change_a_shape_told_of_the_arrays,
+    change_how_the_arrays_are_told_to_lie,
     remove_item,
 ]
-DAMAGES_OF_ARRAYS = [flip_bits, other_arrays]
+NOTICED_IN_READING = [flip_bits, other_arrays, change_how_the_arrays_are_told_to_lie]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -205,7 +202,7 @@ def test_a_damaged_step_is_set_aside_and_the_one_before_taken(tmp_path, damage: 
     assert names(tmp_path) == {"1", "2", "2.corrupt"}
 
 
-@pytest.mark.parametrize("damage", [damage for damage in DAMAGES if damage not in DAMAGES_OF_ARRAYS])
+@pytest.mark.parametrize("damage", [damage for damage in DAMAGES if damage not in NOTICED_IN_READING])
 def test_damage_beside_the_arrays_is_noticed_before_any_array_is_read(tmp_path, damage: Callable[[Path], None]):
     fill(tmp_path, {1: 5.0, 2: 4.0})
     damage(tmp_path / "2")
@@ -270,7 +267,7 @@ def test_other_shapes_are_refused_with_both_named_and_nothing_set_aside(tmp_path
         with pytest.raises(UserError, match=r"bank/prompts of shape \[3, 2, 5\].*needs \[3, 2, 6\]"):
             checkpoints.restore("latest", targets(width=6))
         other = targets()
-        other["optimizer"]["nu"] = other["optimizer"]["mu"]
+        other["optimizer"][1]["nu"] = other["optimizer"][1]["mu"]
         with pytest.raises(UserError, match=r"nu of shape None.*needs \[2, 5\]"):
             checkpoints.restore("latest", other)
         assert_restores(checkpoints, "latest", 1)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_jax.storage.bucket import Bucket, open_bucket
+from spt_jax.storage.complete_steps import push_step
 
 REQUESTS = ("find", "cat_file", "pipe_file", "get_file", "put_file", "rm_file")
 
@@ -52,6 +53,18 @@ class Network:
 
 def new_url() -> str:
     return f"memory://bucket-{uuid.uuid4().hex}/runs/a"
+
+
+def copy_of(folder: Path, url: str) -> Bucket:
+    """A bucket with a trained run."""
+    bucket = open_bucket(url)
+    for path in folder.iterdir():
+        if path.is_file():
+            bucket.write(path.name, path.read_bytes())
+    for step in (folder / "checkpoints").iterdir():
+        push_step(bucket, int(step.name), step)
+    bucket.write("run_id", b"0" * 32)
+    return bucket
 
 
 def networked(url: str, waits: tuple[float, ...] = (), **state: Any) -> tuple[Bucket, Network]:
