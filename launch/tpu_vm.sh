@@ -4,8 +4,7 @@
 #
 #   bash launch/tpu_vm.sh --name NAME --zone ZONE --type v5litepod-8 --workdir gs://BUCKET/RUN [options] -- --config=FILE
 #
-#   --nfs SERVER:/DIR  mounted on every host as /mnt/runs; several hosts (v5litepod-16 and larger) need a folder that
-#                      they share, so that --workdir is /mnt/runs/RUN then
+#   --nfs SERVER:/DIR  a share instead of a bucket: mounted on every host as /mnt/runs, with --workdir /mnt/runs/RUN
 #   --spot             cheaper, and may be taken away at any time
 #   --queued           wait in Google's queue until there is room
 #   --runtime VERSION  the TPU software (default: v2-alpha-tpuv5-lite)
@@ -29,7 +28,7 @@ while [ $# -gt 0 ]; do
       ;;
     --spot | --queued | --keep) printf -v "${1#--}" 1; shift ;;
     --dry-run) dry=1; shift ;;
-    -h | --help) sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     --) shift; break ;;
     *) fail "unknown argument '$1'; see --help; flags of spt-jax train go behind --" ;;
   esac

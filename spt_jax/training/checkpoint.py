@@ -16,7 +16,6 @@ import logging
 import math
 import os
 import shutil
-import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -30,12 +29,9 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 from spt_jax.errors import UserError
 from spt_jax.parallel.distributed import is_lead, on_host, told_by_lead
 from spt_jax.parallel.rules import place_whole
-from spt_jax.training.checkpoint_record import METRIC, SHAPES, DamagedCheckpointError, read_record, sealed
+from spt_jax.training.checkpoint_record import METRIC, SHAPES, DamagedCheckpointError, check_arrays, read_record, sealed
 
 Tree = Any
-
-FORGOTTEN_READ = r"coroutine 'Store\._get_array_metadatas' was never awaited"
-"""What Python says of a read that Orbax meant to do when another one failed."""
 
 SMALL_FILES_BYTES = 256 * 1024
 """What a checkpoint takes on the disk beside its arrays: about forty files and folders."""
@@ -123,8 +119,6 @@ class Checkpoints:
         # Orbax narrates every save, and prints a traceback of every failure that it raises as well.
         for narrator in ("absl", "asyncio"):
             logging.getLogger(narrator).setLevel(logging.CRITICAL)
-        # Its event loop stops at the first damaged file and forgets the reads that it has not begun.
-        warnings.filterwarnings("ignore", FORGOTTEN_READ, RuntimeWarning)
         self._failed_before = False
         # Orbax's manager stumbles over a damaged step as soon as it is made; reading needs none.
         self._manager = self._open() if is_lead() and not read_only else None
@@ -329,6 +323,8 @@ class Checkpoints:
             meta = self._peek(step, targets)
             self._check_shapes(step, meta, targets)
             folder = self.directory / str(step)
+            for name in targets:
+                check_arrays(folder / name, meta.get(SHAPES[name], {}))
             handler = ocp.StandardCheckpointHandler(multiprocessing_options=_ALONE)
             with ocp.Checkpointer(handler, multiprocessing_options=_ALONE) as reader:
                 trees = {
@@ -340,7 +336,8 @@ class Checkpoints:
         except (UserError, DamagedCheckpointError):
             raise
         except Exception as error:
-            raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: {error}") from error
+            reason = " ".join(str(error).split())[:300]
+            raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: {reason}") from error
         if any(tree_digest(trees[name]) != meta["digests"][name] for name in targets):
             raise DamagedCheckpointError(f"the checkpoint of step {step} is damaged: its arrays are not those saved")
         return trees, meta

@@ -11,6 +11,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import tensorstore
+
 METRIC = "perplexity"
 SEAL = "sha256"
 SHAPES = {"trainable": "shapes", "optimizer": "optimizer_shapes"}
@@ -60,6 +62,25 @@ def read_record(step_folder: Path, items: Iterable[str]) -> dict[str, Any]:
     except Exception as error:
         raise DamagedCheckpointError(f"the checkpoint of step {step_folder.name} is damaged: {error}") from error
     return record
+
+
+def check_arrays(folder: Path, shapes: Mapping[str, Any]) -> None:
+    """Reads the arrays of an item, one after the other.
+
+    One that is damaged is told in one error. Orbax reads all of them at once and waits for the first that fails; the
+    others then complain, each with a traceback, into an event loop that is closed.
+
+    Args:
+        folder: Of the item.
+        shapes: Of the record, by the arrays' names.
+
+    Raises:
+        ValueError: One cannot be read.
+    """
+    for name in shapes:
+        base = {"driver": "file", "path": f"{folder}/"}
+        store = {"driver": "ocdbt", "base": base, "path": f"{name.replace('/', '.')}/"}
+        tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result().read().result()
 
 
 def _read_perplexity(metrics: Path) -> float | None:

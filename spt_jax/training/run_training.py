@@ -21,6 +21,7 @@ from spt_jax.parallel.distributed import barrier, is_lead, one_at_a_time
 from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.training import experiment as setup
 from spt_jax.training.absolute_paths import absolute_paths
+from spt_jax.training.agreement import check_same_content, check_same_options
 from spt_jax.training.checkpoint import Checkpoints, restore_targets
 from spt_jax.training.description import TEXTUAL, attention_remark, objective_of
 from spt_jax.training.experiment import Experiment
@@ -69,14 +70,17 @@ def run_training(
         How the loop ended, and the number of steps of the whole run.
 
     Raises:
-        UserError: The folder holds another run, or a part of the input cannot be used.
+        UserError: The folder holds another run, a part of the input cannot be used, or this process was given another
+            run than the first of several.
     """
     absolute_paths(config)
     if is_lead():
         check_workdir(workdir, config)
+    check_same_options(config)
     say = say if is_lead() else _say_nothing
     prepared = _prepare(config, say)
     e = prepared.experiment
+    check_same_content(e.lm, {"training": prepared.splits.train, "development": prepared.splits.development})
     barrier("prepared")  # a folder is claimed when nothing of any process is wrong
     with _undone_unless_begun(workdir):
         if is_lead():

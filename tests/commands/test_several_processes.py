@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from several_processes import Job, start
-from tiny_run import train_arguments
+from tiny_run import TALK, train_arguments, write_dialogues
 
 from spt_jax.exit_codes import STOPPED
 from spt_jax.storage.bucket import open_bucket
@@ -191,6 +191,28 @@ def test_a_run_of_two_in_a_bucket_goes_on_from_it_on_other_hosts(arguments, two,
     assert rows(bucket) == rows(undisturbed)
     assert digests(bucket, STEPS) == digests(undisturbed, STEPS)
     assert not list(homes[1].glob("spt_jax/buckets")) and not list(homes[3].glob("spt_jax/buckets"))
+
+
+@pytest.mark.parametrize(
+    ("other", "named"),
+    [
+        (("--config.optimizer.learning_rate=0.02",), "optimizer.learning_rate (0.01 there, 0.02 here)"),
+        (("--config.data.development={other}",), "the development dialogues ("),
+    ],
+    ids=["options", "dialogues"],
+)
+def test_a_process_that_was_given_another_run_ends_all_with_what_differs(arguments, tmp_path, other, named):
+    own = write_dialogues(tmp_path / "own.txt", TALK[:2])
+    other = [flag.format(other=write_dialogues(tmp_path / "other.txt", TALK[1:3])) for flag in other]
+    workdir = tmp_path / "run"
+    given = [*arguments, f"--workdir={workdir}", f"--config.data.development={own}"]
+    job = start(given, 2, 2, each=[[], other])
+    assert job.wait() == [2, 2], job.err
+    said = "".join(job.err)
+    assert said.count(f"differs from what the first was given: {named}") == 1, said
+    assert "spt-jax train: on process 1 of 2 (" in job.err[0]
+    assert "Traceback" not in said
+    assert not workdir.exists()
 
 
 @pytest.mark.campaign

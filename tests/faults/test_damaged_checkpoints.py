@@ -17,9 +17,6 @@ from spt_jax.training.checkpoint import Checkpoints
 
 pytestmark = pytest.mark.first_python
 
-FORGOTTEN = "RuntimeError: Event loop is closed"
-"""What tensorstore says, with a traceback, of a read that Orbax no longer waits for when another has failed."""
-
 Damage = Callable[[bytearray, random.Random], bytes | None]
 """New bytes of a file, or None to delete it."""
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import json
 import math
 import shutil
 import time
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -18,7 +16,6 @@ import numpy as np
 import pytest
 from checkpoint_trees import META, assert_restores, fill, names, save, targets, trees
 from jax.sharding import NamedSharding, PartitionSpec
-from orbax.checkpoint._src.metadata.array_metadata_store import Store
 
 from spt_jax.errors import UserError
 from spt_jax.parallel.mesh import make_mesh
@@ -219,22 +216,6 @@ def test_read_only_passes_over_a_damaged_step_and_changes_nothing(tmp_path, dama
         with Checkpoints(tmp_path, read_only=True) as checkpoints:
             assert_restores(checkpoints, which, 1)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
-
-
-def test_a_read_that_orbax_forgets_is_no_warning_and_any_other_coroutine_is(tmp_path):
-    store = Store()
-
-    async def ours() -> None: ...
-
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always")
-        Checkpoints(tmp_path).close()
-        store._get_array_metadatas(tmp_path)
-        gc.collect()
-        assert not [w for w in told if "never awaited" in str(w.message)]
-        ours()
-        gc.collect()
-        assert [w for w in told if "ours' was never awaited" in str(w.message)]
 
 
 def test_a_step_damaged_twice_keeps_both_remains(tmp_path):

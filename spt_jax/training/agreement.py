@@ -1,0 +1,61 @@
+"""Processes that train as one must have been given the same run: others would wait for one another for ever."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+
+from spt_jax.config import Config, flatten
+from spt_jax.data.dialogue import Dialogue
+from spt_jax.errors import UserError
+from spt_jax.models.loading import LanguageModel
+from spt_jax.parallel.distributed import told_by_lead
+
+PLACES = ("model.source", "data.train", "data.development", "data.test", "bank.init_file")
+"""Options that name files, which may lie elsewhere on another host; what is in them is compared."""
+
+
+def check_same_options(config: Config) -> None:
+    """Refuses options that differ from those of the first process; every process must ask.
+
+    Raises:
+        UserError: Names the options, with both values.
+    """
+    free = (*PLACES, "tracking.")
+    _check({name: value for name, value in flatten(config).items() if not name.startswith(free)})
+
+
+def check_same_content(lm: LanguageModel, dialogues: Mapping[str, Sequence[Dialogue]]) -> None:
+    """Refuses an LM or dialogues that differ from those of the first process; every process must ask.
+
+    Args:
+        lm: The LM with its tokenizer.
+        dialogues: Those of each part of the data, by the part's name.
+
+    Raises:
+        UserError: Names what differs.
+    """
+    told = {f"the {part} dialogues": _digest(found) for part, found in dialogues.items()}
+    _check({"the LM's weights": lm.identity.sha256, "the tokenizer": lm.tokenizer.fingerprint, **told})
+
+
+def _digest(dialogues: Sequence[Dialogue]) -> str:
+    told = [(d.persona, d.partner_persona, [(turn.query, turn.response) for turn in d.turns]) for d in dialogues]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+
+
+def _check(mine: Mapping[str, Any]) -> None:
+    if jax.process_count() == 1:
+        return
+    mine = json.loads(json.dumps(mine))
+    first = json.loads(told_by_lead(json.dumps(mine).encode()))
+    differing = [f"{name} ({first[name]!r} there, {mine[name]!r} here)" for name in mine if mine[name] != first[name]]
+    if differing:
+        raise UserError(
+            f"what this process was given differs from what the first was given: {'; '.join(differing)}; start every "
+            "one with the same command, and the same files under the names in it"
+        )
