@@ -15,7 +15,7 @@ from pathlib import Path
 GREETING = re.compile(
     r"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+"
 )
-SECONDS = 120
+SECONDS = 300
 """After which a process that should have ended is taken for one that hangs."""
 
 

@@ -121,10 +121,10 @@ def test_an_evaluation_of_two_killed_on_one_host_goes_on_and_finds_the_same(work
 
 
 def test_two_evaluate_a_run_in_a_bucket_which_the_first_alone_reads_and_writes(workdir, candidates, tmp_path):
-    alone, _ = evaluated(workdir, tmp_path, 1, 4, f"--data={candidates}")
+    alone, _ = evaluated(workdir, tmp_path, 1, 4, f"--data={candidates}", "--limit=4")
     bucket, homes = tmp_path / "bucket", [tmp_path / "first", tmp_path / "second"]
     copy_of(workdir, f"file://{bucket}")
-    arguments = ["evaluate", f"--workdir=file://{bucket}", *FLAGS, f"--data={candidates}"]
+    arguments = ["evaluate", f"--workdir=file://{bucket}", *FLAGS, f"--data={candidates}", "--limit=4"]
     job = start(arguments, 2, 2, homes=homes)
     assert job.wait() == [0, 0], job.err
     assert job.said(1) == ""

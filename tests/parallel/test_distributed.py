@@ -38,6 +38,39 @@ def test_a_process_whose_peers_do_not_come_says_so_and_ends(index):
     assert "Check failure" not in done.stderr
 
 
+TELLING = """
+import sys
+from functools import partial
+from spt_jax.parallel import distributed
+from spt_jax.parallel.launchers import find_launch
+from spt_jax.parallel.peers import end_process
+
+distributed.TOLD_AT_ONCE = 5
+with distributed.joined(find_launch(sys.argv[1], {}), silence_seconds=20, end=partial(end_process, "a program")):
+    for said in (b"", b"one", b"exactly 10", b"more than ten"):
+        print("told", distributed.told_by_lead(said if distributed.is_lead() else b"something else"))
+"""
+
+
+@pytest.mark.first_python
+def test_what_the_first_process_tells_arrives_whole_whatever_its_length():
+    port = free_port()
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", TELLING, f"127.0.0.1:{port},2,{index}"],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(2),
+        )
+        for index in range(2)
+    ]
+    expected = [f"told {said}" for said in (b"", b"one", b"exactly 10", b"more than ten")]
+    for process in processes:
+        out, _ = process.communicate(timeout=120)
+        assert process.returncode == 0
+        assert [line for line in out.splitlines() if line.startswith("told ")] == expected
+
+
 def test_a_process_alone_leads_and_answers_for_itself_at_once():
     assert is_lead()
     assert any_process(True) and not any_process(False)

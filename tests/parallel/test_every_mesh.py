@@ -38,7 +38,7 @@ SHORT = {
 }
 RATE = 0.5
 SCALARS = 4096
-"""Bytes: what losses, pairs and the retriever's scores of a batch of four dialogues take."""
+"""Bytes: losses, pairs and the retriever's scores of a batch of four dialogues take less."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -127,11 +127,16 @@ def check_traffic(found: list[Collective], kind: str, sizes: tuple[int, int, int
     """What `docs/scaling.md` says of the collectives of a step."""
     _, fsdp, tensor = sizes
     learned = sum(x.nbytes for x in jax.tree.leaves(first_tree(kind)))
-    # Nothing changes its place: arrays are summed and gathered where they are needed, and never exchanged.
-    assert {c.kind for c in found} <= {"all-gather", "all-reduce"} | ({"reduce-scatter"} if kind == "full" else set())
+    # Nothing changes its place: arrays are summed and gathered where they are needed, and never exchanged, unless
+    # devices along `tensor` share the heads of keys and values.
+    kinds = {"all-gather", "all-reduce"} | ({"reduce-scatter"} if kind == "full" else set())
+    shared = tensor > tiny.CONFIG.num_key_value_heads
+    assert {c.kind for c in found} <= kinds | ({"collective-permute"} if shared else set())
+    for permute in [c for c in found if c.kind == "collective-permute"]:
+        assert permute.bytes <= (largest_matrix() // (fsdp * tensor) if permute.in_loop else SCALARS)
     gathers = [c for c in found if c.kind == "all-gather"]
     in_layers = [c for c in gathers if c.in_loop]
-    whole = [c for c in gathers if not c.in_loop and c.bytes > SCALARS]
+    whole = [c for c in gathers if not c.in_loop and c.bytes >= SCALARS]
     if fsdp == 1:
         assert not in_layers and not whole
     else:
@@ -141,9 +146,15 @@ def check_traffic(found: list[Collective], kind: str, sizes: tuple[int, int, int
             vocabulary = tiny.params()["lm_head"].nbytes // tensor
             assert [c.bytes for c in whole] == [vocabulary] * 2, "the vocabulary's two tables, once"
     if kind != "full":
-        # The data axis, which may run over a slow network, carries nothing a layer, or a chunk of targets, at a time.
+        # The data axis, which may run over a slow network, carries nothing a layer, or a chunk of targets, at a time:
+        # but for the gradients of LoRA's matrices, which each layer has.
         inner = fsdp * tensor
-        assert all(len({place // inner for place in group}) == 1 for c in found if c.in_loop for group in c.groups)
+        crossing = [c for c in found if c.in_loop and any(len({i // inner for i in group}) > 1 for group in c.groups)]
+        sums = [c for c in found if c.kind == "all-reduce" and c.in_loop and tensor == 1]
+        if kind == "lora":
+            assert all(c.kind == "all-reduce" for c in crossing)
+            assert sum(c.bytes * c.times for c in crossing + [c for c in sums if c not in crossing]) <= learned
+        else:
+            assert not crossing and not sums
     if tensor == 1 and kind != "full":
-        assert not [c for c in found if c.kind == "all-reduce" and c.in_loop]
         assert sum(c.bytes for c in found if c.kind == "all-reduce") <= 2 * learned + SCALARS
