@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 
+import spt_jax
 from spt_jax.config import Config, flatten
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.errors import UserError
@@ -20,13 +21,14 @@ PLACES = ("model.source", "data.train", "data.development", "data.test", "bank.i
 
 
 def check_same_options(config: Config) -> None:
-    """Refuses options that differ from those of the first process; every process must ask.
+    """Refuses options and versions that differ from those of the first process; every process must ask.
 
     Raises:
-        UserError: Names the options, with both values.
+        UserError: Names what differs, with both values.
     """
     free = (*PLACES, "tracking.")
-    _check({name: value for name, value in flatten(config).items() if not name.startswith(free)})
+    options = {name: value for name, value in flatten(config).items() if not name.startswith(free)}
+    _check({"the version of spt_jax": spt_jax.__version__, "the version of jax": jax.__version__, **options})
 
 
 def check_same_content(lm: LanguageModel, dialogues: Mapping[str, Sequence[Dialogue]]) -> None:
@@ -53,7 +55,8 @@ def _check(mine: Mapping[str, Any]) -> None:
         return
     mine = json.loads(json.dumps(mine))
     first = json.loads(told_by_lead(json.dumps(mine).encode()))
-    differing = [f"{name} ({first[name]!r} there, {mine[name]!r} here)" for name in mine if mine[name] != first[name]]
+    names = [name for name in first | mine if first.get(name) != mine.get(name)]
+    differing = [f"{name} ({first.get(name)!r} there, {mine.get(name)!r} here)" for name in names]
     if differing:
         raise UserError(
             f"what this process was given differs from what the first was given: {'; '.join(differing)}; start every "
