@@ -129,7 +129,8 @@ def test_two_evaluate_a_run_in_a_bucket_which_the_first_alone_reads_and_writes(w
     assert job.wait() == [0, 0], job.err
     assert job.said(1) == ""
     assert_same(bucket, alone)
-    assert not (bucket / "evaluation.partial").exists()
+    # An object store has no folders; the disk that stands for one here may keep empty ones.
+    assert not [path for path in bucket.glob("evaluation.partial/**/*") if path.is_file()]
     assert list(homes[0].glob("spt_jax/buckets")) and not list(homes[1].glob("spt_jax/buckets"))
 
 
