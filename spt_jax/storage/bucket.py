@@ -146,7 +146,8 @@ def open_bucket(url: str, waits: Sequence[float] = WAITS) -> Bucket:
     try:
         filesystem, root = fsspec.url_to_fs(url, **options)
     except ImportError as error:
-        extra = " pip install 'spt_jax[buckets]' brings what gs:// needs." if scheme in ("gs", "gcs") else ""
+        known = scheme in ("gs", "gcs", "s3", "s3a")
+        extra = f" pip install 'spt_jax[buckets]' brings what {scheme}:// needs." if known else ""
         raise UserError(f"--workdir={url}: {error}.{extra}") from error
     except ValueError as error:
         reason = " ".join(str(error).split())

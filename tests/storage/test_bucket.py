@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import fsspec.registry
 import pytest
 from buckets import networked, new_url
 
@@ -75,13 +76,12 @@ def test_a_local_file_that_vanished_is_no_failure_of_the_network(tmp_path):
     assert network.requests == []
 
 
-def test_a_missing_package_is_named_with_what_installs_it(monkeypatch):
-    monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(UserError, match=r"--workdir=gs://b/run: .*gcsfs.*pip install 'spt_jax\[buckets\]'"):
-        open_bucket("gs://b/run")
-    monkeypatch.setitem(sys.modules, "s3fs", None)
-    with pytest.raises(UserError, match=r"--workdir=s3://b/run: .*s3fs"):
-        open_bucket("s3://b/run")
+@pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("s3", "s3fs")])
+def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, scheme, package):
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(fsspec.registry._registry, scheme, raising=False)  # one that was used before is kept there
+    with pytest.raises(UserError, match=rf"--workdir={scheme}://b/run: .*{package}.*pip install 'spt_jax\[buckets\]'"):
+        open_bucket(f"{scheme}://b/run")
 
 
 @pytest.mark.parametrize("url", ["bucket://a/b", "gss://a/b"])
