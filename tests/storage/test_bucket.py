@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-import fsspec.registry
 import pytest
 from buckets import networked, new_url
+from fsspec.registry import _registry
 
 from spt_jax.errors import UserError
 from spt_jax.storage.bucket import BucketError, is_bucket_url, open_bucket
@@ -79,7 +79,7 @@ def test_a_local_file_that_vanished_is_no_failure_of_the_network(tmp_path):
 @pytest.mark.parametrize(("scheme", "package"), [("gs", "gcsfs"), ("s3", "s3fs")])
 def test_a_missing_package_is_named_with_what_installs_it(monkeypatch, scheme, package):
     monkeypatch.setitem(sys.modules, package, None)
-    monkeypatch.delitem(fsspec.registry._registry, scheme, raising=False)  # one that was used before is kept there
+    monkeypatch.delitem(_registry, scheme, raising=False)  # one that was used before is kept there
     with pytest.raises(UserError, match=rf"--workdir={scheme}://b/run: .*{package}.*pip install 'spt_jax\[buckets\]'"):
         open_bucket(f"{scheme}://b/run")
 
