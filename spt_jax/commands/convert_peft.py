@@ -81,7 +81,8 @@ def open_trained(workdir: Path, checkpoint: str) -> Any:
     from spt_jax.models.loading import open_lm
     from spt_jax.parallel.mesh import make_mesh
     from spt_jax.parallel.rules import replicated
-    from spt_jax.training.checkpoint import Checkpoints, restore_targets
+    from spt_jax.training.checkpoint import Checkpoints
+    from spt_jax.training.checkpoint_arrays import restore_targets
     from spt_jax.training.description import describe
     from spt_jax.training.workdir import CHECKPOINT_FOLDER, read_config
 

@@ -25,7 +25,8 @@ from spt_jax.parallel.mesh import mesh_sizes
 from spt_jax.parallel.rules import replicated
 from spt_jax.prompting.adapters import Conditions, Trainable, WholeModel
 from spt_jax.prompting.selective_lm import batch_scores, inference_conditions
-from spt_jax.training.checkpoint import Checkpoints, restore_targets
+from spt_jax.training.checkpoint import Checkpoints
+from spt_jax.training.checkpoint_arrays import restore_targets
 from spt_jax.training.experiment import Experiment, open_experiment, pad_id_of, read_source, read_splits, template_of
 from spt_jax.training.run_training import keeps_initial
 from spt_jax.training.workdir import CHECKPOINT_FOLDER, check_lm, read_config, read_initial

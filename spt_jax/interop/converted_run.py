@@ -10,7 +10,8 @@ from spt_jax.errors import UserError
 from spt_jax.interop.whole_folder import check_new_folder, new_folder
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.training.absolute_paths import absolute_paths
-from spt_jax.training.checkpoint import Checkpoints, tree_shapes
+from spt_jax.training.checkpoint import Checkpoints
+from spt_jax.training.checkpoint_arrays import tree_shapes
 from spt_jax.training.experiment import Experiment
 from spt_jax.training.initial import initial_trainable
 from spt_jax.training.loop import save

@@ -10,7 +10,6 @@ disk. What is saved is small beside the LM, and lies whole on every device unles
 from __future__ import annotations
 
 import errno
-import hashlib
 import json
 import logging
 import math
@@ -28,14 +27,11 @@ from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from spt_jax.errors import UserError
 from spt_jax.parallel.distributed import is_lead, on_host, told_by_lead
-from spt_jax.parallel.rules import place_whole
-from spt_jax.training.checkpoint_record import METRIC, SHAPES, DamagedCheckpointError, check_arrays, read_record, sealed
-
-Tree = Any
+from spt_jax.training.checkpoint_arrays import Tree, placed, read_arrays, tree_digest, tree_shapes
+from spt_jax.training.checkpoint_record import METRIC, SHAPES, DamagedCheckpointError, read_record, sealed
 
 SMALL_FILES_BYTES = 256 * 1024
 """What a checkpoint takes on the disk beside its arrays: about forty files and folders."""
-
 
 PATIENCE_SECONDS = 100 * 365 * 24 * 3600
 """How long a save is waited for: Orbax measures it by the wall clock, which jumps ahead when a laptop wakes up."""
@@ -44,42 +40,14 @@ _ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}
 """The first process asks no other one."""
 
 
-def tree_digest(tree: Tree) -> str:
-    """The sha256 of every leaf with its path, type and shape, in the tree's order."""
-    digest = hashlib.sha256()
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        array = np.asarray(leaf)
-        digest.update(f"{jax.tree_util.keystr(path)} {array.dtype} {array.shape}".encode())
-        digest.update(np.ascontiguousarray(array).tobytes())
-    return digest.hexdigest()
-
-
 def _stored(tree: Tree) -> Tree:
     """The tree as it lies on the disk: Orbax refuses one without leaves, which a method that learns nothing has."""
     return tree if jax.tree.leaves(tree) else {"nothing": np.zeros((), np.int8)}
 
 
-def _restored(wanted: Tree, stored: Tree) -> Tree:
-    return stored if jax.tree.leaves(wanted) else wanted
-
-
-def _on_host(targets: Tree) -> Tree:
-    """Empty arrays, by which Orbax knows that it shall read into the memory of the host."""
-    return jax.tree.map(lambda x: np.empty(x.shape, x.dtype), targets)
-
-
 def _told(value: Any) -> Any:
     """A JSON value of the first process, on every process."""
     return json.loads(told_by_lead(json.dumps(value).encode()))
-
-
-def _placed(target: jax.ShapeDtypeStruct, array: np.ndarray | None) -> jax.Array:
-    """The first process's array as a global one of the sharding that is wanted."""
-    if jax.process_count() > 1:
-        content = told_by_lead(b"" if array is None else array.tobytes())
-        array = np.frombuffer(content, target.dtype).reshape(target.shape)
-    assert array is not None, "a process of its own has read it"
-    return place_whole(array, target.sharding)
 
 
 def _perplexity(metrics: Any) -> float:
@@ -295,7 +263,7 @@ class Checkpoints:
         # The others have no arrays, and the same targets.
         arrays = jax.tree.leaves(found[1]) if found else [None] * len(jax.tree.leaves(targets))
         wanted, structure = jax.tree.flatten(targets)
-        return step, structure.unflatten(map(_placed, wanted, arrays)), meta
+        return step, structure.unflatten(map(placed, wanted, arrays)), meta
 
     def _read(self, which: str, targets: dict[str, Tree]) -> tuple[int, dict[str, Tree], dict[str, Any]] | None:
         """What `restore` gives, on the host."""
@@ -323,16 +291,7 @@ class Checkpoints:
             meta = self._peek(step, targets)
             self._check_shapes(step, meta, targets)
             folder = self.directory / str(step)
-            for name in targets:
-                check_arrays(folder / name, meta.get(SHAPES[name], {}))
-            handler = ocp.StandardCheckpointHandler(multiprocessing_options=_ALONE)
-            with ocp.Checkpointer(handler, multiprocessing_options=_ALONE) as reader:
-                trees = {
-                    name: _restored(
-                        tree, reader.restore(folder / name, args=ocp.args.StandardRestore(_stored(_on_host(tree))))
-                    )
-                    for name, tree in targets.items()
-                }
+            trees = {name: read_arrays(folder / name, tree) for name, tree in targets.items()}
         except (UserError, DamagedCheckpointError):
             raise
         except Exception as error:
@@ -370,16 +329,3 @@ class Checkpoints:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def tree_shapes(tree: Tree) -> dict[str, list[int]]:
-    """``{"bank/prompts": [K, P, M], ...}``, as kept beside a checkpoint."""
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.shape) for path, leaf in leaves}
-
-
-def restore_targets(tree: Tree, sharding: Any) -> Tree:
-    """The tree's shapes and types, as `Checkpoints.restore` wants them, with one sharding for all or a tree of them."""
-    if isinstance(sharding, jax.sharding.Sharding):
-        sharding = jax.tree.map(lambda _: sharding, tree)
-    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, sharding)

@@ -11,13 +11,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import tensorstore
-
 METRIC = "perplexity"
 SEAL = "sha256"
 SHAPES = {"trainable": "shapes", "optimizer": "optimizer_shapes"}
 """Under which name the record has the shapes of a tree's arrays."""
-
 
 _ARRAYS = ("np.ndarray", "jax.Array")
 """What Orbax calls them; beside them it tells of members of a tree that hold nothing."""
@@ -64,25 +61,6 @@ def read_record(step_folder: Path, items: Iterable[str]) -> dict[str, Any]:
     return record
 
 
-def check_arrays(folder: Path, shapes: Mapping[str, Any]) -> None:
-    """Reads the arrays of an item, one after the other.
-
-    One that is damaged is told in one error. Orbax reads all of them at once and waits for the first that fails; the
-    others then complain, each with a traceback, into an event loop that is closed.
-
-    Args:
-        folder: Of the item.
-        shapes: Of the record, by the arrays' names.
-
-    Raises:
-        ValueError: One cannot be read.
-    """
-    for name in shapes:
-        base = {"driver": "file", "path": f"{folder}/"}
-        store = {"driver": "ocdbt", "base": base, "path": f"{name.replace('/', '.')}/"}
-        tensorstore.open({"driver": "zarr", "kvstore": store}, read=True).result().read().result()
-
-
 def _read_perplexity(metrics: Path) -> float | None:
     return float(json.loads(metrics.read_text())[METRIC]) if metrics.exists() else None
 
@@ -96,7 +74,7 @@ def _check_seal(record: Mapping[str, Any], perplexity: float | None) -> None:
 
 
 def _check_item(folder: Path, shapes: Mapping[str, list[int]] | None) -> None:
-    """What Orbax reads beside the arrays; whatever it still reads when one of them fails complains on its own."""
+    """The names that Orbax tells of an item's arrays, which are known before any of them is read."""
     if not folder.is_dir():
         raise FileNotFoundError(f"{folder.name} is missing")
     leaves = json.loads((folder / "_METADATA").read_bytes())["tree_metadata"].values()

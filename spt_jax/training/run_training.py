@@ -22,7 +22,8 @@ from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.training import experiment as setup
 from spt_jax.training.absolute_paths import absolute_paths
 from spt_jax.training.agreement import check_same_content, check_same_options
-from spt_jax.training.checkpoint import Checkpoints, restore_targets
+from spt_jax.training.checkpoint import Checkpoints
+from spt_jax.training.checkpoint_arrays import restore_targets
 from spt_jax.training.description import TEXTUAL, attention_remark, objective_of
 from spt_jax.training.experiment import Experiment
 from spt_jax.training.initial import initial_trainable

@@ -35,7 +35,7 @@ from phases import PHASES
 from short_run import STEPS, assert_same_run, digests, steps_on_disk, unfinished_saves, write_short_run
 
 from spt_jax.exit_codes import FINISHED, STOPPED
-from spt_jax.training.checkpoint import restore_targets, tree_digest
+from spt_jax.training.checkpoint_arrays import restore_targets, tree_digest
 from spt_jax.training.workdir import read_initial
 
 SIGNALS = (signal.SIGKILL, signal.SIGTERM, signal.SIGSTOP)

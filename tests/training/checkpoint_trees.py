@@ -13,7 +13,8 @@ import optax
 
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import replicated
-from spt_jax.training.checkpoint import Checkpoints, restore_targets, tree_digest
+from spt_jax.training.checkpoint import Checkpoints
+from spt_jax.training.checkpoint_arrays import restore_targets, tree_digest
 
 META = {"lm": {"name": "tiny"}}
 

@@ -21,7 +21,8 @@ from spt_jax.errors import UserError
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.prompting.objective import Objective
-from spt_jax.training.checkpoint import Checkpoints, restore_targets
+from spt_jax.training.checkpoint import Checkpoints
+from spt_jax.training.checkpoint_arrays import restore_targets
 from spt_jax.training.loop import LoopOptions, Outcome, train
 from spt_jax.training.signals import StopSignal
 from spt_jax.training.step import TrainState, init_state, make_train_step

@@ -19,7 +19,8 @@ from llama_files import random_llama
 from spt_jax.config import default_config
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import replicated
-from spt_jax.training.checkpoint import Checkpoints, restore_targets
+from spt_jax.training.checkpoint import Checkpoints
+from spt_jax.training.checkpoint_arrays import restore_targets
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.run_training import run_training
 
