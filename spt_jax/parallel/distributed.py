@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import json
 import socket
 import threading
 from collections.abc import Callable, Iterator
@@ -146,6 +147,11 @@ def told_by_lead(content: bytes) -> bytes:
     length = int.from_bytes(_broadcast(len(content).to_bytes(8, "little"), 8), "little")
     starts = range(0, length, TOLD_AT_ONCE)
     return b"".join(_broadcast(content[i : i + TOLD_AT_ONCE], min(TOLD_AT_ONCE, length - i)) for i in starts)
+
+
+def json_told_by_lead(value: Any) -> Any:
+    """A JSON value of the first process, on every process, where tuples are lists; all must ask."""
+    return json.loads(told_by_lead(json.dumps(value).encode()))
 
 
 def _broadcast(content: bytes, length: int) -> bytes:

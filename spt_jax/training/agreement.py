@@ -14,7 +14,7 @@ from spt_jax.config import Config, flatten
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.errors import UserError
 from spt_jax.models.loading import LanguageModel
-from spt_jax.parallel.distributed import told_by_lead
+from spt_jax.parallel.distributed import json_told_by_lead
 
 PLACES = ("model.source", "data.train", "data.development", "data.test", "bank.init_file")
 """Options that name files, which may lie elsewhere on another host; what is in them is compared."""
@@ -26,6 +26,8 @@ def check_same_options(config: Config) -> None:
     Raises:
         UserError: Names what differs, with both values.
     """
+    if jax.process_count() == 1:
+        return
     free = (*PLACES, "tracking.")
     options = {name: value for name, value in flatten(config).items() if not name.startswith(free)}
     _check({"the version of spt_jax": spt_jax.__version__, "the version of jax": jax.__version__, **options})
@@ -41,6 +43,8 @@ def check_same_content(lm: LanguageModel, dialogues: Mapping[str, Sequence[Dialo
     Raises:
         UserError: Names what differs.
     """
+    if jax.process_count() == 1:
+        return
     told = {f"the {part} dialogues": _digest(found) for part, found in dialogues.items()}
     _check({"the LM's weights": lm.identity.sha256, "the tokenizer": lm.tokenizer.fingerprint, **told})
 
@@ -51,10 +55,8 @@ def _digest(dialogues: Sequence[Dialogue]) -> str:
 
 
 def _check(mine: Mapping[str, Any]) -> None:
-    if jax.process_count() == 1:
-        return
-    mine = json.loads(json.dumps(mine))
-    first = json.loads(told_by_lead(json.dumps(mine).encode()))
+    mine = json.loads(json.dumps(mine))  # as the first process's values arrive
+    first = json_told_by_lead(mine)
     names = [name for name in first | mine if first.get(name) != mine.get(name)]
     differing = [f"{name} ({first.get(name)!r} there, {mine.get(name)!r} here)" for name in names]
     if differing:

@@ -26,7 +26,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from spt_jax.errors import UserError
-from spt_jax.parallel.distributed import is_lead, on_host, told_by_lead
+from spt_jax.parallel.distributed import is_lead, json_told_by_lead, on_host
 from spt_jax.training.checkpoint_arrays import Tree, placed, read_arrays, tree_digest, tree_shapes
 from spt_jax.training.checkpoint_record import METRIC, SHAPES, DamagedCheckpointError, read_record, sealed
 
@@ -43,11 +43,6 @@ _ALONE = ocp.options.MultiprocessingOptions(primary_host=0, active_processes={0}
 def _stored(tree: Tree) -> Tree:
     """The tree as it lies on the disk: Orbax refuses one without leaves, which a method that learns nothing has."""
     return tree if jax.tree.leaves(tree) else {"nothing": np.zeros((), np.int8)}
-
-
-def _told(value: Any) -> Any:
-    """A JSON value of the first process, on every process."""
-    return json.loads(told_by_lead(json.dumps(value).encode()))
 
 
 def _perplexity(metrics: Any) -> float:
@@ -208,7 +203,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The steps on disk, ascending; every process must ask."""
-        return _told(_step_folders(self.directory) if is_lead() else None)
+        return json_told_by_lead(_step_folders(self.directory) if is_lead() else None)
 
     def candidates(self, which: str) -> Iterator[int]:
         """Steps in the order in which they should be tried for ``best`` or ``latest``; for the first process."""
@@ -231,7 +226,7 @@ class Checkpoints:
 
         Every process must ask.
         """
-        return _told(self._first_record(which) if is_lead() else None)
+        return json_told_by_lead(self._first_record(which) if is_lead() else None)
 
     def _first_record(self, which: str) -> dict[str, Any] | None:
         for step in [int(which)] if which.isdigit() else self.candidates(which):
@@ -256,7 +251,7 @@ class Checkpoints:
             UserError: The shapes differ from `targets`, there is no such step, or every checkpoint is damaged.
         """
         found = self._read(which, targets) if is_lead() else None
-        about = _told(found and (found[0], found[2]))
+        about = json_told_by_lead(found and (found[0], found[2]))
         if about is None:
             return None
         step, meta = about

@@ -16,7 +16,7 @@ from spt_jax.atomic_file import write_atomically
 from spt_jax.config import Config, flatten, from_dict
 from spt_jax.errors import UserError
 from spt_jax.models.loading import LMIdentity
-from spt_jax.parallel.distributed import is_lead, told_by_lead
+from spt_jax.parallel.distributed import is_lead, json_told_by_lead, told_by_lead
 from spt_jax.prompting.adapters import Trainable
 
 CONFIG_FILE = "config.json"
@@ -70,7 +70,7 @@ def read_config(workdir: Path) -> tuple[Config, LMIdentity, str]:
     Raises:
         UserError: There is no run, or its record cannot be read.
     """
-    return _parts(json.loads(told_by_lead(json.dumps(_read(workdir)).encode() if is_lead() else b"")))
+    return _parts(json_told_by_lead(_read(workdir) if is_lead() else None))
 
 
 def _parts(record: dict[str, Any]) -> tuple[Config, LMIdentity, str]:
