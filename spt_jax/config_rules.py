@@ -254,7 +254,8 @@ def _method_relations(config: Any) -> list[str]:
         problems += _needs(config, "bank.init", ("normal",), "bank.kind = prefixes")
         problems += _needs(config, "evaluation.selection", ("hard",), "bank.kind = prefixes")
     # With m = 1 of several only favourites would learn: weights of 1 / chance cannot stand for prompts never drawn.
-    if spt and o.prompts_per_step not in (0, *range(2, config.bank.num_prompts + 1), config.bank.num_prompts):
+    some = 2 <= o.prompts_per_step < config.bank.num_prompts
+    if spt and not some and o.prompts_per_step not in (0, config.bank.num_prompts):
         problems.append(
             f"objective.prompts_per_step is {o.prompts_per_step}; allowed: 0 for all, or 2 up to bank.num_prompts "
             f"({config.bank.num_prompts})"

@@ -193,6 +193,13 @@ def test_a_subset_of_all_prompts_is_no_subset():
     from_dict({"objective": {"prompts_per_step": 4}, "retriever": {"activation": "leaky_relu"}})
 
 
+def test_a_subset_of_more_prompts_than_memory_holds_is_counted_without_them():
+    config = from_dict({"bank": {"num_prompts": 2**62}, "objective": {"prompts_per_step": 3}})
+    config.objective.prompts_per_step = 1
+    with pytest.raises(UserError, match=r"objective\.prompts_per_step is 1; allowed: 0 for all, or 2 up to"):
+        validate(config)
+
+
 @pytest.mark.parametrize(
     ("values", "sentence"),
     [

@@ -7,7 +7,6 @@ Examples:
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from absl import flags
 
 from spt_jax.commands.workdirs import local_workdir
 from spt_jax.errors import UserError
+from spt_jax.json_text import json_object
 
 _REQUIRED = {"workdir": "the working directory of a trained run", "out": "a new folder for the adapters"}
 
@@ -114,7 +114,7 @@ def _figures(workdir: Path, step: int) -> str:
     from spt_jax.evaluation.table import markdown_table
 
     try:
-        results = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
+        results = json_object(workdir / "results.json")
         if results["step"] != step:
             return ""
         return f"Measured on `{Path(results['data']).name}`, step {step}.\n\n{markdown_table(results['columns'])}"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_jax.errors import UserError
+from spt_jax.json_text import parse_json
 
 RESULT_FIELDS = ("reply", "selected", "scores")
 """What is added to a request's fields."""
@@ -88,15 +89,13 @@ def _raise_all(problems: list[str]) -> None:
 
 def _request(line: bytes, place: str) -> Request:
     try:
-        fields = json.loads(line.decode("utf-8"))
+        fields = parse_json(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"byte {error.start + 1} of the line is not UTF-8") from error
     except json.JSONDecodeError as error:
         raise UserError(f"not JSON at column {error.colno} ({error.msg})") from error
     except ValueError as error:  # Python reads no whole number of more than 4300 digits
         raise UserError(f"not JSON that can be read ({error})") from error
-    except RecursionError as error:
-        raise UserError("JSON nested too deeply") from error
     if not isinstance(fields, dict):
         raise UserError(f"expected an object with persona and history, got {type(fields).__name__}")
     for name in RESULT_FIELDS:

@@ -12,6 +12,7 @@ import numpy as np
 from spt_jax.cache_folder import code_digest, drop, entry_path, key_of, store, touch
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.packing import PackedRows, Row
+from spt_jax.numpy_files import read_npz
 
 _ARRAYS = tuple(field.name for field in dataclasses.fields(Row) if field.name != "dialogue")
 _COUNTS = tuple(field.name for field in dataclasses.fields(PackedRows) if field.name != "rows")
@@ -66,10 +67,10 @@ def rows_from_bytes(content: bytes) -> PackedRows:
     Raises:
       Exception: of any kind, where `content` is damaged.
     """
-    with np.load(io.BytesIO(content), allow_pickle=False) as members:
-        numbers = members["dialogue"].tolist()
-        counts = dict(zip(_COUNTS, members["counts"].tolist(), strict=True))
-        columns = [_parts(members[name], members[f"{name}.lengths"]) for name in _ARRAYS]
+    members = read_npz(content)
+    numbers = members["dialogue"].tolist()
+    counts = dict(zip(_COUNTS, members["counts"].tolist(), strict=True))
+    columns = [_parts(members[name], members[f"{name}.lengths"]) for name in _ARRAYS]
     rows = [
         Row(dialogue=number, **dict(zip(_ARRAYS, arrays, strict=True)))
         for number, *arrays in zip(numbers, *columns, strict=True)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import difflib
-import json
 from collections.abc import Iterable, Mapping, Sequence
 
 from spt_jax.data.dialogue import Dialogue, Turn
 from spt_jax.data.parlai import decode_line
 from spt_jax.data.problems import MalformedError, Problems
+from spt_jax.json_text import parse_json
 
 SILENCE = "__SILENCE__"
 FIELDS = ("persona", "turns", "history", "response", "partner_persona", "candidates")
@@ -84,8 +84,8 @@ def parse_rows(rows: Iterable[Mapping[str, object]], problems: Problems) -> list
 
 def _json_object(line: str) -> dict[str, object]:
     try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
+        record = parse_json(line)
+    except ValueError as error:
         raise MalformedError(f"not valid JSON ({error})") from None
     if not isinstance(record, dict):
         raise MalformedError(f"a JSON object is expected, not {_kind(record)}")

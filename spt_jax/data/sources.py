@@ -5,8 +5,9 @@ from __future__ import annotations
 import gzip
 import importlib.resources
 import lzma
+import math
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO
 
@@ -20,6 +21,10 @@ from spt_jax.errors import UserError, nearest
 BUILTIN_PREFIX = "builtin:"
 BUILTIN = ("train", "heldout")
 FORMATS = ("auto", "parlai", "jsonl", "datasets")
+LONGEST_LINE = 1 << 24
+"""Bytes of a line at most."""
+MOST_UNPACKED = 200
+"""Bytes at most for each of a packed file, beyond the first MiB; text of conversations unpacks to some five."""
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -46,8 +51,8 @@ def read_dialogues(
       The dialogues with the sentences about skipped lines; the set's name is `source`.
 
     Raises:
-      UserError: the source does not exist, is empty or damaged, its format is unknown, a line is malformed (with
-        `on_error="raise"`), or no dialogue is left.
+      UserError: the source does not exist, is empty or damaged, its format is unknown, a line is longer than
+        `LONGEST_LINE` or malformed (with `on_error="raise"`), or no dialogue is left.
     """
     problems = Problems(source, on_error)
     kind = _format(source, format)
@@ -63,8 +68,8 @@ def read_dialogues(
     else:
         parse = parse_parlai if kind == "parlai" else parse_json_lines
         try:
-            with _open(source) as lines:
-                dialogues = parse(lines, problems)
+            with _open(source) as stream:
+                dialogues = parse(_lines(stream, source), problems)
         except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             raise UserError(f"{source} cannot be read to its end: {error}.") from error
     skipped = problems.finish()
@@ -112,6 +117,26 @@ def _open(source: str) -> IO[bytes]:
     if path.stat().st_size == 0:
         raise UserError(f"{source} is empty; dialogues are expected.")
     return _OPENERS.get(path.suffix, open)(path, "rb")  # type: ignore[return-value]
+
+
+def _lines(stream: IO[bytes], source: str) -> Iterator[bytes]:
+    """The lines of a source; neither a lost line end nor a packed file fills the memory.
+
+    Raises:
+      UserError: a line is too long, or the file unpacks to more than dialogues would.
+    """
+    packed = Path(source).suffix in _OPENERS
+    most = (1 << 20) + MOST_UNPACKED * Path(source).expanduser().stat().st_size if packed else math.inf
+    total, number = 0, 0
+    while line := stream.readline(LONGEST_LINE + 1):
+        total, number = total + len(line), number + 1
+        if len(line) > LONGEST_LINE:
+            raise UserError(
+                f"{source}:{number}: the line is longer than {LONGEST_LINE >> 20} MiB; a line is a turn or a dialogue."
+            )
+        if total > most:
+            raise UserError(f"{source} unpacks to more than {MOST_UNPACKED} times its size, which dialogues do not.")
+        yield line
 
 
 def _existing(source: str) -> Path:

@@ -9,7 +9,6 @@ import contextlib
 import functools
 import importlib
 import importlib.metadata
-import json
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from spt_jax.errors import UserError
+from spt_jax.json_text import json_object
 from spt_jax.models.files.sources import resolve_source
 
 PAPERS_MODEL = "microsoft/deberta-xlarge-mnli"
@@ -137,9 +137,9 @@ def find_encoder(model: str, num_layers: int | None = None) -> Encoder:
             f"package:NAME or a hub id such as {PAPERS_MODEL}"
         )
     try:
-        config = json.loads((source.path / "config.json").read_text(encoding="utf-8"))
+        config = json_object(source.path / "config.json")
         most = int(config.get("num_hidden_layers") or config.get("n_layers") or config["num_layers"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:  # a UserError is a ValueError
         raise UserError(
             f"{source.path / 'config.json'} does not say how many layers BERTScore's encoder has"
         ) from error

@@ -226,7 +226,7 @@ class ColumnEvaluator:
     def _likelihoods(
         self, model: SelectiveLM, trainable: Trainable, on_turns: Callable[[int], None], kept: KeptColumn | None
     ) -> Likelihoods:
-        found = None if kept is None else kept.likelihoods()
+        found = None if kept is None else kept.likelihoods(self.turns)
         if found is not None:
             on_turns(len(found.turn))
             return found
@@ -256,7 +256,9 @@ class ColumnEvaluator:
         pairs = zip(likelihoods.dialogue.tolist(), likelihoods.turn.tolist(), strict=True)
         places = {key: u for u, key in enumerate(pairs)}
         selected = likelihoods.selected
+        numbers = {(turn.dialogue, turn.turn): len(turn.ids) for turn in self._ranked}
         known = {} if kept is None else kept.candidates()
+        known = {key: scores for key, scores in known.items() if len(scores.nll) == numbers.get(key)}
         left = [turn for turn in self._ranked if (turn.dialogue, turn.turn) not in known]
         on_turns(len(self._ranked) - len(left))
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from spt_jax.config import flatten
 from spt_jax.errors import UserError
 from spt_jax.evaluation.resampling import KEPT
+from spt_jax.json_text import is_text, json_object, parse_json
 
 MEASURED = "after training"
 _BESIDE_THE_METHOD = ("seed", "tracking.")
@@ -86,13 +86,8 @@ def read_run(name: str, folder: Path | None = None) -> EvaluatedRun:
         raise UserError(f"{name} is not the working directory of a run: it has no config.json")
     if not all((workdir / file).is_file() for file in ("results.json", "predictions.jsonl")):
         raise UserError(f"{name} has not been evaluated; run: spt-jax evaluate --workdir={name}")
-    record, results = _json(workdir / "config.json"), _json(workdir / "results.json")
-    if not isinstance(record.get("config"), dict):
-        raise UserError(f"{workdir / 'config.json'} cannot be read: it has no 'config'")
-    flat = flatten(record["config"])
-    settings = {key: value for key, value in flat.items() if not key.startswith(_BESIDE_THE_METHOD)}
-    lm = record.get("lm")
-    settings |= {"lm": lm.get("sha256") if isinstance(lm, dict) else lm, "tokenizer": record.get("tokenizer")}
+    settings, seed = _settings(workdir / "config.json")
+    results = _results(workdir / "results.json")
     rows = _predictions(workdir / "predictions.jsonl")
     if results.get("replies", len(rows)) != len(rows):
         raise UserError(
@@ -102,24 +97,23 @@ def read_run(name: str, folder: Path | None = None) -> EvaluatedRun:
     selected_nll = [_selected_nll(row) for row in rows]
     tokens = [row.get("target_tokens") for row in rows]
     bert = [row.get("bert_score") for row in rows]
-    complete = [isinstance(value, list) and len(value) == 3 for value in bert]
     return EvaluatedRun(
         name=name,
         settings=settings,
-        seed=int(flat.get("seed", 0)),
+        seed=seed,
         dialogue=np.asarray([row["dialogue"] for row in rows]),
         turn=np.asarray([row["turn"] for row in rows]),
         references=[row["reference"] for row in rows],
         predictions=[row["prediction"] for row in rows],
         nll=None if None in selected_nll else np.asarray(selected_nll, np.float64),
         target_tokens=None if None in tokens else np.asarray(tokens, np.int64),
-        bert_score=np.asarray(bert, np.float64) if all(complete) else None,
-        personas=[row["persona"] for row in rows] if all("persona" in row for row in rows) else None,
-        histories=[row["history"] for row in rows] if all("history" in row for row in rows) else None,
+        bert_score=None if None in bert else np.asarray(bert, np.float64),
+        personas=[row["persona"] for row in rows] if all(row.get("persona") is not None for row in rows) else None,
+        histories=[row["history"] for row in rows] if all(row.get("history") is not None for row in rows) else None,
         kept={
             name: np.asarray([row[name] for row in rows], np.float64)
             for name in KEPT
-            if all(isinstance(row.get(name), int | float) for row in rows)
+            if all(row.get(name) is not None for row in rows)
         },
         results=results,
     )
@@ -159,14 +153,76 @@ def differing_settings(groups: Sequence[RunGroup], section: str) -> dict[str, li
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
 
 
-def _json(path: Path) -> dict[str, Any]:
+def _settings(path: Path) -> tuple[dict[str, Any], int]:
+    """What of a run's record tells methods apart, and the seed."""
+    record = json_object(path)
+    config, lm = record.get("config"), record.get("lm")
+    if not isinstance(config, dict):
+        raise UserError(f"{path} cannot be read: it has no 'config'")
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path} cannot be read: it holds no JSON object")
-    return value
+        flat = flatten(config)
+    except RecursionError:
+        raise UserError(f"{path} cannot be read: its 'config' is nested too deeply") from None
+    seed = flat.get("seed", 0)
+    if type(seed) is not int:
+        raise UserError(f"{path} cannot be read: its seed is no whole number")
+    settings = {key: value for key, value in flat.items() if not key.startswith(_BESIDE_THE_METHOD)}
+    return settings | {
+        "lm": lm.get("sha256") if isinstance(lm, dict) else lm,
+        "tokenizer": record.get("tokenizer"),
+    }, seed
+
+
+def _results(path: Path) -> dict[str, Any]:
+    results = json_object(path)
+    columns, definitions = results.get("columns", {}), results.get("definitions", {})
+    if not isinstance(columns, dict) or not all(isinstance(column, dict) for column in columns.values()):
+        raise UserError(f"{path} cannot be read: its 'columns' are not objects of figures")
+    if not isinstance(definitions, dict) or not all(is_text(text) for text in (*definitions, *definitions.values())):
+        raise UserError(f"{path} cannot be read: its 'definitions' are not sentences by name")
+    for name in ("turns", "replies"):
+        if name in results and type(results[name]) is not int:
+            raise UserError(f"{path} cannot be read: {name!r} is no whole number")
+    return results
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**63
+
+
+def _is_number(value: Any) -> bool:
+    return type(value) in (int, float) and abs(value) <= _LARGEST
+
+
+def _is_measured(value: Any) -> bool:
+    return type(value) is bool or _is_number(value)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(is_text(text) for text in value)
+
+
+def _are_numbers(value: Any) -> bool:
+    return isinstance(value, list) and all(_is_number(number) for number in value)
+
+
+_LARGEST = 700
+"""Of what a line may say in numbers; nats beyond it have a perplexity that no float holds."""
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "dialogue": (_is_count, "a whole number"),
+    "turn": (_is_count, "a whole number"),
+    "reference": (is_text, "a text"),
+    "prediction": (is_text, "a text"),
+    "persona": (_are_texts, "a list of texts"),
+    "history": (_are_texts, "a list of texts"),
+    "selected": (_is_count, "the number of a prompt"),
+    "nll": (lambda value: _is_number(value) or _are_numbers(value), f"nats a token, {_LARGEST} at most"),
+    "target_tokens": (lambda value: _is_count(value) and value > 0, "a whole number, 1 or more"),
+    "bert_score": (lambda value: _are_numbers(value) and len(value) == 3, "a list of three numbers"),
+    **dict.fromkeys(KEPT, (_is_measured, f"a number, {_LARGEST} at most")),
+}
+"""What a line of predictions.jsonl holds -> whether a value is one, and what it is; those of `_NEEDED` never lack."""
+_NEEDED = ("dialogue", "turn", "reference", "prediction")
 
 
 def _predictions(path: Path) -> list[dict[str, Any]]:
@@ -179,12 +235,12 @@ def _predictions(path: Path) -> list[dict[str, Any]]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise UserError(f"{path}:{number} is not JSON: {error}") from error
-        for key, kind in (("dialogue", int), ("turn", int), ("reference", str), ("prediction", str)):
-            if not isinstance(row, dict) or not isinstance(row.get(key), kind):
-                what = "a whole number" if kind is int else "a text"
+        for key, (is_one, what) in _FIELDS.items():
+            value = row.get(key) if isinstance(row, dict) else None
+            if (key in _NEEDED or value is not None) and not is_one(value):
                 raise UserError(
                     f"{path}:{number} has no {key!r} that is {what}; each line is one reply as evaluate writes it"
                 )
@@ -200,10 +256,10 @@ def _predictions(path: Path) -> list[dict[str, Any]]:
 
 def _selected_nll(row: dict[str, Any]) -> float | None:
     """Of the prompt that answered: the record keeps one figure a prompt, or one alone."""
-    nll, selected = row.get("nll"), row.get("selected", 0)
-    if isinstance(nll, list) and isinstance(selected, int) and 0 <= selected < len(nll):
-        nll = nll[selected]
-    return float(nll) if isinstance(nll, int | float) else None
+    nll, selected = row.get("nll"), row.get("selected") or 0
+    if isinstance(nll, list):
+        nll = nll[selected] if selected < len(nll) else None
+    return None if nll is None else float(nll)
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:

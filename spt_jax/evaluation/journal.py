@@ -7,10 +7,9 @@ import io
 import json
 import re
 import shutil
-import zipfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -18,11 +17,14 @@ from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
 from spt_jax.evaluation.candidate_scores import CandidateScores
 from spt_jax.evaluation.likelihood import Likelihoods
+from spt_jax.json_text import parse_json
+from spt_jax.numpy_files import read_npz
 from spt_jax.parallel.distributed import is_lead, told_by_lead
 
 FOLDER = "evaluation.partial"
 Turn = tuple[int, int]
 """Dialogue and turn."""
+_Kept = TypeVar("_Kept")
 
 
 class Journal:
@@ -67,14 +69,20 @@ class KeptColumn:
         self._folder = folder
         self._stem = re.sub(r"[^a-z0-9]+", "_", name.lower())
 
-    def likelihoods(self) -> Likelihoods | None:
-        """Those of all turns; None where they are not known yet."""
+    def likelihoods(self, turns: int) -> Likelihoods | None:
+        """Those of all turns; None where they are not known yet, or those there are not of so many."""
         try:
             content = told_by_lead(_read_bytes(self._file(_LIKELIHOODS)))
-            with np.load(io.BytesIO(content), allow_pickle=False) as found:
-                return Likelihoods(*(found[name] for name in _FIELDS))
-        except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+            found = read_npz(content)
+            likelihoods = Likelihoods(*(found[name] for name in _FIELDS))
+        except (ValueError, KeyError):
             return None
+        one_each = (likelihoods.dialogue, likelihoods.turn, likelihoods.tokens)
+        one_a_prompt = (likelihoods.nll, likelihoods.scores)
+        whole = all(array.shape == (turns,) and array.dtype.kind == "i" for array in one_each)
+        prompts = likelihoods.nll.shape[1:]
+        whole &= len(prompts) == 1 and all(a.shape == (turns, *prompts) and a.dtype.kind == "f" for a in one_a_prompt)
+        return likelihoods if whole else None
 
     def keep_likelihoods(self, likelihoods: Likelihoods) -> None:
         """Writes them, whole or not at all.
@@ -91,7 +99,7 @@ class KeptColumn:
 
     def replies(self) -> dict[Turn, str]:
         """The replies that are known; a line that was cut off while it was written is taken out."""
-        return {turn: str(row["reply"]) for turn, row in self._rows(_REPLIES, {"reply"})}
+        return dict(self._rows(_REPLIES, _reply))
 
     def keep_replies(self, turns: Sequence[Turn], replies: Sequence[str]) -> None:
         """Adds replies.
@@ -103,10 +111,7 @@ class KeptColumn:
 
     def candidates(self) -> dict[Turn, CandidateScores]:
         """The scores of candidates that are known, as `replies`."""
-        return {
-            turn: CandidateScores(np.asarray(row["nll"], np.float64), np.asarray(row["tokens"], np.int64))
-            for turn, row in self._rows(_CANDIDATES, {"nll", "tokens"})
-        }
+        return dict(self._rows(_CANDIDATES, _scores))
 
     def keep_candidates(self, turns: Sequence[Turn], scores: Sequence[CandidateScores]) -> None:
         """Adds scores of candidates.
@@ -116,19 +121,19 @@ class KeptColumn:
         """
         self._add(_CANDIDATES, turns, ({"nll": s.nll.tolist(), "tokens": s.tokens.tolist()} for s in scores))
 
-    def _rows(self, kind: str, fields: set[str]) -> Iterator[tuple[Turn, Mapping[str, Any]]]:
+    def _rows(self, kind: str, read: Callable[[Mapping[str, Any]], _Kept]) -> Iterator[tuple[Turn, _Kept]]:
         """The lines of a file up to the first that is not whole, which is cut off with what follows it."""
         path = self._file(kind)
         whole = 0
         for line in told_by_lead(_read_bytes(path)).splitlines(keepends=True):
             try:
-                row = json.loads(line)
-                turn = int(row["dialogue"]), int(row["turn"])
-            except (ValueError, KeyError, TypeError):
+                row = parse_json(line)
+                turn, kept = (_whole(row["dialogue"]), _whole(row["turn"])), read(row)
+            except (ValueError, KeyError, TypeError, OverflowError):
                 break
-            if not line.endswith(b"\n") or not fields <= set(row):
+            if not line.endswith(b"\n"):
                 break
-            yield turn, row
+            yield turn, kept
             whole += len(line)
         if is_lead() and path.exists() and path.stat().st_size > whole:
             with path.open("r+b") as file:
@@ -161,6 +166,25 @@ class KeptColumn:
 
 _LIKELIHOODS, _REPLIES, _CANDIDATES = ".npz", ".replies.jsonl", ".candidates.jsonl"
 _FIELDS = ("dialogue", "turn", "tokens", "nll", "scores")
+
+
+def _whole(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"{value!r} is not a number of a dialogue or a turn")
+    return value
+
+
+def _reply(row: Mapping[str, Any]) -> str:
+    if not isinstance(row["reply"], str):
+        raise ValueError("the reply is not a text")
+    return row["reply"]
+
+
+def _scores(row: Mapping[str, Any]) -> CandidateScores:
+    nll, tokens = np.asarray(row["nll"], np.float64), np.asarray(row["tokens"], np.int64)
+    if nll.shape != tokens.shape or nll.ndim != 1:
+        raise ValueError("a candidate lacks its likelihood or its length")
+    return CandidateScores(nll, tokens)
 
 
 def _read_bytes(path: Path) -> bytes:

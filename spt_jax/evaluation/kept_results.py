@@ -11,6 +11,8 @@ from typing import Any
 import spt_jax
 from spt_jax.config import Config
 from spt_jax.data.dialogue import Dialogue
+from spt_jax.errors import UserError
+from spt_jax.json_text import json_object
 
 
 def question(
@@ -45,9 +47,9 @@ def kept_results(workdir: Path, asked: str) -> dict[str, Any] | None:
     if not all((workdir / name).is_file() for name in ("results.json", "predictions.jsonl", "report.html")):
         return None
     try:
-        results = json.loads((workdir / "results.json").read_text(encoding="utf-8"))
-    except ValueError:
+        results = json_object(workdir / "results.json")
+    except UserError:
         return None
-    if not isinstance(results, dict) or results.get("notes"):
+    if results.get("notes"):
         return None
     return results if results.get("question") == asked else None

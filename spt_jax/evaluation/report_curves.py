@@ -72,7 +72,7 @@ def column(metrics: Sequence[Mapping[str, Any]], key: str) -> Series:
 
 def _selection_over_time(metrics: Sequence[Mapping[str, Any]]) -> list[str]:
     prompts = sorted(
-        {int(match[1]) for row in metrics for key in row if (match := re.fullmatch(r"usage/(\d+)", str(key)))}
+        {int(match[1]) for row in metrics for key in row if (match := re.fullmatch(r"usage/([0-9]{1,6})", key))}
     )
     shares = [column(metrics, f"usage/{prompt}") for prompt in prompts]
     series = [

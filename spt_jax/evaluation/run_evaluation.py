@@ -32,6 +32,7 @@ from spt_jax.progress import ProgressBar
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.prompting.selective_lm import without_prompt
 from spt_jax.training.experiment import Experiment, pack_dialogues, pad_id_of
+from spt_jax.training.tracking import METRICS_FILE, logged_rows
 from spt_jax.training.workdir import write_json
 
 NO_PROMPT, BEFORE, AFTER = "no soft prompt", "before training", "after training"
@@ -242,19 +243,6 @@ def _selection(column: Column, dialogues: Sequence[Dialogue]) -> list[dict[str, 
     return selection
 
 
-def _logged(workdir: Path) -> list[dict[str, Any]]:
-    path = workdir / "metrics.jsonl"
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue  # a training that is still running may be in the middle of a row
-    return rows
-
-
 def write_results(
     workdir: Path, evaluation: Evaluation, config: Config, *, source: str, step: int, chat: str, question: str
 ) -> dict[str, Any]:
@@ -284,7 +272,7 @@ def write_results(
     report = ReportInputs(
         title="Selective Prompt Tuning",
         results=results,
-        metrics=_logged(workdir),
+        metrics=logged_rows(workdir / METRICS_FILE),
         selection=evaluation.selection,
         samples=evaluation.samples,
         dialogues=evaluation.dialogues,

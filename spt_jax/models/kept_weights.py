@@ -22,6 +22,7 @@ from flax import traverse_util
 
 from spt_jax.cache_folder import code_digest, drop, entry_path, key_of, make_room, new_folder_entry, touch
 from spt_jax.errors import UserError
+from spt_jax.json_text import json_object
 from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.files.safetensors_file import SAFETENSORS_FILE, SafetensorsFolder
@@ -84,7 +85,7 @@ def kept_params(
 def _read(
     entry: Path, config: DecoderConfig, sharding_for: ShardingFor | None, progress: Progress | None
 ) -> FrozenTree:
-    checksums = json.loads((entry / CHECKSUM_FILE).read_text(encoding="utf-8"))
+    checksums = json_object(entry / CHECKSUM_FILE)
     file = SafetensorsFolder(entry)
     leaves: dict[str, Any] = traverse_util.flatten_dict(abstract_params(config), sep="/")
     wanted = {name: (kernel_shape(leaf), _NAMES[np.dtype(leaf.value.dtype)]) for name, leaf in leaves.items()}

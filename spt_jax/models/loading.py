@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from spt_jax.errors import UserError
+from spt_jax.json_text import json_object
 from spt_jax.models.decoder import FrozenTree
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.families.family import Family, TensorTable
 from spt_jax.models.families.registry import family_of_gguf, family_of_hf
 from spt_jax.models.files.file_hash import sha256_of_files
 from spt_jax.models.files.gguf_file import GGUFFile
-from spt_jax.models.files.json_object import json_object
 from spt_jax.models.files.sources import Source, resolve_source
 from spt_jax.models.files.weight_files import weights_of_folder
 from spt_jax.models.kept_weights import is_worth_keeping, kept_params

@@ -6,6 +6,7 @@ differ. The bank stays float32 whatever the LM's type; it is cast where it joins
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from spt_jax.errors import UserError
+from spt_jax.numpy_files import read_npy, read_npz
 
 
 def check_bank_shape(prompts: np.ndarray | jax.Array, shape: tuple[int, int, int], origin: str) -> None:
@@ -27,6 +29,9 @@ def check_bank_shape(prompts: np.ndarray | jax.Array, shape: tuple[int, int, int
     if not bool(jnp.isfinite(jnp.asarray(prompts)).all()):
         raise UserError(f"{origin} holds values that are not finite")
 
+
+_MOST_BANKS = 16
+"""A packed file may unfold to so many banks of 8 bytes a number; further arrays beside the bank are not read."""
 
 Embedder = Callable[[Any], jax.Array]
 """From token ids ``[...]`` to what `embed` gives for them, ``[..., M]``."""
@@ -137,7 +142,8 @@ def from_file(path: str, shape: tuple[int, int, int]) -> jax.Array:
     """Reads a bank from ``.npy``, ``.npz`` or ``.safetensors`` (array ``prompts``, or the only one).
 
     Raises:
-        UserError: The file is missing, unreadable, holds several arrays and none named ``prompts``, or another shape.
+        UserError: The file is missing, unreadable, holds several arrays and none named ``prompts``, no numbers, or
+            another shape.
     """
     file = Path(path)
     if not file.is_file():
@@ -146,10 +152,10 @@ def from_file(path: str, shape: tuple[int, int, int]) -> jax.Array:
         if file.suffix == ".safetensors":
             arrays = load_file(file)
         elif file.suffix == ".npz":
-            with np.load(file, allow_pickle=False) as archive:
-                arrays = dict(archive)
+            content = file.read_bytes()
+            arrays = read_npz(content, max(len(content), _MOST_BANKS * math.prod(shape) * 8))
         elif file.suffix == ".npy":
-            arrays = {"prompts": np.load(file, allow_pickle=False)}
+            arrays = {"prompts": read_npy(file.read_bytes())}
         else:
             raise UserError(f"bank.init_file: {path} ends with {file.suffix!r}; allowed: .npy, .npz, .safetensors")
     except UserError:
@@ -159,5 +165,7 @@ def from_file(path: str, shape: tuple[int, int, int]) -> jax.Array:
     if "prompts" not in arrays and len(arrays) != 1:
         raise UserError(f"bank.init_file: {path} holds {sorted(arrays)}; allowed: one array, or one named 'prompts'")
     prompts = arrays["prompts"] if "prompts" in arrays else next(iter(arrays.values()))
+    if prompts.dtype.kind not in "fiu":
+        raise UserError(f"bank.init_file: {path} holds {prompts.dtype}; allowed: numbers")
     check_bank_shape(prompts, shape, path)
     return jnp.asarray(prompts, jnp.float32)

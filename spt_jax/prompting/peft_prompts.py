@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from spt_jax.errors import UserError
-from spt_jax.models.files.json_object import json_object
+from spt_jax.json_text import json_object
 from spt_jax.models.files.safetensors_file import SAFETENSORS_FILE, SafetensorsFolder
 from spt_jax.models.files.torch_file import TORCH_FILE, TorchFolder
 from spt_jax.prompting.bank import check_bank_shape

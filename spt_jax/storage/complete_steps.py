@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
+from spt_jax.json_text import parse_json
 from spt_jax.storage.bucket import Bucket, BucketError
 
 CHECKPOINTS = "checkpoints"
@@ -79,9 +80,9 @@ def marker_name(step: int) -> str:
 
 def _read_marker(bucket: Bucket, step: int) -> Manifest | None:
     try:
-        files = json.loads(bucket.read(marker_name(step)) or b"")["files"]
+        files = parse_json(bucket.read(marker_name(step)) or b"")["files"]
         return Manifest({name: (int(size), str(sha256)) for name, (size, sha256) in files.items()})
-    except (ValueError, TypeError, KeyError, AttributeError):
+    except (ValueError, TypeError, KeyError, AttributeError, OverflowError):
         return None
 
 

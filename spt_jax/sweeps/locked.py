@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from spt_jax.json_text import json_object
 from spt_jax.sweeps.process_identity import machine, start_of
 
 TAKEN = 79
@@ -40,9 +41,9 @@ def main(arguments: list[str]) -> NoReturn:
 def holder_here(file: Path) -> int | None:
     """The process on this machine that has the lock of `file`; None when it is free, unknown or on another machine."""
     try:
-        holder = json.loads(file.read_text(encoding="utf-8"))
+        holder = json_object(file)
         pid, start, place = int(holder["pid"]), str(holder["start"]), str(holder["machine"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, OverflowError):  # a UserError is a ValueError
         return None
     return pid if place and place == machine() and start_of(pid) == start else None
 

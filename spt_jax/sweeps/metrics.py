@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 from pathlib import Path
 
 from spt_jax.errors import UserError, nearest
+from spt_jax.json_text import json_object
 from spt_jax.sweeps.description import Objective
+from spt_jax.training.tracking import METRICS_FILE, logged_rows
 
 
 def logged_values(workdir: Path, objective: Objective) -> list[tuple[int, float]]:
@@ -15,20 +16,12 @@ def logged_values(workdir: Path, objective: Objective) -> list[tuple[int, float]
 
     A value that was not finite is the worst there is. A row that is being written is left for later.
     """
-    try:
-        lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError:
-        return []
     worst = math.inf if objective.direction == "minimize" else -math.inf
     values: dict[int, float] = {}
-    for line in lines:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
+    for row in logged_rows(workdir / METRICS_FILE):
         if objective.metric in row:
             value = row[objective.metric]
-            values[int(row["step"])] = worst if value is None else float(value)
+            values[row["step"]] = worst if value is None else float(value)
     return sorted(values.items())
 
 
@@ -43,7 +36,7 @@ def final_value(workdir: Path, objective: Objective) -> float:
     values = [value for _, value in logged_values(workdir, objective)]
     if not values:
         raise UserError(
-            f"{workdir / 'metrics.jsonl'} has no {objective.metric!r}.{nearest(objective.metric, _names(workdir))}"
+            f"{workdir / METRICS_FILE} has no {objective.metric!r}.{nearest(objective.metric, _names(workdir))}"
         )
     if objective.take == "last":
         return values[-1]
@@ -51,8 +44,7 @@ def final_value(workdir: Path, objective: Objective) -> float:
 
 
 def _names(workdir: Path) -> set[str]:
-    lines = (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return {name for line in lines for name in json.loads(line)}
+    return {name for row in logged_rows(workdir / METRICS_FILE) for name in row}
 
 
 def _evaluated(workdir: Path, objective: Objective) -> float:
@@ -60,8 +52,8 @@ def _evaluated(workdir: Path, objective: Objective) -> float:
 
     path = workdir / "results.json"
     try:
-        figures = json.loads(path.read_text(encoding="utf-8"))["columns"][MEASURED]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        figures = dict(json_object(path)["columns"][MEASURED])
+    except (ValueError, KeyError, TypeError) as error:  # a UserError is a ValueError
         raise UserError(f"{path} has no figures of the column {MEASURED!r}") from error
     value = figures.get(objective.metric)
     if not isinstance(value, int | float) or math.isnan(value):

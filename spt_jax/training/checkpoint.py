@@ -10,7 +10,6 @@ disk. What is saved is small beside the LM, and lies whole on every device unles
 from __future__ import annotations
 
 import errno
-import json
 import logging
 import math
 import os
@@ -26,6 +25,7 @@ import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
 from spt_jax.errors import UserError
+from spt_jax.json_text import parse_json
 from spt_jax.parallel.distributed import is_lead, json_told_by_lead, on_host
 from spt_jax.training.checkpoint_arrays import Tree, placed, read_arrays, tree_digest, tree_shapes
 from spt_jax.training.checkpoint_record import METRIC, SHAPES, DamagedCheckpointError, read_record, sealed
@@ -214,9 +214,9 @@ class Checkpoints:
         perplexities = {}
         for step in latest_first:
             try:
-                metrics = json.loads((self.directory / str(step) / "metrics" / "metrics").read_text())
+                metrics = parse_json((self.directory / str(step) / "metrics" / "metrics").read_text())
                 perplexities[step] = _perplexity(metrics)
-            except (OSError, ValueError, KeyError):
+            except (OSError, ValueError, KeyError, TypeError, OverflowError):
                 continue
         yield from sorted(perplexities, key=lambda step: (perplexities[step], -step))
         yield from (step for step in latest_first if step not in perplexities)

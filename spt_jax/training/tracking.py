@@ -14,12 +14,41 @@ from typing import Any, Protocol
 
 from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
+from spt_jax.json_text import whole_objects
 
+METRICS_FILE = "metrics.jsonl"
 EVALUATION = "development/"
 """How the figures of an evaluation begin."""
 
 FLUSH_SECONDS = 10.0
 """How often TensorBoard's events are brought to the disk, which may be slow."""
+
+
+def logged_rows(path: Path) -> list[dict[str, Any]]:
+    """What `JsonLines` wrote: in each row a whole number ``step``, and numbers or None by name.
+
+    What is no such row is left out: one that is being written, or was cut short by a kill. Without a file there is
+    none.
+
+    Raises:
+        UserError: The file cannot be read.
+    """
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+    return [
+        row
+        for row in whole_objects(content)
+        if type(row.get("step")) is int and all(value is None or _is_finite(value) for value in row.values())
+    ]
+
+
+def _is_finite(value: Any) -> bool:
+    """Whether it is a number that a float can hold; Python's JSON reads longer ones, NaN and booleans too."""
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
 
 
 class Tracker(Protocol):
@@ -69,14 +98,10 @@ def _cannot_write(path: Path, error: OSError) -> str:
 
 def _cut_back(path: Path, step: int, pending: bool) -> None:
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue  # a row cut short by a kill
-        again = pending and row.get("step") == step and any(name.startswith(EVALUATION) for name in row)
-        if row.get("step", 0) <= step and not again:
-            kept.append(line + "\n")
+    for row in logged_rows(path):
+        again = pending and row["step"] == step and any(name.startswith(EVALUATION) for name in row)
+        if row["step"] <= step and not again:
+            kept.append(json.dumps(row) + "\n")
     write_atomically(path, "".join(kept))
 
 
@@ -190,7 +215,7 @@ def open_trackers(
     # The one that may be refused comes first, so that nothing is left open behind it.
     if wandb:
         trackers.append(WeightsAndBiases(workdir, project, config))
-    trackers.append(JsonLines(workdir / "metrics.jsonl", resume_step, pending))
+    trackers.append(JsonLines(workdir / METRICS_FILE, resume_step, pending))
     if tensorboard:
         trackers.append(TensorBoard(workdir / "tensorboard", resume_step))
     return trackers

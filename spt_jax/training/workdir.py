@@ -15,6 +15,7 @@ import spt_jax
 from spt_jax.atomic_file import write_atomically
 from spt_jax.config import Config, flatten, from_dict
 from spt_jax.errors import UserError
+from spt_jax.json_text import parse_json
 from spt_jax.models.loading import LMIdentity
 from spt_jax.parallel.distributed import is_lead, json_told_by_lead, told_by_lead
 from spt_jax.prompting.adapters import Trainable
@@ -49,7 +50,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _read(workdir: Path) -> dict[str, Any]:
     try:
-        record = json.loads((workdir / CONFIG_FILE).read_text(encoding="utf-8"))
+        record = parse_json((workdir / CONFIG_FILE).read_text(encoding="utf-8"))
         if not isinstance(record, dict) or not {"config", "lm", "tokenizer"} <= set(record):
             raise ValueError("it lacks 'config', 'lm' or 'tokenizer'")
         if not isinstance(record["config"], dict):

@@ -17,10 +17,8 @@ from mutations import mutated
 
 from spt_jax.errors import UserError
 
-SECONDS = 10
-"""A reader of a file of some kilobytes that takes longer hangs."""
-BYTES_A_BYTE, BYTES_BESIDE = 200, 8 << 20
-"""Memory a reader may take at its peak: Python objects for each byte of the file, and a constant for messages."""
+BYTES_A_BYTE = 200
+"""Memory a reader may take at its peak for each byte of the file, as Python objects."""
 _FORBIDDEN = ("pickle.find_class", "os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "socket.connect")
 
 
@@ -34,6 +32,10 @@ class Reader:
         sound: Its content before it is mutated.
         read: Reads it all; is given the file's path.
         names_file: Whether an error must name the file.
+        beside: Bytes of memory that it may take whatever the size of the file; None where they are not measured.
+        seconds: It hangs if it takes longer.
+        prepare: Makes what lies around the file; is given the file's path.
+        homes: Folders beside the file's own in which it may open files.
     """
 
     name: str
@@ -41,6 +43,10 @@ class Reader:
     sound: bytes
     read: Callable[[Path], Any]
     names_file: bool = True
+    beside: int | None = 8 << 20
+    seconds: float = 10
+    prepare: Callable[[Path], None] = lambda path: path.parent.mkdir(parents=True, exist_ok=True)
+    homes: tuple[Path, ...] = ()
 
     def content(self, number: int) -> bytes:
         """The bytes of case `number`, the same in every process."""
@@ -55,9 +61,11 @@ def read_case(reader: Reader, content: bytes, folder: Path) -> str | None:
             outside the folder, or something executed.
     """
     path = folder / reader.file
+    reader.prepare(path)
     path.write_bytes(content)
     sentence = None
-    with _bounded(len(content), folder):
+    most_bytes = None if reader.beside is None else reader.beside + BYTES_A_BYTE * len(content)
+    with _bounded(most_bytes, reader.seconds, (folder, *reader.homes)):
         try:
             reader.read(path)
         except UserError as error:
@@ -102,21 +110,23 @@ sys.addaudithook(_note)
 
 
 @contextmanager
-def _bounded(size: int, folder: Path) -> Iterator[None]:
+def _bounded(most_bytes: int | None, seconds: float, homes: tuple[Path, ...]) -> Iterator[None]:
+    """Holds what runs inside to its time and memory, and to files in `homes`."""
     global _watched
 
     def too_long(*_: Any) -> None:
         raise _TooLong
 
     previous = signal.signal(signal.SIGALRM, too_long)
-    signal.setitimer(signal.ITIMER_REAL, SECONDS)
-    tracemalloc.start()
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    if most_bytes is not None:
+        tracemalloc.start()
     _watched = events = []
     try:
         yield
-        peak = tracemalloc.get_traced_memory()[1]
+        peak = tracemalloc.get_traced_memory()[1]  # 0 where it is not traced
     except _TooLong:
-        raise AssertionError(f"still reading after {SECONDS} seconds") from None
+        raise AssertionError(f"still reading after {seconds} seconds") from None
     finally:
         _watched = None
         tracemalloc.stop()
@@ -124,15 +134,16 @@ def _bounded(size: int, folder: Path) -> Iterator[None]:
         signal.signal(signal.SIGALRM, previous)
     for event, place in events:
         assert event == "open", f"{event} of {place!r}"
-        assert not isinstance(place, str | bytes) or _allowed(os.fsdecode(place), folder), f"{place!r} was opened"
-    assert peak <= BYTES_BESIDE + BYTES_A_BYTE * size, f"{peak} bytes for a file of {size}"
+        assert not isinstance(place, str | bytes) or _allowed(os.fsdecode(place), homes), f"{place!r} was opened"
+    assert most_bytes is None or peak <= most_bytes, f"{peak} bytes of memory; allowed: {most_bytes}"
 
 
-def _allowed(place: str, folder: Path) -> bool:
-    """Whether a path is in the folder, or is Python's own or a package's, which a first import reads."""
+def _allowed(place: str, homes: tuple[Path, ...]) -> bool:
+    """Whether a path is in one of the homes, or is Python's own or a package's, which a first import reads."""
     path = Path(place).resolve()
-    homes = (folder.resolve(), Path(sys.prefix).resolve(), Path(sys.base_prefix).resolve(), _PACKAGE)
-    return any(path.is_relative_to(home) for home in homes)
+    return any(
+        path.is_relative_to(home.resolve()) for home in (*homes, Path(sys.prefix), Path(sys.base_prefix), _PACKAGE)
+    )
 
 
 _PACKAGE = Path(__file__).resolve().parents[2] / "spt_jax"

@@ -17,8 +17,8 @@ import spt_jax.config as config
 from spt_jax.commands.requests import read_requests
 from spt_jax.data.sources import BUILTIN_PREFIX, read_dialogues
 from spt_jax.interop.official_yaml import SECTIONS, read_config_file
+from spt_jax.json_text import json_object
 from spt_jax.models.files.gguf_file import GGUFFile
-from spt_jax.models.files.json_object import json_object
 from spt_jax.models.files.safetensors_file import SAFETENSORS_INDEX, SafetensorsFolder
 from spt_jax.models.files.torch_file import TORCH_FILE, TorchFolder
 
@@ -29,7 +29,7 @@ def all_tensors(weights: Any) -> None:
         np.asarray(weights.read(name))
 
 
-def _parlai() -> bytes:
+def parlai() -> bytes:
     dialogue = read_dialogues(f"{BUILTIN_PREFIX}train").dialogues[0]
     lines = [f"your persona: {line}" for line in dialogue.persona]
     lines += [f"{turn.query}\t{turn.response}\t0\tyes|no" for turn in dialogue.turns]
@@ -79,8 +79,8 @@ def _read_index(path: Path) -> None:
 
 
 DIALOGUES = [
-    Reader("parlai", "dialogues.txt", _parlai(), lambda path: read_dialogues(str(path))),
-    Reader("parlai, skipping", "dialogues.txt", _parlai(), lambda path: read_dialogues(str(path), on_error="skip")),
+    Reader("parlai", "dialogues.txt", parlai(), lambda path: read_dialogues(str(path))),
+    Reader("parlai, skipping", "dialogues.txt", parlai(), lambda path: read_dialogues(str(path), on_error="skip")),
     Reader(
         "json lines",
         "dialogues.jsonl",

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 from driver import Reader, read_case, run_campaign
+from own_files import OWN_FILES, PACKED
 from readers import CONFIGURATIONS, DIALOGUES, WEIGHTS
 
-every_reader = pytest.mark.parametrize("reader", DIALOGUES + WEIGHTS + CONFIGURATIONS, ids=lambda reader: reader.name)
+READERS = DIALOGUES + PACKED + WEIGHTS + CONFIGURATIONS + OWN_FILES
+every_reader = pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.name)
 
 
 @every_reader
@@ -20,6 +22,6 @@ def test_a_sound_file_is_read(reader: Reader, tmp_path: Path) -> None:
 def test_any_bytes_are_read_or_refused_with_a_sentence(
     reader: Reader, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    count = 5000 if request.config.getoption("--all") else 200
+    count = 2000 if request.config.getoption("--all") else 200
     refused = run_campaign(reader, count, tmp_path)
     assert refused > count // 20  # else the mutations do not reach what the reader checks

@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import gzip
 import lzma
+import tracemalloc
 from pathlib import Path
 
 import pytest
 
 from spt_jax.data import persona_key, read_dialogues
+from spt_jax.data.sources import LONGEST_LINE
 from spt_jax.errors import UserError
 
 TEXT = b"1 your persona: i run.\n2 hi\thello\n"
@@ -82,6 +84,30 @@ def test_what_cannot_be_read_is_one_sentence(tmp_path: Path):
     refused("builtin:trian", "Did you mean 'builtin:train'")
     refused("builtin:train", "Did you mean 'jsonl'", format="jsnl")
     refused("builtin:train", "which has none; data.format='datasets' reads tables", columns={"persona": "p"})
+
+
+@pytest.mark.parametrize("unpacked", [b"a" * (1 << 26), b"\n" * (1 << 23)], ids=["one line", "lines without end"])
+def test_a_small_file_that_unfolds_is_refused_in_little_memory(unpacked: bytes, tmp_path: Path):
+    path = tmp_path / "bomb.txt.xz"
+    path.write_bytes(lzma.compress(unpacked))
+    assert path.stat().st_size < 20_000
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match=r"xz(:1: the line is longer than 16 MiB| unpacks to more than 200 times)"):
+            read_dialogues(str(path), on_error="skip")
+        assert tracemalloc.get_traced_memory()[1] < 5 * LONGEST_LINE
+    finally:
+        tracemalloc.stop()
+
+
+def test_the_longest_line_that_is_allowed_is_read(tmp_path: Path):
+    path, start = tmp_path / "long.txt", b"1 your persona: "
+    path.write_bytes(start + b"i" * (LONGEST_LINE - len(start) - 1) + b"\n2 hi\thello\n")
+    (dialogue,) = read_dialogues(str(path)).dialogues
+    assert len(dialogue.persona[0]) == LONGEST_LINE - len(start) - 1
+    path.write_bytes(b"1" + path.read_bytes())
+    with pytest.raises(UserError, match=r"long\.txt:1: the line is longer than 16 MiB"):
+        read_dialogues(str(path))
 
 
 def test_skipped_lines_are_listed(tmp_path: Path):

@@ -26,6 +26,8 @@ from spt_jax.prompting.adapters import Prefixes, SoftPrompts
 from spt_jax.prompting.prefixes import prefix_cache
 from spt_jax.prompting.selective_lm import SelectiveLM, inference_conditions, without_prompt
 
+pytestmark = pytest.mark.first_python
+
 TEXTS = ("no", "i do not know what you mean", "", "ok", "at sea", "fine, and how are you today?", "no")
 ENCODER = tiny.CharacterEncoder()
 

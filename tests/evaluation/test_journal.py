@@ -34,9 +34,9 @@ def test_another_journal_of_the_question_knows_everything(tmp_path):
     again = Journal(tmp_path, "why")
     assert again.column(AFTER).replies() == {(0, 0): "yes\nand no", (1, 0): "ä \u2028 b", (0, 1): ""}
     assert again.column("before training").replies() == {}
-    kept = again.column(AFTER).likelihoods()
+    kept = again.column(AFTER).likelihoods(3)
     assert kept is not None
-    assert again.column("before training").likelihoods() is None
+    assert again.column("before training").likelihoods(3) is None
     for field in dataclasses.fields(Likelihoods):
         np.testing.assert_array_equal(getattr(kept, field.name), getattr(FOUND, field.name))
         assert getattr(kept, field.name).dtype == getattr(FOUND, field.name).dtype
@@ -88,7 +88,62 @@ def test_damaged_likelihoods_are_computed_again(tmp_path):
     journal.column(AFTER).keep_likelihoods(FOUND)
     [path] = (tmp_path / FOLDER / "why").glob("*.npz")
     path.write_bytes(path.read_bytes()[:100])
-    assert journal.column(AFTER).likelihoods() is None
+    assert journal.column(AFTER).likelihoods(3) is None
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"turn": FOUND.turn[:2]},
+        {"nll": FOUND.nll[:, :1]},
+        {"nll": FOUND.nll[0], "scores": FOUND.scores[0]},
+        {"tokens": FOUND.tokens.astype(np.float32)},
+        {"scores": np.asarray([["a", "b"]] * 3)},
+    ],
+    ids=lambda changed: ", ".join(changed),
+)
+def test_likelihoods_of_another_shape_or_kind_are_computed_again(tmp_path, changed):
+    column = Journal(tmp_path, "why").column(AFTER)
+    column.keep_likelihoods(dataclasses.replace(FOUND, **changed))
+    assert column.likelihoods(3) is None
+    column.keep_likelihoods(FOUND)
+    assert column.likelihoods(4) is None
+    assert column.likelihoods(3) is not None
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"dialogue": 1, "turn": 0, "reply": ["a"]}',
+        '{"dialogue": 1.5, "turn": 0, "reply": "a"}',
+        '{"dialogue": -1, "turn": 0, "reply": "a"}',
+        '{"dialogue": true, "turn": 0, "reply": "a"}',
+        '{"dialogue": 1, "turn": 1e999, "reply": "a"}',
+        '{"dialogue": 1, "turn": 0}',
+        "[" * 100_000,
+        "3",
+    ],
+    ids=lambda line: line[:40],
+)
+def test_a_line_that_is_no_reply_is_taken_out_with_what_follows(tmp_path, line):
+    column = Journal(tmp_path, "why").column(AFTER)
+    column.keep_replies([(0, 0)], ["yes"])
+    (path,) = (tmp_path / FOLDER / "why").iterdir()
+    whole = path.read_bytes()
+    path.write_bytes(whole + line.encode() + b"\n" + whole)
+    assert column.replies() == {(0, 0): "yes"}
+    assert path.read_bytes() == whole
+
+
+@pytest.mark.parametrize(
+    "scores", ['"nll": [1.0, "a"], "tokens": [3, 4]', '"nll": [1.0], "tokens": [3, 4]', '"nll": 1, "tokens": 3']
+)
+def test_scores_of_candidates_that_are_none_are_taken_out(tmp_path, scores):
+    column = Journal(tmp_path, "why").column(AFTER)
+    column.keep_candidates([(0, 1)], [CandidateScores(np.array([0.5, 2.0]), np.array([3, 4]))])
+    (path,) = (tmp_path / FOLDER / "why").iterdir()
+    path.write_bytes(path.read_bytes() + f'{{"dialogue": 2, "turn": 0, {scores}}}\n'.encode())
+    assert list(column.candidates()) == [(0, 1)]
 
 
 def test_a_workdir_that_is_no_folder_is_told_in_a_sentence(tmp_path):

@@ -16,6 +16,8 @@ from spt_jax.models.decoder_config import DecoderConfig, LayerKind
 from spt_jax.models.frozen_tree import random_params
 from spt_jax.models.layers_apart import layers_apart, on_one_cpu
 
+pytestmark = pytest.mark.first_python
+
 PLAIN = DecoderConfig(
     vocab_size=61,
     hidden_size=16,

@@ -15,6 +15,8 @@ from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig, LayerKind, Rope, RopeScaling
 from spt_jax.models.frozen_tree import random_params
 
+pytestmark = pytest.mark.first_python
+
 CONFIG = DecoderConfig(
     vocab_size=97,
     hidden_size=48,

@@ -22,6 +22,8 @@ from spt_jax.models.dropout import Dropout
 from spt_jax.models.frozen_tree import random_params
 from spt_jax.models.loading import load_lm
 
+pytestmark = pytest.mark.first_python
+
 RATE = 0.25
 OPT = DecoderConfig(
     vocab_size=31,

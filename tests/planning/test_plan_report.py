@@ -20,6 +20,8 @@ from spt_jax.planning.search import candidates, search
 from spt_jax.planning.topology import Topology
 from spt_jax.planning.workload import Workload
 
+pytestmark = pytest.mark.first_python
+
 WORK = Workload()
 
 

@@ -31,6 +31,8 @@ from spt_jax.prompting.retriever import cosine_similarity, softplus_score
 from spt_jax.prompting.selective_lm import score_turns
 from spt_jax.training.step import init_state, make_train_step
 
+pytestmark = pytest.mark.first_python
+
 SCORES = jax.random.normal(jax.random.key(0), (3, 4, 5))
 PRESENT = jnp.asarray([[1.0, 1, 1, 1], [1, 1, 0, 0], [0, 0, 0, 0]])
 

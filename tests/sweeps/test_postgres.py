@@ -13,6 +13,8 @@ from test_workers import assert_each_point_once, disturb, ended
 from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.storage import hidden, open_storage, storage_url
 
+pytestmark = pytest.mark.first_python
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:

@@ -7,6 +7,8 @@ from optuna.trial import TrialState
 from stand_in_sweep import metrics, outcome, processes, start_worker, work, workplace, write_sweep
 from test_workers import ended, wait_until
 
+pytestmark = pytest.mark.first_python
+
 FIELDS = """
     sampler="grid", pruner=ThresholdPruner(upper=15.0, n_warmup_steps=2),
     space={"bank.num_prompts": CategoricalDistribution([3, 8])},

@@ -19,6 +19,8 @@ from stand_in_sweep import metrics, outcome, processes, start_worker, work, work
 from spt_jax.sweeps.locked import holder_here
 from spt_jax.sweeps.worker import ERROR, Workplace, trial_folder
 
+pytestmark = pytest.mark.first_python
+
 
 def wait_until(seen: Callable[[], object], seconds: float = 240.0) -> None:
     began = time.monotonic()

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from spt_jax.cache_folder import drop, entry_path, key_of, store, touch
 from spt_jax.errors import UserError
+from spt_jax.json_text import parse_json
 
 REMEMBERED_BYTES = 1 << 24
 """From this size on the hash of a file is kept; a smaller one is hashed in hundredths of a second."""
@@ -60,14 +61,14 @@ def _sha256_of_file(file: Path, unwanted: threading.Event) -> str:
 def _remembered(entry: Path, stamp: list[int]) -> str:
     """The hash kept for a file of this size, times and place; empty where there is none."""
     try:
-        record = json.loads(entry.read_bytes())
+        record = parse_json(entry.read_bytes())
         if record["stamp"] != stamp:
             return ""
         if record["check"] != _check(stamp, record["sha256"]):
             raise ValueError("it is damaged")
     except FileNotFoundError:
         return ""
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         drop(entry)
         return ""
     touch(entry)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from spt_jax.errors import UserError
-from spt_jax.models.files.json_object import json_object
+from spt_jax.json_text import json_object
 from spt_jax.models.files.safetensors_file import SAFETENSORS_FILE, SAFETENSORS_INDEX
 from spt_jax.models.files.torch_file import TORCH_FILE, TORCH_INDEX
 from spt_jax.models.files.weight_files import weights_of_folder

@@ -8,7 +8,6 @@ and because a mapped view lets each device's shard read its own pages alone.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from spt_jax.errors import UserError
+from spt_jax.json_text import parse_json
 from spt_jax.models.files.weight_shards import FLOATING, mapped, shards_of, weight_file_size
 
 SAFETENSORS_FILE = "model.safetensors"
@@ -105,10 +105,10 @@ def _read_header(path: Path) -> dict[str, _Entry]:
         if size < 8 or length > size - 8:
             raise UserError(f"{path} is truncated or not a safetensors file: {size} bytes, header of {length}")
         try:
-            header = json.loads(stream.read(length))
+            header = parse_json(stream.read(length))
             header.pop("__metadata__", None)
             spans = {name: _span(fields) for name, fields in header.items()}
-        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError) as error:
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
             raise UserError(f"{path} is not a safetensors file: its header does not parse ({error})") from error
     expected = 8 + length + max((span[3] for span in spans.values()), default=0)
     if size < expected:

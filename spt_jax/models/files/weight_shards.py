@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import ml_dtypes
 import numpy as np
 
 from spt_jax.errors import UserError
+from spt_jax.json_text import parse_json
 
 FLOATING: dict[str, Any] = {
     "F64": np.float64,
@@ -31,10 +31,10 @@ def shard_names(index: Path) -> tuple[str, ...]:
         UserError: It is not such an index, or it names a file outside its folder.
     """
     try:
-        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        names = sorted(set(parse_json(index.read_text(encoding="utf-8"))["weight_map"].values()))
         outside = [name for name in names if name != Path(name).name or name in ("", "..") or "\0" in name]
         too_long = [name for name in names if len(os.fsencode(name)) > _LONGEST_NAME]
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{index} is not an index of weight files (JSON with a 'weight_map'): {error}") from error
     if outside:
         raise UserError(f"{index} names {outside[0]!r}, which is not a file in its own folder")

@@ -11,7 +11,7 @@ from tokenizers import AddedToken, models
 from tokenizers import Tokenizer as Backend
 
 from spt_jax.errors import UserError
-from spt_jax.models.files.json_object import json_object
+from spt_jax.json_text import json_object
 from spt_jax.models.tokenization.byte_level_bpe import byte_level_backend
 from spt_jax.models.tokenization.sentencepiece_bpe import read_sentencepiece
 from spt_jax.models.tokenization.special_tokens import SPECIAL_TOKEN_RULES, NamedTokens, rule_of, special_tokens
