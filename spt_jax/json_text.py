@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from spt_jax.errors import UserError
+
+_HALF_A_PAIR = re.compile(r"\\u[dD][89a-fA-F]")
 
 
 def parse_json(text: str | bytes) -> Any:
     """`json.loads`, but every refusal is a ValueError: of text that is nested too deeply, too.
 
     Raises:
-        ValueError: It is not JSON, not UTF-8, nested too deeply, or has a whole number of thousands of digits.
+        ValueError: It is not JSON, no text, nested too deeply, or has a whole number of thousands of digits.
     """
     try:
         return json.loads(text)
@@ -32,9 +36,9 @@ def json_object(path: Path) -> dict[str, Any]:
         text = path.read_text(encoding="utf-8")
         fields = parse_json(text)
         # Looked for in the few files that spell a pair at all.
-        written = "\\ud" not in text.lower() or is_text(json.dumps(fields, ensure_ascii=False))
+        written = not _HALF_A_PAIR.search(text) or is_text(json.dumps(fields, ensure_ascii=False))
     except RecursionError:  # a little less deep than what can be read
-        raise UserError(f"{path} is not JSON that can be read: it is nested too deeply") from None
+        raise UserError(f"{path} is not JSON: it is nested too deeply") from None
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except ValueError as error:
@@ -46,7 +50,12 @@ def json_object(path: Path) -> dict[str, Any]:
     return fields
 
 
-def is_text(value: Any) -> bool:
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether a value is a number that a float can hold; Python's JSON reads longer ones, NaN and booleans too."""
+    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
+
+
+def is_text(value: Any) -> TypeGuard[str]:
     """Whether a value is a text that can be written: half of a surrogate pair, as in ``"\\ud83d"``, is none."""
     if not isinstance(value, str):
         return False

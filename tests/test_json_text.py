@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from spt_jax.errors import UserError
-from spt_jax.json_text import is_text, json_object, parse_json, whole_objects
+from spt_jax.json_text import is_number, is_text, json_object, parse_json, whole_objects
 
 DEEP = "[" * 100_000
 
@@ -52,6 +52,22 @@ def test_an_object_that_cannot_be_read_is_one_sentence_with_its_place(
 def test_a_folder_in_the_place_of_a_file_is_one_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be read: Is a directory"):
         json_object(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        (3, True),
+        (-2.5, True),
+        (True, False),
+        (float("nan"), False),
+        (float("inf"), False),
+        (10**400, False),
+        ("3", False),
+    ],
+)
+def test_numbers_are_those_that_a_float_holds(value: object, expected: bool) -> None:
+    assert is_number(value) is expected
 
 
 @pytest.mark.parametrize(("value", "expected"), [("a", True), ("\ud83d", False), (3, False), (None, False)])

@@ -10,7 +10,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from spt_jax.numpy_files import read_npy, read_npz
+from spt_jax.numpy_files import npz_names, read_npy, read_npz
 
 ARRAYS = {
     "matrix": np.arange(6, dtype=np.float32).reshape(2, 3),
@@ -37,7 +37,7 @@ def claiming(shape: tuple[int, ...]) -> bytes:
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
 def test_arrays_are_those_that_numpy_reads(save: Callable[..., None]) -> None:
     content = bytes_of(save, **ARRAYS)
-    found = read_npz(content, 1 << 20)
+    found = read_npz(content, most_bytes=1 << 20)
     with np.load(io.BytesIO(content)) as expected:
         assert sorted(found) == sorted(expected)
         for name in expected:
@@ -63,11 +63,36 @@ def test_what_unfolds_to_more_than_allowed_is_refused_before_it_does() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(ValueError, match="unpacked; allowed: 1000000"):
-            read_npz(content, 1_000_000)
+            read_npz(content, most_bytes=1_000_000)
         assert tracemalloc.get_traced_memory()[1] < 5_000_000
     finally:
         tracemalloc.stop()
-    assert read_npz(content, 60_000_000)["zeros"].size == 50_000_000
+    assert read_npz(content, most_bytes=60_000_000)["zeros"].size == 50_000_000
+
+
+@pytest.mark.parametrize("kind", [zipfile.ZIP_DEFLATED, zipfile.ZIP_LZMA, zipfile.ZIP_BZIP2])
+def test_a_member_that_unpacks_to_more_than_it_claims_is_refused_without_the_memory(kind: int) -> None:
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w", kind) as archive:
+        archive.writestr("zeros.npy", bytes_of(np.save, np.zeros(50_000_000, np.int8)))
+    size = (50_000_128).to_bytes(4, "little")
+    content = stream.getvalue().replace(size, (200).to_bytes(4, "little"))
+    assert content != stream.getvalue()
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError, match=r"CRC|NumPy does not write"):
+            read_npz(content, most_bytes=1_000_000)
+        assert tracemalloc.get_traced_memory()[1] < 5_000_000
+    finally:
+        tracemalloc.stop()
+
+
+def test_arrays_that_are_not_asked_for_are_not_read() -> None:
+    content = bytes_of(np.savez_compressed, small=np.arange(3), large=np.zeros(50_000_000, np.int8))
+    assert npz_names(content) == ["small", "large"]
+    assert list(read_npz(content, ["small"], 10_000)) == ["small"]
+    with pytest.raises(ValueError, match="unpacked"):
+        read_npz(content, most_bytes=10_000)
 
 
 def test_python_objects_are_refused() -> None:

@@ -118,5 +118,5 @@ def _figures(workdir: Path, step: int) -> str:
         if results["step"] != step:
             return ""
         return f"Measured on `{Path(results['data']).name}`, step {step}.\n\n{markdown_table(results['columns'])}"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):  # a UserError is a ValueError
+    except (ValueError, KeyError, TypeError, AttributeError):  # a UserError is a ValueError
         return ""

@@ -52,7 +52,8 @@ def read_dialogues(
 
     Raises:
       UserError: the source does not exist, is empty or damaged, its format is unknown, a line is longer than
-        `LONGEST_LINE` or malformed (with `on_error="raise"`), or no dialogue is left.
+        `LONGEST_LINE` or malformed (with `on_error="raise"`), a packed file unpacks to more than `MOST_UNPACKED` times
+        its size, or no dialogue is left.
     """
     problems = Problems(source, on_error)
     kind = _format(source, format)
@@ -72,6 +73,8 @@ def read_dialogues(
                 dialogues = parse(_lines(stream, source), problems)
         except (EOFError, OSError, lzma.LZMAError, zlib.error) as error:
             raise UserError(f"{source} cannot be read to its end: {error}.") from error
+        except MemoryError as error:  # liblzma's dictionary is as large as the file says
+            raise UserError(f"{source} cannot be read: it asks for more memory than there is.") from error
     skipped = problems.finish()
     if not dialogues:
         reason = f"; all its lines are malformed, the first: {skipped[0]}" if skipped else ""
@@ -120,7 +123,7 @@ def _open(source: str) -> IO[bytes]:
 
 
 def _lines(stream: IO[bytes], source: str) -> Iterator[bytes]:
-    """The lines of a source; neither a lost line end nor a packed file fills the memory.
+    """The lines of a source; neither a lost line end nor a small packed file fills the memory.
 
     Raises:
       UserError: a line is too long, or the file unpacks to more than dialogues would.

@@ -35,6 +35,7 @@ from spt_jax.evaluation.resampling import (
 from spt_jax.evaluation.spread import spread_evenly
 from spt_jax.evaluation.table import FURTHER_COLUMNS, PAPER_COLUMNS, PERPLEXITY, Row
 from spt_jax.evaluation.text_metrics import metric_definitions, metric_versions, pair_figures
+from spt_jax.json_text import is_number
 
 SET_FIGURES = ("entropy_4", "self_bleu")
 """Of all replies together, and no sums over dialogues: they have neither interval nor test."""
@@ -274,7 +275,7 @@ def _row(group: RunGroup, measured: _Measured) -> ComparedRow:
     seeds = []
     for run in group.runs:
         figures = _named(measured.figures([run])) | measured.sets[run.name]
-        if "perplexity" not in figures and isinstance(known := run.figures.get("perplexity"), int | float):
+        if "perplexity" not in figures and is_number(known := run.figures.get("perplexity")):
             figures["perplexity"] = float(known)
         seeds.append(SeedFigures(run.name, run.seed, figures, _intervals(measured.interval([run]))))
     names = [name for name in (*FIGURES, *SET_FIGURES) if all(name in seed.figures for seed in seeds)]

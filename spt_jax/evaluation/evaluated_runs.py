@@ -13,7 +13,7 @@ import numpy as np
 from spt_jax.config import flatten
 from spt_jax.errors import UserError
 from spt_jax.evaluation.resampling import KEPT
-from spt_jax.json_text import is_text, json_object, parse_json
+from spt_jax.json_text import is_number, is_text, json_object, parse_json
 
 MEASURED = "after training"
 _BESIDE_THE_METHOD = ("seed", "tracking.")
@@ -97,6 +97,7 @@ def read_run(name: str, folder: Path | None = None) -> EvaluatedRun:
     selected_nll = [_selected_nll(row) for row in rows]
     tokens = [row.get("target_tokens") for row in rows]
     bert = [row.get("bert_score") for row in rows]
+    scored = all(isinstance(value, list) and len(value) == 3 and all(map(is_number, value)) for value in bert)
     return EvaluatedRun(
         name=name,
         settings=settings,
@@ -107,13 +108,13 @@ def read_run(name: str, folder: Path | None = None) -> EvaluatedRun:
         predictions=[row["prediction"] for row in rows],
         nll=None if None in selected_nll else np.asarray(selected_nll, np.float64),
         target_tokens=None if None in tokens else np.asarray(tokens, np.int64),
-        bert_score=None if None in bert else np.asarray(bert, np.float64),
+        bert_score=np.asarray(bert, np.float64) if scored else None,
         personas=[row["persona"] for row in rows] if all(row.get("persona") is not None for row in rows) else None,
         histories=[row["history"] for row in rows] if all(row.get("history") is not None for row in rows) else None,
         kept={
             name: np.asarray([row[name] for row in rows], np.float64)
             for name in KEPT
-            if all(row.get(name) is not None for row in rows)
+            if all(isinstance(row.get(name), bool) or is_number(row.get(name)) for row in rows)
         },
         results=results,
     )
@@ -175,7 +176,7 @@ def _settings(path: Path) -> tuple[dict[str, Any], int]:
 
 def _results(path: Path) -> dict[str, Any]:
     results = json_object(path)
-    columns, definitions = results.get("columns", {}), results.get("definitions", {})
+    columns, definitions = results.get("columns") or {}, results.get("definitions") or {}
     if not isinstance(columns, dict) or not all(isinstance(column, dict) for column in columns.values()):
         raise UserError(f"{path} cannot be read: its 'columns' are not objects of figures")
     if not isinstance(definitions, dict) or not all(is_text(text) for text in (*definitions, *definitions.values())):
@@ -183,31 +184,24 @@ def _results(path: Path) -> dict[str, Any]:
     for name in ("turns", "replies"):
         if name in results and type(results[name]) is not int:
             raise UserError(f"{path} cannot be read: {name!r} is no whole number")
-    return results
+    return results | {"columns": columns, "definitions": definitions}
 
 
 def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**63
 
 
-def _is_number(value: Any) -> bool:
-    return type(value) in (int, float) and abs(value) <= _LARGEST
-
-
-def _is_measured(value: Any) -> bool:
-    return type(value) is bool or _is_number(value)
-
-
 def _are_texts(value: Any) -> bool:
     return isinstance(value, list) and all(is_text(text) for text in value)
 
 
-def _are_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(_is_number(number) for number in value)
+def _is_nll(value: Any) -> bool:
+    """One figure a prompt, or one alone; of a model that has diverged they need not be finite."""
+    return all(type(number) in (int, float) for number in (value if isinstance(value, list) else [value]))
 
 
-_LARGEST = 700
-"""Of what a line may say in numbers; nats beyond it have a perplexity that no float holds."""
+_MOST_NATS = 700.0
+"""A token; beyond it no float holds the perplexity, so it is not known."""
 _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "dialogue": (_is_count, "a whole number"),
     "turn": (_is_count, "a whole number"),
@@ -216,10 +210,8 @@ _FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
     "persona": (_are_texts, "a list of texts"),
     "history": (_are_texts, "a list of texts"),
     "selected": (_is_count, "the number of a prompt"),
-    "nll": (lambda value: _is_number(value) or _are_numbers(value), f"nats a token, {_LARGEST} at most"),
+    "nll": (_is_nll, "nats a token"),
     "target_tokens": (lambda value: _is_count(value) and value > 0, "a whole number, 1 or more"),
-    "bert_score": (lambda value: _are_numbers(value) and len(value) == 3, "a list of three numbers"),
-    **dict.fromkeys(KEPT, (_is_measured, f"a number, {_LARGEST} at most")),
 }
 """What a line of predictions.jsonl holds -> whether a value is one, and what it is; those of `_NEEDED` never lack."""
 _NEEDED = ("dialogue", "turn", "reference", "prediction")
@@ -259,7 +251,7 @@ def _selected_nll(row: dict[str, Any]) -> float | None:
     nll, selected = row.get("nll"), row.get("selected") or 0
     if isinstance(nll, list):
         nll = nll[selected] if selected < len(nll) else None
-    return None if nll is None else float(nll)
+    return float(nll) if is_number(nll) and abs(nll) <= _MOST_NATS else None
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
 from spt_jax.evaluation.candidate_scores import CandidateScores
 from spt_jax.evaluation.likelihood import Likelihoods
-from spt_jax.json_text import parse_json
+from spt_jax.json_text import is_number, is_text, parse_json
 from spt_jax.numpy_files import read_npz
 from spt_jax.parallel.distributed import is_lead, told_by_lead
 
@@ -170,21 +170,21 @@ _FIELDS = ("dialogue", "turn", "tokens", "nll", "scores")
 
 def _whole(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"{value!r} is not a number of a dialogue or a turn")
+        raise ValueError(f"{value!r} is no whole number")
     return value
 
 
 def _reply(row: Mapping[str, Any]) -> str:
-    if not isinstance(row["reply"], str):
+    if not is_text(row["reply"]):
         raise ValueError("the reply is not a text")
     return row["reply"]
 
 
 def _scores(row: Mapping[str, Any]) -> CandidateScores:
-    nll, tokens = np.asarray(row["nll"], np.float64), np.asarray(row["tokens"], np.int64)
-    if nll.shape != tokens.shape or nll.ndim != 1:
+    nll, tokens = row["nll"], row["tokens"]
+    if len(nll) != len(tokens) or not all(map(is_number, nll)) or not all(_whole(count) > 0 for count in tokens):
         raise ValueError("a candidate lacks its likelihood or its length")
-    return CandidateScores(nll, tokens)
+    return CandidateScores(np.asarray(nll, np.float64), np.asarray(tokens, np.int64))
 
 
 def _read_bytes(path: Path) -> bytes:

@@ -12,7 +12,7 @@ import spt_jax
 from spt_jax.config import Config
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.errors import UserError
-from spt_jax.json_text import json_object
+from spt_jax.json_text import is_text, json_object
 
 
 def question(
@@ -50,6 +50,26 @@ def kept_results(workdir: Path, asked: str) -> dict[str, Any] | None:
         results = json_object(workdir / "results.json")
     except UserError:
         return None
-    if results.get("notes"):
+    if results.get("notes") or results.get("question") != asked:
         return None
-    return results if results.get("question") == asked else None
+    return results if _is_whole(results) else None
+
+
+def _is_whole(results: Mapping[str, Any]) -> bool:
+    """Whether results are, in what is shown of them, as they were written."""
+    columns, samples = results.get("columns"), results.get("samples")
+    return (
+        all(type(results.get(count)) is int for count in ("turns", "replies"))
+        and isinstance(columns, dict)
+        and all(isinstance(column, dict) for column in columns.values())
+        and isinstance(samples, list)
+        and all(isinstance(sample, dict) and _can_be_shown(sample) for sample in samples)
+    )
+
+
+def _can_be_shown(sample: Mapping[str, Any]) -> bool:
+    texts = [sample.get(name) for name in ("persona", "history", "replies")]
+    if not all(isinstance(part, list) and all(map(is_text, part)) for part in texts):
+        return False
+    selected = sample.get("selected")
+    return bool(sample["history"]) and type(selected) is int and 0 <= selected < len(sample["replies"])

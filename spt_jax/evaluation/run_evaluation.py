@@ -261,7 +261,7 @@ def write_results(
         What ``results.json`` holds.
 
     Raises:
-        UserError: A file cannot be written.
+        UserError: A file cannot be written, or metrics.jsonl not be read.
     """
     results = evaluation.results | {
         "data": source,

@@ -196,6 +196,6 @@ def _number(key: str, value: Any) -> float | None:
         return None
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"The figure {key!r} is a number, not {value!r}.") from None
     return None if math.isnan(number) else number

@@ -51,7 +51,13 @@ class LMIdentity:
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, str]) -> LMIdentity:
-        """From `to_dict`'s object."""
+        """From `to_dict`'s object.
+
+        Raises:
+            TypeError: A field is missing, unknown, or no text.
+        """
+        if not all(isinstance(value, str) for value in fields.values()):
+            raise TypeError("a field is no text")
         return cls(**fields)
 
 

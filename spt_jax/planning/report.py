@@ -111,17 +111,18 @@ def _rows(config: Config, given: Sequence[str]) -> tuple[int, ...]:
 
 
 def _reported(plans: list[Plan], found: list[Advice]) -> tuple[Facts, list[str], str]:
-    last = plans[-1] if plans[-1].fits else min(plans, key=lambda plan: plan.needed)
-    lines = [*lines_of(last)]
+    fitting = [plan for plan in plans if plan.fits]
+    best = max(fitting, key=lambda plan: plan.rows_per_second) if fitting else min(plans, key=lambda plan: plan.needed)
+    lines = [*lines_of(best)]
     if len(plans) > 1:
         lines = [*search_lines(plans), "", *lines]
-    if last.fits:
-        return {**facts_of(last), "tried": [facts_of(plan) for plan in plans[:-1]]}, lines, ""
+    if fitting:
+        return {**facts_of(best), "tried": [facts_of(plan) for plan in plans if plan is not best]}, lines, ""
     if found:
         lines += ["What would need less, by the estimate:", *advice_lines(found)]
     helpful = [each for each in found if each.fits]
-    facts = {**facts_of(last), "advice": [dataclasses.asdict(each) for each in found]}
-    return facts, lines, _shortfall(last, helpful[-1].change if helpful else "")
+    facts = {**facts_of(best), "advice": [dataclasses.asdict(each) for each in found]}
+    return facts, lines, _shortfall(best, helpful[-1].change if helpful else "")
 
 
 def _shortfall(plan: Plan, change: str = "") -> str:

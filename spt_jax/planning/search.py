@@ -23,6 +23,8 @@ from spt_jax.training.remat import POLICIES
 
 MARGIN = 1.25
 """A candidate whose estimate is above this multiple of HBM is not compiled."""
+WORTH = 1.02
+"""A candidate that promises no more than this multiple of the best so far is not worth the minutes of a compilation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +33,7 @@ class Candidate:
 
     Attributes:
         config: The configuration with that choice.
-        rows_per_second: Dialogues a second, at best.
+        rows_per_second: Rows a second, all of the longest length, at best.
         needed: Bytes of a device.
     """
 
@@ -49,7 +51,10 @@ def search(
     tries: int,
     say: Callable[[str], None] = lambda line: None,
 ) -> list[Plan]:
-    """Compiles candidates, the fastest by the estimate first, until one fits.
+    """Compiles candidates, the fastest on the longest rows first, until none that is left promises more than the best.
+
+    An estimate leaves out what only the compiler knows, so it promises too much: what is compiled may be slower than
+    the next candidate's promise, which is then compiled too.
 
     Args:
         config: A validated configuration; its mesh, remat and batch are replaced.
@@ -61,7 +66,7 @@ def search(
         say: Takes a line for each of them.
 
     Returns:
-        The plans in the order of trying; the last of them fits where any does.
+        The plans in the order of trying.
 
     Raises:
         UserError: No mesh goes with the topology and the rows.
@@ -70,12 +75,18 @@ def search(
     limit = MARGIN * topology.chip.memory
     plausible = [each for each in found if each.needed <= limit] or [min(found, key=lambda each: each.needed)]
     say(f"{len(found)} choices of mesh, remat and rows; {len(plausible)} of them may fit by the estimate")
-    plans = []
+    plans: list[Plan] = []
     for candidate in plausible[:tries]:
-        plans.append(plan_training(candidate.config, decoder, topology, workload, say))
-        if plans[-1].fits:
+        best = max((_longest_rows_per_second(plan) for plan in plans), default=0.0)
+        if candidate.rows_per_second <= WORTH * best:
             break
+        plans.append(plan_training(candidate.config, decoder, topology, workload, say))
     return plans
+
+
+def _longest_rows_per_second(plan: Plan) -> float:
+    """As `Candidate.rows_per_second`; 0 for a plan that does not fit."""
+    return plan.rows / plan.longest.seconds if plan.fits and plan.longest is not None else 0.0
 
 
 def candidates(

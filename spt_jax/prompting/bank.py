@@ -17,7 +17,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from spt_jax.errors import UserError
-from spt_jax.numpy_files import read_npy, read_npz
+from spt_jax.numpy_files import npz_names, read_npy, read_npz
 
 
 def check_bank_shape(prompts: np.ndarray | jax.Array, shape: tuple[int, int, int], origin: str) -> None:
@@ -31,7 +31,7 @@ def check_bank_shape(prompts: np.ndarray | jax.Array, shape: tuple[int, int, int
 
 
 _MOST_BANKS = 16
-"""A packed file may unfold to so many banks of 8 bytes a number; further arrays beside the bank are not read."""
+"""The array of a packed file may unfold to so many banks of 8 bytes a number."""
 
 Embedder = Callable[[Any], jax.Array]
 """From token ids ``[...]`` to what `embed` gives for them, ``[..., M]``."""
@@ -153,7 +153,10 @@ def from_file(path: str, shape: tuple[int, int, int]) -> jax.Array:
             arrays = load_file(file)
         elif file.suffix == ".npz":
             content = file.read_bytes()
-            arrays = read_npz(content, max(len(content), _MOST_BANKS * math.prod(shape) * 8))
+            names = npz_names(content)
+            wanted = ["prompts"] if "prompts" in names else names[:1]
+            found = read_npz(content, wanted, max(len(content), _MOST_BANKS * math.prod(shape) * 8))
+            arrays = {name: found.get(name, np.empty(0)) for name in names}
         elif file.suffix == ".npy":
             arrays = {"prompts": read_npy(file.read_bytes())}
         else:
@@ -165,7 +168,9 @@ def from_file(path: str, shape: tuple[int, int, int]) -> jax.Array:
     if "prompts" not in arrays and len(arrays) != 1:
         raise UserError(f"bank.init_file: {path} holds {sorted(arrays)}; allowed: one array, or one named 'prompts'")
     prompts = arrays["prompts"] if "prompts" in arrays else next(iter(arrays.values()))
-    if prompts.dtype.kind not in "fiu":
-        raise UserError(f"bank.init_file: {path} holds {prompts.dtype}; allowed: numbers")
+    if not (jnp.issubdtype(prompts.dtype, jnp.floating) or jnp.issubdtype(prompts.dtype, jnp.integer)):
+        raise UserError(f"bank.init_file: {path} holds {prompts.dtype}; allowed: floating point and whole numbers")
+    with np.errstate(over="ignore"):  # what float32 cannot hold is not finite
+        prompts = prompts.astype(np.float32)
     check_bank_shape(prompts, shape, path)
-    return jnp.asarray(prompts, jnp.float32)
+    return jnp.asarray(prompts)

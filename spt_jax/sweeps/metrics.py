@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 
 from spt_jax.errors import UserError, nearest
-from spt_jax.json_text import json_object
+from spt_jax.json_text import is_number, json_object
 from spt_jax.sweeps.description import Objective
 from spt_jax.training.tracking import METRICS_FILE, logged_rows
 
@@ -15,6 +15,9 @@ def logged_values(workdir: Path, objective: Objective) -> list[tuple[int, float]
     """``(step, value)`` of each row of metrics.jsonl that has the objective's metric, one a step.
 
     A value that was not finite is the worst there is. A row that is being written is left for later.
+
+    Raises:
+        UserError: The file cannot be read.
     """
     worst = math.inf if objective.direction == "minimize" else -math.inf
     values: dict[int, float] = {}
@@ -56,7 +59,7 @@ def _evaluated(workdir: Path, objective: Objective) -> float:
     except (ValueError, KeyError, TypeError) as error:  # a UserError is a ValueError
         raise UserError(f"{path} has no figures of the column {MEASURED!r}") from error
     value = figures.get(objective.metric)
-    if not isinstance(value, int | float) or math.isnan(value):
-        numbers = [name for name, figure in figures.items() if isinstance(figure, int | float)]
+    if not is_number(value):
+        numbers = [name for name, figure in figures.items() if is_number(figure)]
         raise UserError(f"{path} has no number under {objective.metric!r}.{nearest(objective.metric, numbers)}")
     return float(value)

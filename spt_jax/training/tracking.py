@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
-from spt_jax.json_text import whole_objects
+from spt_jax.json_text import is_number, whole_objects
 
 METRICS_FILE = "metrics.jsonl"
 EVALUATION = "development/"
@@ -33,22 +33,20 @@ def logged_rows(path: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: The file cannot be read.
     """
-    try:
-        content = path.read_bytes()
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     return [
         row
-        for row in whole_objects(content)
-        if type(row.get("step")) is int and all(value is None or _is_finite(value) for value in row.values())
+        for row in whole_objects(_content(path))
+        if type(row.get("step")) is int and all(value is None or is_number(value) for value in row.values())
     ]
 
 
-def _is_finite(value: Any) -> bool:
-    """Whether it is a number that a float can hold; Python's JSON reads longer ones, NaN and booleans too."""
-    return type(value) in (int, float) and -sys.float_info.max <= value <= sys.float_info.max
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except FileNotFoundError:
+        return b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
 class Tracker(Protocol):
@@ -69,6 +67,9 @@ class JsonLines:
         resume_step: Rows beyond this step, left by a run that was killed after its last checkpoint, are cut away;
             -1, for a run without a checkpoint, cuts every row.
         pending: The evaluation of this step is still to come: a row of it, after which a run was killed, is cut away.
+
+    Raises:
+        UserError: The file is there and cannot be read or written.
     """
 
     def __init__(self, path: Path, resume_step: int, pending: bool = False) -> None:
@@ -98,9 +99,11 @@ def _cannot_write(path: Path, error: OSError) -> str:
 
 def _cut_back(path: Path, step: int, pending: bool) -> None:
     kept = []
-    for row in logged_rows(path):
-        again = pending and row["step"] == step and any(name.startswith(EVALUATION) for name in row)
-        if row["step"] <= step and not again:
+    for row in whole_objects(_content(path)):
+        # A row that somebody has added, of no step, is kept.
+        number = row["step"] if is_number(row.get("step")) else step
+        again = pending and number == step and any(name.startswith(EVALUATION) for name in row)
+        if number <= step and not again:
             kept.append(json.dumps(row) + "\n")
     write_atomically(path, "".join(kept))
 

@@ -15,7 +15,7 @@ import spt_jax
 from spt_jax.atomic_file import write_atomically
 from spt_jax.config import Config, flatten, from_dict
 from spt_jax.errors import UserError
-from spt_jax.json_text import parse_json
+from spt_jax.json_text import json_object
 from spt_jax.models.loading import LMIdentity
 from spt_jax.parallel.distributed import is_lead, json_told_by_lead, told_by_lead
 from spt_jax.prompting.adapters import Trainable
@@ -49,17 +49,21 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def _read(workdir: Path) -> dict[str, Any]:
+    path = workdir / CONFIG_FILE
+    if not path.exists():
+        raise UserError(f"{workdir} is not the working directory of a run: it has no {CONFIG_FILE}")
     try:
-        record = parse_json((workdir / CONFIG_FILE).read_text(encoding="utf-8"))
-        if not isinstance(record, dict) or not {"config", "lm", "tokenizer"} <= set(record):
-            raise ValueError("it lacks 'config', 'lm' or 'tokenizer'")
-        if not isinstance(record["config"], dict):
-            raise ValueError("its 'config' is not an object")
+        record = json_object(path)
+    except UserError as error:
+        raise UserError(f"{path} cannot be read: it {str(error).removeprefix(f'{path} ')}") from error
+    if not {"config", "lm", "tokenizer"} <= set(record):
+        raise UserError(f"{path} cannot be read: it lacks 'config', 'lm' or 'tokenizer'")
+    if not isinstance(record["config"], dict) or not isinstance(record["tokenizer"], str):
+        raise UserError(f"{path} cannot be read: its 'config' is not an object, or its 'tokenizer' no text")
+    try:
         LMIdentity.from_dict(record["lm"])
-    except FileNotFoundError as error:
-        raise UserError(f"{workdir} is not the working directory of a run: it has no {CONFIG_FILE}") from error
-    except (ValueError, TypeError, OSError) as error:
-        raise UserError(f"{workdir / CONFIG_FILE} cannot be read: {error}") from error
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} cannot be read: its 'lm' does not say which LM it was ({error})") from error
     return record
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import shutil
 import sys
@@ -60,23 +61,37 @@ def test_compare(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> N
     assert run_campaign(reader, 1000 if request.config.getoption("--all") else 40, tmp_path)
 
 
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A trained and evaluated run beside what it was made of, and the copy from which it is made anew."""
+
+    folder: Path
+    whole: Path
+
+    def restore(self, _: Path) -> None:
+        """Undoes whatever was done to the folder, whose path is in its files."""
+        shutil.rmtree(self.folder)
+        shutil.copytree(self.whole, self.folder)
+
+
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained and evaluated run in ``run`` beside what it was made of."""
-    folder = tmp_path_factory.mktemp("hostile")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Trained:
+    folder = tmp_path_factory.mktemp("hostile") / "tiny"
+    folder.mkdir()
     walk(*train_arguments(folder, workdir=folder / "run"))
     walk("evaluate", f"--workdir={folder / 'run'}", "--nobaselines")
     (folder / "requests.jsonl").write_text('{"persona": ["i sail ."], "history": ["hi", "hello", "where ?"]}\n' * 2)
     (folder / "typed").write_text("hi\n/why\n/persona i sail .\nwhere ?\n/undo\n/help\n/save talk.json\n/exit\n")
-    return folder
+    whole = folder.with_name("whole")
+    shutil.copytree(folder, whole)
+    return Trained(folder, whole)
 
 
 Run = Callable[[Path], None]
-"""A command on a folder such as `tiny`."""
+"""A command on `Trained.folder`."""
 
 
 def _new_run(folder: Path) -> None:
-    shutil.rmtree(folder / "new", ignore_errors=True)
     command("train", f"--config={folder / 'tiny.py'}", f"--workdir={folder / 'new'}", "--config.train.steps=1")
 
 
@@ -85,7 +100,11 @@ def _resumed(folder: Path) -> None:
 
 
 def _evaluate(folder: Path) -> None:
-    command("evaluate", f"--workdir={folder / 'run'}", "--nobaselines", "--limit=2", "--replies=2")
+    command("evaluate", f"--workdir={folder / 'run'}", "--limit=2", "--replies=2")
+
+
+def _shown_again(folder: Path) -> None:
+    command("evaluate", f"--workdir={folder / 'run'}", "--nobaselines", "--reuse")
 
 
 def _score(folder: Path) -> None:
@@ -107,41 +126,40 @@ def _inspect(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("file", "run"),
+    ("file", "run", "needed"),
     [
-        ("train.txt", _new_run),
-        ("lm/config.json", _new_run),
-        ("run/metrics.jsonl", _resumed),
-        ("run/config.json", _resumed),
-        ("run/config.json", _evaluate),
-        ("run/checkpoints/4/meta/metadata", _evaluate),
-        ("run/initial.safetensors", _resumed),
-        ("test.txt", _score),
-        ("requests.jsonl", _generate),
-        ("typed", _chat),
-        ("lm/model.safetensors", _inspect),
-        ("lm/config.json", _inspect),
+        ("train.txt", _new_run, True),
+        ("lm/config.json", _new_run, True),
+        ("lm/tokenizer.json", _new_run, True),
+        ("run/metrics.jsonl", _resumed, False),
+        ("run/config.json", _resumed, True),
+        ("run/config.json", _evaluate, True),
+        ("run/checkpoints/4/meta/metadata", _evaluate, False),
+        ("run/initial.safetensors", _evaluate, True),
+        ("run/results.json", _shown_again, False),
+        ("test.txt", _score, True),
+        ("requests.jsonl", _generate, True),
+        ("typed", _chat, False),
+        ("lm/model.safetensors", _inspect, True),
+        ("lm/config.json", _inspect, True),
     ],
-    ids=lambda value: value if isinstance(value, str) else value.__name__.strip("_"),
+    ids=lambda value: value.__name__.strip("_") if callable(value) else str(value),
 )
-def test_of_a_run(file: str, run: Run, tiny: Path, tmp_path: Path, request: pytest.FixtureRequest) -> None:
-    folder = tmp_path / "tiny"
-    content = (tiny / file).read_bytes()
-
-    def a_copy(_: Path) -> None:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.copytree(tiny, folder)
-
+def test_of_a_run(file: str, run: Run, needed: bool, trained: Trained, request: pytest.FixtureRequest) -> None:
+    folder = trained.folder
     reader = Reader(
         f"{run.__name__} {file}",
         file,
-        content,
+        (trained.whole / file).read_bytes(),
         lambda _: run(folder),
         names_file=False,
         beside=None,
         seconds=120,
-        prepare=a_copy,
-        homes=(tiny, PROGRAMS, Path(spt_jax.__file__).parents[1] / "spt_jax.egg-info"),
+        prepare=trained.restore,
+        homes=(PROGRAMS, Path(spt_jax.__file__).parents[1] / "spt_jax.egg-info"),
     )
-    assert read_case(reader, content, folder) is None
+    assert read_case(reader, reader.sound, folder) is None
+    nonsense = read_case(reader, b"\xff\xfe\0nonsense\n" * 3, folder)
+    assert (nonsense is not None) == needed
+    assert not needed or str(folder) in str(nonsense)
     run_campaign(reader, _MANY if request.config.getoption("--all") else _FEW, folder)

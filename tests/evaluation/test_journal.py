@@ -120,6 +120,7 @@ def test_likelihoods_of_another_shape_or_kind_are_computed_again(tmp_path, chang
         '{"dialogue": true, "turn": 0, "reply": "a"}',
         '{"dialogue": 1, "turn": 1e999, "reply": "a"}',
         '{"dialogue": 1, "turn": 0}',
+        '{"dialogue": 1, "turn": 0, "reply": "\\ud83d"}',
         "[" * 100_000,
         "3",
     ],
@@ -136,7 +137,16 @@ def test_a_line_that_is_no_reply_is_taken_out_with_what_follows(tmp_path, line):
 
 
 @pytest.mark.parametrize(
-    "scores", ['"nll": [1.0, "a"], "tokens": [3, 4]', '"nll": [1.0], "tokens": [3, 4]', '"nll": 1, "tokens": 3']
+    "scores",
+    [
+        '"nll": [1.0, "2.0"], "tokens": [3, 4]',
+        '"nll": [1.0, null], "tokens": [3, 4]',
+        '"nll": [1.0, NaN], "tokens": [3, 4]',
+        '"nll": [1.0, 2.0], "tokens": [3, 4.5]',
+        '"nll": [1.0, 2.0], "tokens": [3, 0]',
+        '"nll": [1.0], "tokens": [3, 4]',
+        '"nll": 1, "tokens": 3',
+    ],
 )
 def test_scores_of_candidates_that_are_none_are_taken_out(tmp_path, scores):
     column = Journal(tmp_path, "why").column(AFTER)

@@ -16,6 +16,7 @@ from spt_jax.planning.advice import advice
 from spt_jax.planning.convai2 import CONVAI2
 from spt_jax.planning.plan import Plan, plan_training
 from spt_jax.planning.report import Request, report
+from spt_jax.planning.roofline import Roofline
 from spt_jax.planning.search import candidates, search
 from spt_jax.planning.topology import Topology
 from spt_jax.planning.workload import Workload
@@ -97,7 +98,7 @@ def test_advice_moves_what_the_compiler_found_by_the_difference_of_the_estimates
     assert all(of[1][change] == pytest.approx(of[0][change] + plan.needed) for change in of[0])
 
 
-def test_the_search_tries_every_mesh_and_stops_at_the_first_that_fits():
+def test_the_search_tries_every_mesh_and_stops_where_the_estimates_are_right():
     config = config_of("shape:llama2-13b", 8)
     topology, decoder = Topology.parse("h100:8"), decoder_of(config)
     found = candidates(config, decoder, topology, WORK, (8, 16))
@@ -110,6 +111,36 @@ def test_the_search_tries_every_mesh_and_stops_at_the_first_that_fits():
     plans = search(config, decoder, topology, WORK, (8, 16), tries=50)
     assert plans[-1].fits and not any(plan.fits for plan in plans[:-1])
     assert config.mesh.fsdp == 1 and config.data.batch == 8, "the caller's configuration stays"
+
+
+@pytest.mark.parametrize(
+    ("slower", "tried"),
+    [
+        ([1.0], 1),  # the estimate was right
+        ([1.01], 1),  # or nearly
+        ([10.0, 1.0], 2),  # the first is slower than the second's estimate, which is right
+        ([10.0, 10.0, 10.0, 10.0], 4),  # all are slower than the next one's: as many as may be
+    ],
+)
+def test_a_search_goes_on_while_the_next_estimate_promises_more_than_what_was_compiled(slower, tried, monkeypatch):
+    config = config_of("shape:llama2-13b", 8)
+    factors = iter(slower)
+
+    def slowed(times: Roofline, factor: float) -> Roofline:
+        return Roofline(*(factor * seconds for seconds in dataclasses.astuple(times)))
+
+    def compiled(*arguments: Any) -> Plan:
+        plan, factor = plan_training(*arguments), next(factors)
+        assert plan.mean is not None and plan.longest is not None
+        longest, mean = slowed(plan.longest, factor), slowed(plan.mean, factor)
+        return dataclasses.replace(plan, needed=1.0, longest=longest, mean=mean)
+
+    monkeypatch.setattr("spt_jax.planning.search.plan_training", compiled)
+    facts, lines, shortfall = report(Request(config, CONVAI2, "h100:8", search=True, rows=("8", "16"), tries=4))
+    assert shortfall == "" and len(facts["tried"]) == tried - 1
+    fastest = min(facts["tried"], key=lambda other: other["mean"]["seconds"] / other["rows"], default=facts)
+    assert facts["mean"]["seconds"] / facts["rows"] <= fastest["mean"]["seconds"] / fastest["rows"]
+    assert len(lines[: lines.index("")]) == tried + 1 if tried > 1 else "" not in lines
 
 
 def test_a_search_that_nothing_goes_with_says_so():
