@@ -53,6 +53,10 @@ class Reader:
         return mutated(self.sound, random.Random(f"{self.name} {number}"))
 
 
+_warm: set[str] = set()
+"""Readers that have read their sound file: what the first reading imports and compiles takes longer than reading."""
+
+
 def read_case(reader: Reader, content: bytes, folder: Path) -> str | None:
     """Reads `content`; returns the sentence of its refusal, or None where it is read.
 
@@ -61,6 +65,11 @@ def read_case(reader: Reader, content: bytes, folder: Path) -> str | None:
             outside the folder, or something executed.
     """
     path = folder / reader.file
+    if reader.name not in _warm:
+        _warm.add(reader.name)
+        reader.prepare(path)
+        path.write_bytes(reader.sound)
+        reader.read(path)
     reader.prepare(path)
     path.write_bytes(content)
     sentence = None
