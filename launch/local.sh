@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Trains, or evaluates, with several processes on this machine, which find one another on a free port.
 #
-#   bash launch/local.sh -n 2 -- --config=configs/quickstart.py --workdir=runs/two
+#   bash launch/local.sh -n 2 -- --config=configs/quickstart.py --workdir=runs/two --config.optimizer.micro_batches=2
 #   bash launch/local.sh -n 2 -- evaluate --workdir=runs/two
 #   bash launch/local.sh -n 2 --devices 4 -- ...    each process with 4 CPU devices, to try a mesh of 8
 #   bash launch/local.sh -n 2 --dry-run -- ...      prints the commands

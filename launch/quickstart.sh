@@ -2,7 +2,7 @@
 # Trains Selective Prompt Tuning on SmolLM2-135M-Instruct, evaluates it on held-out dialogues and shows the result.
 #
 #   bash launch/quickstart.sh                      the dialogues that ship with the package
-#   bash launch/quickstart.sh --data FILE          a ConvAI2 file instead; its test dialogues are cut by persona
+#   bash launch/quickstart.sh --data FILE          92 dialogues of a ConvAI2 file; test dialogues are cut by persona
 #   bash launch/quickstart.sh --workdir DIR        where the run goes (default: runs/quickstart)
 #
 # Needs Python 3.11 or newer with pip; everything goes into .venv. A second run reuses what is there.

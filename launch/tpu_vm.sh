@@ -91,7 +91,7 @@ set_up() {
   # The hosts' own Python is too old.
   on_hosts all 'set -euo pipefail; mkdir -p spt_jax; tar -xzf spt_jax.tar.gz -C spt_jax; cd spt_jax
     python3 -m pip install --quiet --user uv; [ -d .venv ] || ~/.local/bin/uv venv --seed --python 3.12 .venv
-    source launch/environment.sh; install .venv .venv/bin/python "[tpu,buckets]"'
+    source launch/environment.sh; install .venv .venv/bin/python "[tpu,buckets]"; fetch_smollm2 .venv'
 }
 
 mount_share() {

@@ -35,6 +35,7 @@ from spt_jax.commands.flag_reading import door_help, own_flags, read_flags
 from spt_jax.config import Config, flatten
 from spt_jax.errors import UserError
 from spt_jax.exit_codes import MISTAKE, STOPPED
+from spt_jax.storage.bucket import is_bucket_url
 from spt_jax.sweeps import launchers
 from spt_jax.sweeps.description import Sweep, base_config, load_sweep, record
 from spt_jax.sweeps.leases import Leases
@@ -159,6 +160,8 @@ def _read(program: str, values: Mapping[str, Any], arguments: Sequence[str]) -> 
     check_space(sweep, base)
     name = values["name"] or path.stem
     out = values["out"] or f"runs/sweeps/{name}"
+    if is_bucket_url(out):
+        raise UserError(f"--out={out} is a bucket; a sweep's runs and results are written into a folder")
     given = values["storage"] or os.environ.get(launchers.STORAGE_VARIABLE, "")
     launcher = values["launcher"]
     url = storage_url(given, Path(out))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -14,6 +16,7 @@ import yaml
 from absl import flags
 from stand_ins import REPOSITORY
 
+from spt_jax.commands.flag_reading import read_flags
 from spt_jax.commands.main import DOORS
 from spt_jax.commands.train import define_flags
 from spt_jax.exit_codes import MISTAKE, STOPPED
@@ -243,3 +246,46 @@ def test_the_flags_of_training_in_launch_files_exist() -> None:
         assert {"config", "workdir"} <= named
         assert named <= known, f"{name}: {named - known}"
     assert "train" in DOORS
+
+
+def _examples() -> list[tuple[str, int, list[str]]]:
+    """Where an example of training on several devices stands, how many there are, and the flags of `train`."""
+    found = []
+    pages = [LAUNCH.parent / "docs" / "operations.md", *SCRIPTS]
+    for page in pages:
+        text = page.read_text().replace("\\\n", " ")
+        lines = [line.lstrip("# ") for line in text.splitlines()]
+        for line in (line for line in lines if "--config=configs/" in line and "launch/" in line.split("--config")[0]):
+            front, flags_ = line.split("--config=", 1)
+            if counts := _devices(front):
+                found.append((page.name, counts, shlex.split(f"--config={flags_}", comments=True)))
+    for job_set in job_sets():
+        (workers,) = job_set["spec"]["replicatedJobs"]
+        job = workers["template"]["spec"]
+        (container,) = job["template"]["spec"]["containers"]
+        (chips,) = container["resources"]["limits"].values()
+        flags_ = [argument for argument in container["args"] if argument.startswith("--config")]
+        found.append((job_set["metadata"]["name"], chips * job["completions"], flags_))
+    return found
+
+
+def _devices(front: str) -> int:
+    """Devices that a command before its flags of `train` asks for; 0 where it does not say."""
+    numbers = re.findall(r"(?:-n |--devices |--type v5litepod-|--nodes=|--gpus-per-node=)(\d+)", front)
+    return math.prod(map(int, numbers)) if numbers else 0
+
+
+@pytest.mark.parametrize(("place", "devices", "arguments"), _examples())
+def test_the_devices_of_an_example_share_its_rows(place: str, devices: int, arguments: list[str]) -> None:
+    values = flags.FlagValues()
+    define_flags(values)
+    arguments = [argument for argument in arguments if argument.startswith("--config")]
+    arguments[0] = f"--config={LAUNCH.parent / arguments[0].removeprefix('--config=')}"
+    read_flags("train", values, [*arguments, "--workdir=run"])
+    config = values["config"].value
+    sharers = devices // config.mesh.tensor
+    assert config.data.batch % (sharers * config.optimizer.micro_batches) == 0, f"{place}: {devices} devices"
+
+
+def test_the_examples_for_several_devices_are_found() -> None:
+    assert sorted(devices for _, devices, _ in _examples()) == [2, 8, 8, 8, 16, 16, 16]

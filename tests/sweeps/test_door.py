@@ -103,6 +103,7 @@ def test_a_dry_run_prints_the_space_and_the_commands_and_makes_nothing(folder):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
+        (("--out=gs://bucket/sweep",), "is a bucket; a sweep's runs and results are written into a folder"),
         (("--jobs=0",), "--jobs is '0'; allowed"),
         (("--job=2",), "there is no flag --job for sweep. Did you mean '--jobs'?"),
         (("--config.optimizer.learning_rate=1",), "'optimizer.learning_rate' varies in this sweep"),
