@@ -20,11 +20,8 @@ medians. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -181,15 +178,10 @@ def summary(
     options: argparse.Namespace, seconds: Mapping[str, Sequence[float]], same: int, ties: int
 ) -> dict[str, Any]:
     """The last line."""
-    from load import hardware
+    from machine import machine
     from train_step_setup import NUM_PROMPTS, PROMPT_LENGTH
 
     median = {name: statistics.median(found) for name, found in seconds.items()}
-    found = hardware()
-    installed = {package.name: package.version for package in importlib.metadata.distributions()}
-    found["versions"] |= {"python": platform.python_version()} | {
-        name: installed.get(name) for name in ("transformers", "spt_jax")
-    }
     return {
         "shape": options.shape,
         "ratio": median["authors"] / median["ours"],
@@ -205,9 +197,7 @@ def summary(
         "near_ties": ties,
         "threads": options.threads,
         "dtype": "float32",
-        "load_average": os.getloadavg()[0],
-        **found,
-        "date": datetime.date.today().isoformat(),
+        **machine("torch", "transformers"),
     }
 
 

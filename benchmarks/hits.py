@@ -18,11 +18,7 @@ medians; the last line is JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import json
-import os
-import platform
 import statistics
 import sys
 import time
@@ -33,7 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from load import hardware
+from machine import machine
 
 from spt_jax.config import default_config
 from spt_jax.data.loader import sequential_batches
@@ -181,10 +177,6 @@ def main(options: argparse.Namespace) -> None:
     for side, found in seconds.items():
         rate = candidates / median[side]
         print(f"{side:<14} {median[side]:>10.2f} {min(found):>10.2f} {max(found):>10.2f} {rate:>14.1f}")
-    found = hardware()
-    installed = {package.name: package.version for package in importlib.metadata.distributions()}
-    found["versions"] = {name: installed.get(name) for name in ("jax", "jaxlib", "numpy", "spt_jax")}
-    found["versions"]["python"] = platform.python_version()
     print(
         json.dumps(
             {
@@ -199,9 +191,7 @@ def main(options: argparse.Namespace) -> None:
                 "dtype": options.dtype,
                 "batch": options.batch,
                 "device": jax.devices()[0].device_kind,
-                "load_average": os.getloadavg()[0],
-                **found,
-                "date": datetime.date.today().isoformat(),
+                **machine("jaxlib"),
             }
         )
     )

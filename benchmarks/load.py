@@ -20,7 +20,6 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import shutil
 import subprocess
 import sys
@@ -283,15 +282,6 @@ def table(results: Mapping[str, list[dict[str, float]]]) -> str:
     return "\n".join(lines)
 
 
-def hardware() -> dict[str, Any]:
-    """What the figures depend on."""
-    cpu = Path("/proc/cpuinfo").read_text()
-    models = [line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
-    installed = {found.name: found.version for found in importlib.metadata.distributions()}
-    versions = {name: installed.get(name) for name in ("jax", "flax", "numpy", "safetensors", "torch")}
-    return {"cpu": models[0] if models else platform.machine(), "cores": os.cpu_count(), "versions": versions}
-
-
 def _mesh(text: str) -> dict[str, int]:
     mesh = {}
     for part in text.split(","):
@@ -326,6 +316,8 @@ def main(options: argparse.Namespace) -> None:
     if options.measure:
         print(json.dumps(measure(options.measure, options.folder, options.dtype, options.mesh, options.quantization)))
         return
+    from machine import machine  # beside this program, whose functions are used elsewhere
+
     loaders = list(LOADERS)
     if importlib.util.find_spec("torch") is None:
         print("torch is not installed, so there is nothing to compare with: pip install torch", file=sys.stderr)
@@ -341,7 +333,8 @@ def main(options: argparse.Namespace) -> None:
     settings = {name: getattr(options, name) for name in ("mesh", "dtype", "quantization", "rounds", "cold", "shards")}
     print(f"{size / MB:.0f} MB in {options.shards} files, {settings}")
     print(table(results))
-    print(json.dumps({"file_mb": round(size / MB, 1), **settings, **hardware(), "results": results}))
+    about = {"file_mb": round(size / MB, 1), **settings, **machine("safetensors", "torch")}
+    print(json.dumps({**about, "results": results}))
 
 
 if __name__ == "__main__":

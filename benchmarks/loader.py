@@ -19,12 +19,9 @@ input. The start, until the first batch is there, is told apart. Ratios are of m
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -34,7 +31,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from load import hardware
+from machine import machine
 
 from spt_jax.config import default_config
 from spt_jax.data.dialogue import Dialogue
@@ -153,10 +150,6 @@ def main(options: argparse.Namespace) -> None:
     for speed_of_device in options.turns_a_second:
         waits[speed_of_device], start = waiting(loader, speed_of_device, options.seconds)
         print(f"{speed_of_device:>12,} turns/s {waits[speed_of_device]:>8.2%} {start:>8.3f} s", flush=True)
-    found = hardware()
-    installed = {package.name: package.version for package in importlib.metadata.distributions()}
-    found["versions"] = {name: installed.get(name) for name in ("numpy", "grain", "tokenizers", "sacrebleu", "spt_jax")}
-    found["versions"]["python"] = platform.python_version()
     print(
         json.dumps(
             {
@@ -168,9 +161,7 @@ def main(options: argparse.Namespace) -> None:
                 "turns": turns,
                 "turns_per_batch": {"ours": loader.turns_per_step, "on the fly": options.rival_turns},
                 "padding_share": loader.padding_share,
-                "load_average": os.getloadavg()[0],
-                **found,
-                "date": datetime.date.today().isoformat(),
+                **machine("grain", "tokenizers", "sacrebleu"),
             }
         )
     )

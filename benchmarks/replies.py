@@ -21,12 +21,9 @@ extrapolated, a turn as long as those that were measured. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
-import importlib.metadata
 import itertools
 import json
 import os
-import platform
 import sys
 import time
 from collections.abc import Sequence
@@ -95,7 +92,7 @@ def by_length(contexts: Replies, batch: int, rounds: int) -> list[list[int]]:
 def main(options: argparse.Namespace) -> None:
     """Measures, prints a table and one line of JSON."""
     import jax.numpy as jnp
-    from load import hardware
+    from machine import machine
 
     from spt_jax.config import default_config
     from spt_jax.data.sources import read_dialogues
@@ -172,11 +169,6 @@ def main(options: argparse.Namespace) -> None:
         whole = len(every) / speed[side] / 60
         print(f"{side:<9} {counts[side]:>8} {sum(seconds[side]):>9.1f} {speed[side]:>10.3f} {whole:>20.1f}")
     print(f"{same} of {len(compared)} replies that both gave are the same, token by token")
-    machine = hardware()
-    machine["versions"] |= {
-        "transformers": importlib.metadata.version("transformers"),
-        "python": platform.python_version(),
-    }
     print(
         json.dumps(
             {
@@ -194,9 +186,7 @@ def main(options: argparse.Namespace) -> None:
                 "new_tokens": options.new,
                 "threads": options.threads,
                 "dtype": "float32",
-                "load_average": os.getloadavg()[0],
-                **machine,
-                "date": datetime.date.today().isoformat(),
+                **machine("torch", "transformers"),
             }
         )
     )

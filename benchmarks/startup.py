@@ -252,7 +252,7 @@ def table(report: dict[str, Any]) -> str:
 
 def main(options: argparse.Namespace, rest: list[str]) -> None:
     """Times the help and the starts, prints the breakdowns and one line of JSON."""
-    from load import hardware  # not in the processes that are timed
+    from machine import machine  # not in the processes that are timed
 
     if not any(argument.startswith("--config=") for argument in rest):
         rest = ["--config=configs/quickstart.py", *rest]
@@ -271,7 +271,7 @@ def main(options: argparse.Namespace, rest: list[str]) -> None:
         print(f"\n{name} caches, {' '.join(rest)}")
         print(table(results[name]))
     results["warm_start_seconds"] = [round(report["start_seconds"], 2) for report in warm]
-    print(json.dumps({"arguments": rest, **hardware(), "load_average": os.getloadavg()[0], **results}))
+    print(json.dumps({"arguments": rest, **machine(), **results}))
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:

@@ -13,9 +13,7 @@ proportions. The last line is JSON.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import os
 import statistics
 import time
 from collections.abc import Callable
@@ -24,7 +22,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from drawn_batch import draw_batch
-from load import hardware
+from machine import machine
 from train_step_setup import SHAPES, lm_fields
 
 from spt_jax.config import default_config
@@ -114,12 +112,8 @@ def main(arguments: list[str] | None = None) -> None:
     for name, spent in found.items():
         clock = f"{statistics.median(seconds[name]):>9.3f}" if name in seconds else ""
         print(f"{name:<12} {spent:>9.3f} {spent / whole:>8.1%} {clock}")
-    facts = {"shape": options.shape, "rows": options.rows, "jax": jax.__version__, "load_average": os.getloadavg()[0]}
-    print(
-        json.dumps(
-            {"core_seconds": found, "seconds": seconds} | facts | hardware() | {"date": f"{datetime.date.today()}"}
-        )
-    )
+    facts = {"shape": options.shape, "rows": options.rows}
+    print(json.dumps({"core_seconds": found, "seconds": seconds} | facts | machine()))
 
 
 if __name__ == "__main__":

@@ -26,12 +26,9 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import datetime
 import functools
-import importlib.metadata
 import json
 import os
-import platform
 import statistics
 import sys
 import tempfile
@@ -40,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from load import hardware
+from machine import machine
 from train_step_setup import GROUP, PREPARED, SHAPES, prepare
 from train_step_workers import SIDES, Side, Worker
 
@@ -219,10 +216,6 @@ def summary(
     """The last line."""
     speed = {side: statistics.median(rates(found)) for side, found in runs.items()}
     ours = runs["ours"]
-    found = hardware()
-    more = ("transformers", "peft", "spt_jax")
-    installed = {package.name: package.version for package in importlib.metadata.distributions()}
-    found["versions"] |= {"python": platform.python_version(), **{name: installed.get(name) for name in more}}
     return {
         "shape": options.shape,
         **{RATIOS[side]: speed["ours"] / speed[side] for side in speed if side != "ours"},
@@ -241,9 +234,7 @@ def summary(
         "device": options.device,
         "dtype": options.dtype,
         "product_flops_per_second": dict(products),
-        "load_average": os.getloadavg()[0],
-        **found,
-        "date": datetime.date.today().isoformat(),
+        **machine("safetensors", "torch", "transformers", "peft"),
     }
 
 
