@@ -86,29 +86,34 @@ class Ours:
 
 
 class Theirs:
-    """transformers' ``generate``, soft prompt and text as input embeddings, padded on the left."""
+    """transformers' ``generate``, soft prompt and text as input embeddings, padded on the left.
 
-    def __init__(self, folder: Path, bank: np.ndarray, new: int) -> None:
+    Args:
+        lm: An LM of transformers, in evaluation mode.
+        bank: float32 ``[K, P, M]``.
+        pad_id: What rows are padded with.
+        options: Of ``generate``.
+    """
+
+    def __init__(self, lm: Any, bank: np.ndarray, pad_id: int, **options: Any) -> None:
         import torch
-        import transformers
 
-        self.torch, self.bank, self.new = torch, torch.tensor(bank), new
-        self.lm = transformers.OPTForCausalLM.from_pretrained(folder, dtype="float32").eval()
+        self.lm, self.torch, self.bank = lm, torch, torch.tensor(bank)
+        self.pad_id, self.options = pad_id, options
 
     def generated(self, contexts: Replies, prompt: int, **options: Any) -> Any:
         """One call for all rows behind one prompt."""
         torch = self.torch
         width = max(map(len, contexts))
-        tokens = torch.tensor([[1] * (width - len(context)) + context for context in contexts])
+        tokens = torch.tensor([[self.pad_id] * (width - len(context)) + context for context in contexts])
         real = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
         front = self.bank[prompt].expand(len(contexts), -1, -1)
         with torch.no_grad():
             return self.lm.generate(
                 inputs_embeds=torch.cat([front, self.lm.get_input_embeddings()(tokens)], dim=1),
                 attention_mask=torch.cat([torch.ones(front.shape[:2], dtype=real.dtype), real], dim=1),
-                max_new_tokens=self.new,
-                min_new_tokens=self.new,
                 do_sample=False,
+                **self.options,
                 **options,
             )
 
@@ -223,6 +228,7 @@ def main(options: argparse.Namespace) -> None:
         SystemExit: The replies differ.
     """
     from train_step_setup import NUM_PROMPTS, lm_fields, write_initial, write_lm
+    from transformers import OPTForCausalLM
 
     with tempfile.TemporaryDirectory(prefix="generate-") as name:
         folder = Path(name)
@@ -231,7 +237,9 @@ def main(options: argparse.Namespace) -> None:
         write_initial(folder, fields["hidden_size"])
         bank = np.load(folder / "initial.npz")["bank"]
         contexts, mixed = make_rows(options.rows, options.tokens, fields["vocab_size"], NUM_PROMPTS)
-        ours, theirs = Ours(folder, bank, options.new, options.length_multiple), Theirs(folder, bank, options.new)
+        ours = Ours(folder, bank, options.new, options.length_multiple)
+        lm = OPTForCausalLM.from_pretrained(folder, dtype="float32").eval()
+        theirs = Theirs(lm, bank, 1, max_new_tokens=options.new, min_new_tokens=options.new)
     same = ties = 0
     alone = [0] * options.rows
     for selected in (mixed, alone):

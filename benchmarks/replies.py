@@ -26,7 +26,8 @@ import json
 import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -34,44 +35,22 @@ PROMPTS, PROMPT_LENGTH = 4, 8
 Replies = list[list[int]]
 
 
-class Theirs:
-    """transformers on the GGUF file of `source`, soft prompt and text as input embeddings, padded on the left."""
+def transformers_lm(source: str) -> Any:
+    """The LM of `source`, a folder or a GGUF file, as transformers reads it, in float32."""
+    import torch
+    from transformers import AutoModelForCausalLM
 
-    def __init__(self, source: str, bank: np.ndarray, stop_ids: Sequence[int], pad_id: int, new: int) -> None:
-        import torch
-        from transformers import AutoModelForCausalLM
+    from spt_jax.models.files.sources import resolve_source
 
-        from spt_jax.models.files.sources import resolve_source
+    path = resolve_source(source).path
+    where = {"gguf_file": path.name} if path.is_file() else {}
+    folder = str(path.parent if path.is_file() else path)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
 
-        path = resolve_source(source).path
-        where = {"gguf_file": path.name} if path.is_file() else {}
-        folder = str(path.parent if path.is_file() else path)
-        self.lm = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **where).eval()
-        self.torch, self.bank = torch, torch.tensor(bank)
-        self.stop_ids, self.pad_id, self.new = list(stop_ids), pad_id, new
 
-    def replies(self, contexts: Replies, selected: Sequence[int]) -> Replies:
-        """New tokens of every row, up to what ends it; a call for each distinct prompt."""
-        torch, width = self.torch, max(map(len, contexts))
-        tokens = torch.tensor([[self.pad_id] * (width - len(context)) + context for context in contexts])
-        real = torch.tensor([[0] * (width - len(context)) + [1] * len(context) for context in contexts])
-        found: dict[int, Replies] = {}
-        for prompt in sorted(set(selected)):
-            front = self.bank[prompt].expand(len(contexts), -1, -1)
-            with torch.no_grad():
-                found[prompt] = self.lm.generate(
-                    inputs_embeds=torch.cat([front, self.lm.get_input_embeddings()(tokens)], dim=1),
-                    attention_mask=torch.cat([torch.ones(front.shape[:2], dtype=real.dtype), real], dim=1),
-                    max_new_tokens=self.new,
-                    do_sample=False,
-                    eos_token_id=self.stop_ids,
-                    pad_token_id=self.pad_id,
-                ).tolist()
-        return [self._cut(found[prompt][row]) for row, prompt in enumerate(selected)]
-
-    def _cut(self, tokens: list[int]) -> list[int]:
-        ends = [place for place, token in enumerate(tokens) if token in self.stop_ids]
-        return tokens[: ends[0]] if ends else tokens
+def cut(tokens: list[int], stop_ids: Collection[int]) -> list[int]:
+    """The tokens before the first that ends a reply."""
+    return list(itertools.takewhile(lambda token: token not in stop_ids, tokens))
 
 
 def shares(count: int, rounds: int) -> list[range]:
@@ -92,6 +71,7 @@ def by_length(contexts: Replies, batch: int, rounds: int) -> list[list[int]]:
 def main(options: argparse.Namespace) -> None:
     """Measures, prints a table and one line of JSON."""
     import jax.numpy as jnp
+    from generate import Theirs
     from machine import machine
 
     from spt_jax.config import default_config
@@ -123,7 +103,9 @@ def main(options: argparse.Namespace) -> None:
         vocab_size=lm.tokenizer.vocab_size,
         max_batch=options.batch,
     )
-    theirs = Theirs(options.model, bank, stops, lm.tokenizer.pad_id, options.new)
+    pad_id = lm.tokenizer.pad_id
+    ends = {"eos_token_id": stops, "pad_token_id": pad_id, "max_new_tokens": options.new}
+    theirs = Theirs(transformers_lm(options.model), bank, pad_id, **ends)
     placed = jnp.asarray(bank)
 
     def ours(turns: Sequence[int]) -> Replies:
@@ -155,7 +137,7 @@ def main(options: argparse.Namespace) -> None:
                 found = theirs.replies([contexts[turn] for turn in batch], [selected[turn] for turn in batch])
             seconds[side].append(time.perf_counter() - begun)
         calls += len({selected[turn] for turn in batch})
-        compared += list(zip(batch, found, strict=True))
+        compared += [(turn, cut(reply, stops)) for turn, reply in zip(batch, found, strict=True)]
         print(
             f"round {number + 1}: ours {len(rounds[number])} replies in {seconds['ours'][-1]:.1f} s, "
             f"theirs {len(batch)} in {seconds['authors'][-1]:.1f} s",

@@ -22,6 +22,6 @@ def test_a_sound_file_is_read(reader: Reader, tmp_path: Path) -> None:
 def test_any_bytes_are_read_or_refused_with_a_sentence(
     reader: Reader, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:
-    count = 2000 if request.config.getoption("--all") else 200
+    count = 5000 if request.config.getoption("--all") else 200
     refused = run_campaign(reader, count, tmp_path)
     assert refused > count // 20  # else the mutations do not reach what the reader checks
