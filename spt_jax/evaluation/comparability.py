@@ -9,7 +9,8 @@ import numpy as np
 
 from spt_jax.errors import UserError, nearest
 from spt_jax.evaluation.bert_score import bert_scores
-from spt_jax.evaluation.evaluated_runs import EvaluatedRun, RunGroup, differing_settings, turn_name
+from spt_jax.evaluation.evaluated_runs import EvaluatedRun, RunGroup, differing_settings
+from spt_jax.evaluation.evaluation_files import turn_name
 from spt_jax.evaluation.resampling import KEPT
 
 _FEW_DIALOGUES = 20

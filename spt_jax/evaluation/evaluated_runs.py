@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from spt_jax.config import flatten
 from spt_jax.errors import UserError
+from spt_jax.evaluation.evaluation_files import predictions_of, results_of, selected_nll, settings_of
 from spt_jax.evaluation.resampling import KEPT
-from spt_jax.json_text import is_number, is_text, json_object, parse_json
+from spt_jax.json_text import is_number
 
 MEASURED = "after training"
-_BESIDE_THE_METHOD = ("seed", "tracking.")
 
 
 @dataclass(frozen=True)
@@ -86,15 +85,15 @@ def read_run(name: str, folder: Path | None = None) -> EvaluatedRun:
         raise UserError(f"{name} is not the working directory of a run: it has no config.json")
     if not all((workdir / file).is_file() for file in ("results.json", "predictions.jsonl")):
         raise UserError(f"{name} has not been evaluated; run: spt-jax evaluate --workdir={name}")
-    settings, seed = _settings(workdir / "config.json")
-    results = _results(workdir / "results.json")
-    rows = _predictions(workdir / "predictions.jsonl")
+    settings, seed = settings_of(workdir / "config.json")
+    results = results_of(workdir / "results.json")
+    rows = predictions_of(workdir / "predictions.jsonl")
     if results.get("replies", len(rows)) != len(rows):
         raise UserError(
             f"{workdir / 'predictions.jsonl'} holds {len(rows)} replies, but results.json speaks of "
             f"{results['replies']}; run again: spt-jax evaluate --workdir={name}"
         )
-    selected_nll = [_selected_nll(row) for row in rows]
+    nll = [selected_nll(row) for row in rows]
     tokens = [row.get("target_tokens") for row in rows]
     bert = [row.get("bert_score") for row in rows]
     scored = all(isinstance(value, list) and len(value) == 3 and all(map(is_number, value)) for value in bert)
@@ -106,7 +105,7 @@ def read_run(name: str, folder: Path | None = None) -> EvaluatedRun:
         turn=np.asarray([row["turn"] for row in rows]),
         references=[row["reference"] for row in rows],
         predictions=[row["prediction"] for row in rows],
-        nll=None if None in selected_nll else np.asarray(selected_nll, np.float64),
+        nll=None if None in nll else np.asarray(nll, np.float64),
         target_tokens=None if None in tokens else np.asarray(tokens, np.int64),
         bert_score=np.asarray(bert, np.float64) if scored else None,
         personas=[row["persona"] for row in rows] if all(row.get("persona") is not None for row in rows) else None,
@@ -142,116 +141,11 @@ def group_by_seed(runs: Sequence[EvaluatedRun], *, group: bool = True) -> list[R
     return [RunGroup(label, tuple(members)) for label, members in zip(labels, found, strict=True)]
 
 
-def turn_name(dialogue: int, turn: int) -> str:
-    """A turn as a sentence names it."""
-    return f"turn {turn} of dialogue {dialogue}"
-
-
 def differing_settings(groups: Sequence[RunGroup], section: str) -> dict[str, list[Any]]:
     """Options of a section (``"evaluation."``) whose values are not the same in every group -> one value a group."""
     names = {key for group in groups for key in group.runs[0].settings if key.startswith(section)}
     values = {key: [group.runs[0].settings.get(key) for group in groups] for key in sorted(names)}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
-
-
-def _settings(path: Path) -> tuple[dict[str, Any], int]:
-    """What of a run's record tells methods apart, and the seed."""
-    record = json_object(path)
-    config, lm = record.get("config"), record.get("lm")
-    if not isinstance(config, dict):
-        raise UserError(f"{path} cannot be read: it has no 'config'")
-    try:
-        flat = flatten(config)
-    except RecursionError:
-        raise UserError(f"{path} cannot be read: its 'config' is nested too deeply") from None
-    seed = flat.get("seed", 0)
-    if type(seed) is not int:
-        raise UserError(f"{path} cannot be read: its seed is no whole number")
-    settings = {key: value for key, value in flat.items() if not key.startswith(_BESIDE_THE_METHOD)}
-    return settings | {
-        "lm": lm.get("sha256") if isinstance(lm, dict) else lm,
-        "tokenizer": record.get("tokenizer"),
-    }, seed
-
-
-def _results(path: Path) -> dict[str, Any]:
-    results = json_object(path)
-    columns, definitions = results.get("columns") or {}, results.get("definitions") or {}
-    if not isinstance(columns, dict) or not all(isinstance(column, dict) for column in columns.values()):
-        raise UserError(f"{path} cannot be read: its 'columns' are not objects of figures")
-    if not isinstance(definitions, dict) or not all(is_text(text) for text in (*definitions, *definitions.values())):
-        raise UserError(f"{path} cannot be read: its 'definitions' are not sentences by name")
-    for name in ("turns", "replies"):
-        if name in results and type(results[name]) is not int:
-            raise UserError(f"{path} cannot be read: {name!r} is no whole number")
-    return results | {"columns": columns, "definitions": definitions}
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**63
-
-
-def _are_texts(value: Any) -> bool:
-    return isinstance(value, list) and all(is_text(text) for text in value)
-
-
-def _is_nll(value: Any) -> bool:
-    """One figure a prompt, or one alone; of a model that has diverged they need not be finite."""
-    return all(type(number) in (int, float) for number in (value if isinstance(value, list) else [value]))
-
-
-_MOST_NATS = 700.0
-"""A token; beyond it no float holds the perplexity, so it is not known."""
-_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
-    "dialogue": (_is_count, "a whole number"),
-    "turn": (_is_count, "a whole number"),
-    "reference": (is_text, "a text"),
-    "prediction": (is_text, "a text"),
-    "persona": (_are_texts, "a list of texts"),
-    "history": (_are_texts, "a list of texts"),
-    "selected": (_is_count, "the number of a prompt"),
-    "nll": (_is_nll, "nats a token"),
-    "target_tokens": (lambda value: _is_count(value) and value > 0, "a whole number, 1 or more"),
-}
-"""What a line of predictions.jsonl holds -> whether a value is one, and what it is; those of `_NEEDED` never lack."""
-_NEEDED = ("dialogue", "turn", "reference", "prediction")
-
-
-def _predictions(path: Path) -> list[dict[str, Any]]:
-    rows, places = [], {}
-    try:
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read: {error}") from error
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
-        try:
-            row = parse_json(line)
-        except ValueError as error:
-            raise UserError(f"{path}:{number} is not JSON: {error}") from error
-        for key, (is_one, what) in _FIELDS.items():
-            value = row.get(key) if isinstance(row, dict) else None
-            if (key in _NEEDED or value is not None) and not is_one(value):
-                raise UserError(
-                    f"{path}:{number} has no {key!r} that is {what}; each line is one reply as evaluate writes it"
-                )
-        place = (row["dialogue"], row["turn"])
-        if place in places:
-            raise UserError(f"{path}:{number} answers {turn_name(*place)} once more, after line {places[place]}")
-        places[place] = number
-        rows.append(row)
-    if not rows:
-        raise UserError(f"{path} holds no reply; run evaluate without --replies, or with more of them")
-    return sorted(rows, key=lambda row: (row["dialogue"], row["turn"]))
-
-
-def _selected_nll(row: dict[str, Any]) -> float | None:
-    """Of the prompt that answered: the record keeps one figure a prompt, or one alone."""
-    nll, selected = row.get("nll"), row.get("selected") or 0
-    if isinstance(nll, list):
-        nll = nll[selected] if selected < len(nll) else None
-    return float(nll) if is_number(nll) and abs(nll) <= _MOST_NATS else None
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:
