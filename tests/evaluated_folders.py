@@ -44,10 +44,11 @@ def write_run(
     definitions: Mapping[str, str] | None = None,
     total_turns: int | None = None,
     more: Mapping[str, list[Any]] | None = None,
+    evaluated_with: Mapping[str, Any] | None = None,
 ) -> Path:
     """Writes ``config.json``, ``results.json`` and ``predictions.jsonl``; perplexity in the results is 20.
 
-    `more` holds further fields of the predictions, a value a turn.
+    `more` holds further fields of the predictions, a value a turn; `evaluated_with` options as the evaluation had them.
     """
     folder.mkdir(parents=True)
     config = {"seed": seed, "method": {"kind": "spt"}, "evaluation": {"max_new_tokens": 32}, **(settings or {})}
@@ -58,6 +59,7 @@ def write_run(
         "replies": len(turns),
         "data": "valid.txt",
         "definitions": {"perplexity": "exp of nats a token", **(definitions or {})},
+        "settings": dict(evaluated_with or {}),
     }
     lines = []
     for i, ((dialogue, turn, response), text) in enumerate(zip(turns, texts, strict=True)):

@@ -19,6 +19,7 @@ from absl import flags
 
 from spt_jax.commands.conversation import Conversation
 from spt_jax.commands.replying import Opener, Responder, define_reply_flags, reply_settings, restored
+from spt_jax.commands.shown_text import typed
 from spt_jax.errors import UserError
 from spt_jax.storage.bucket import is_bucket_url
 
@@ -43,7 +44,7 @@ def run(flag_values: flags.FlagValues, opener: Opener | None = None) -> int:
         UserError: If a flag is wrong or the run cannot be opened.
     """
     settings = reply_settings(flag_values)
-    persona = tuple(line.strip() for line in flag_values.persona)
+    persona = tuple(typed(line).strip() for line in flag_values.persona)
     if "" in persona:
         raise UserError("--persona is empty; give a line such as --persona='i have two dogs.', or leave it out")
     from rich.console import Console
@@ -54,7 +55,7 @@ def run(flag_values: flags.FlagValues, opener: Opener | None = None) -> int:
     responder = Responder(run_, settings, max_batch=1, length_multiple=_LENGTH_MULTIPLE)
     console = Console(soft_wrap=True, markup=False, highlight=False)
     saved_in = Path() if is_bucket_url(flag_values.workdir) else Path(flag_values.workdir)
-    session = ChatSession(run_, responder, Conversation(persona), console, saved_in)
+    session = ChatSession(responder, Conversation(persona), console, workdir=flag_values.workdir, saved_in=saved_in)
     if console.is_terminal:
         console.out("Say something; /help lists the commands, /exit leaves.", style="dim", highlight=False)
     session.run(line_reader())

@@ -7,7 +7,6 @@ import dataclasses
 import datetime
 import json
 import sys
-import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +14,8 @@ from rich.console import Console
 
 from spt_jax.atomic_file import write_atomically
 from spt_jax.commands.conversation import ORDERS, Conversation, Exchange, Order, read_order
-from spt_jax.commands.replying import Responder, RestoredRun, Selection
+from spt_jax.commands.replying import Responder, Selection
+from spt_jax.commands.shown_text import shown, shown_line
 from spt_jax.errors import UserError
 from spt_jax.generation.decoding import Decoding
 
@@ -49,34 +49,27 @@ def _read_plain_line() -> str:
         raise UserError(f"standard input is not {error.encoding} text") from error
     if not line:
         raise EOFError
-    # Under some locales bytes that are not UTF-8 arrive as lone surrogates, which no tokenizer takes.
-    return line.rstrip("\r\n").encode("utf-8", "replace").decode("utf-8")
-
-
-def _printable(text: str) -> str:
-    """Without control characters: an LM must not steer the terminal."""
-    return "".join(character for character in text if unicodedata.category(character) not in ("Cc", "Cs"))
+    return line.rstrip("\r\n")
 
 
 class ChatSession:
     """One conversation at a terminal.
 
     Args:
-        run: The restored run.
-        responder: Replies with the run.
+        responder: Replies with a run.
         conversation: Where to begin.
         console: What is written to.
-        workdir: Where /save puts files without a name.
+        workdir: The run's, as the user named it; a transcript tells of it.
+        saved_in: Where /save puts files without a name.
     """
 
     def __init__(
-        self, run: RestoredRun, responder: Responder, conversation: Conversation, console: Console, workdir: Path
+        self, responder: Responder, conversation: Conversation, console: Console, *, workdir: str, saved_in: Path
     ) -> None:
         self.conversation = conversation
-        self._run = run
         self._responder = responder
         self._console = console
-        self._workdir = workdir
+        self._workdir, self._saved_in = workdir, saved_in
         self._seed = responder.settings.seed
         self._said_dropped = False
         self._saved: set[Path] = set()
@@ -95,7 +88,10 @@ class ChatSession:
                 return
 
     def obey(self, line: str) -> bool:
-        """Does what one line asks for; False when it asks to leave. A user's mistake is told, never raised."""
+        """Does what one line asks for; False when it asks to leave.
+
+        A user's mistake is told, never raised; Ctrl-C stops what is done, and the conversation stays as it was.
+        """
         try:
             order = read_order(line)
             if order.name == "exit":
@@ -103,6 +99,8 @@ class ChatSession:
             self._obey(order)
         except UserError as error:
             self._note(str(error))
+        except KeyboardInterrupt:
+            self._note("(stopped)")
         return True
 
     def _obey(self, order: Order) -> None:
@@ -140,7 +138,7 @@ class ChatSession:
 
     def _answer(self, conversation: Conversation, message: str, decoding: Decoding) -> None:
         """Replies to `message` after `conversation`, which becomes the session's once a reply began."""
-        tokens = self._run.encode_context(conversation.persona, conversation.history(message))
+        tokens = self._responder.encode(conversation.persona, conversation.history(message))
         self._say_once_if_dropped(conversation, message, tokens)
         selection = self._responder.select([tokens])[0]
         stream = self._responder.stream(selection, seed=self._seed, decoding=decoding)
@@ -150,39 +148,46 @@ class ChatSession:
             with self._patience():
                 piece = next(pieces, "")
             while piece:
-                self._console.out(_printable(piece), end="", highlight=False)
+                self._console.out(shown(piece), end="", highlight=False)
                 piece = next(pieces, "")
         except KeyboardInterrupt:
             self._console.out(" (stopped)", end="", style="dim", highlight=False)
         self._console.out("" if stream.text else "(an empty reply: /retry, or other words)", highlight=False)
-        exchange = Exchange(message, stream.text, selection.prompt, selection.scores, self._seed)
+        exchange = Exchange(
+            message, stream.text, selection.prompt, selection.scores, self._seed, conversation.persona, decoding
+        )
         self.conversation = conversation.answered(exchange)
 
     def _say_once_if_dropped(self, conversation: Conversation, message: str, tokens: list[int]) -> None:
         history = conversation.history(message)
         if self._said_dropped or len(history) < 3:
             return
-        if tokens == self._run.encode_context(conversation.persona, history[2:]):
+        if tokens == self._responder.encode(conversation.persona, history[2:]):
             self._said_dropped = True
             self._note("The conversation is longer than the context: from here on the oldest turns are left out.")
 
     def _show_selection(self, selection: Selection) -> None:
         scores = "  ".join(f"{index}: {score:.3f}" for index, score in enumerate(selection.scores))
         forced = " (forced)" if self._responder.settings.prompt is not None else ""
-        self._note(f"prompt {selection.prompt}{forced} answers; scores {scores}")
+        who = f"prompt {selection.prompt}{forced} answers"
+        if self._responder.mixes:
+            who = f"a mixture of all prompts answers, prompt {selection.prompt} the most of it"
+        self._note(f"{who}; scores {scores}")
 
     def _explain(self, argument: str) -> None:
         """The retriever's view of a message: each prompt's score, and what it would have said."""
-        if argument and not argument.isdecimal():
-            raise UserError(f"/why takes the number of a message, but got {argument!r}.")
+        if argument and not (argument.isdecimal() and len(argument) < 10):
+            raise UserError(f"/why takes the number of a message, but got {argument[:40]!r}.")
         before, exchange = self.conversation.before(int(argument) if argument else len(self.conversation.exchanges))
-        tokens = self._run.encode_context(before.persona, before.history(exchange.message))
+        tokens = self._responder.encode(before.persona, before.history(exchange.message))
         with self._patience():
-            replies = self._responder.under_every_prompt(tokens, seed=exchange.seed)
-        self._note(f"to {_printable(exchange.message)!r}:")
+            replies = self._responder.under_every_prompt(tokens, seed=exchange.seed, decoding=exchange.decoding)
+        self._note(f"to {shown_line(exchange.message)!r}:")
+        if self._responder.mixes:
+            self._note("(what answered is a mixture of all prompts, the marked one the most of it)")
         for prompt, (score, reply) in enumerate(zip(exchange.scores, replies, strict=True)):
             mark = "*" if prompt == exchange.prompt else " "
-            self._note(f"{mark} prompt {prompt}, score {score:.3f}: {_printable(reply) or '(an empty reply)'}")
+            self._note(f"{mark} prompt {prompt}, score {score:.3f}: {shown_line(reply) or '(an empty reply)'}")
 
     def _patience(self) -> contextlib.AbstractContextManager[object]:
         # The first reply of a length compiles: seconds in which a terminal must not look dead.
@@ -199,15 +204,13 @@ class ChatSession:
 
     def _save(self, argument: str) -> None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-        path = Path(argument).expanduser() if argument else self._workdir / f"chat-{stamp}.json"
+        path = Path(argument).expanduser() if argument else self._saved_in / f"chat-{stamp}.json"
         path = path.absolute()
         if path.exists() and path not in self._saved:
             raise UserError(f"{path} exists already; /save FILE takes another name.")
-        settings = self._responder.settings
         transcript = {
-            "workdir": str(self._workdir),
-            "decoding": dataclasses.asdict(self._responder.decoding),
-            "max_new_tokens": settings.max_new_tokens,
+            "workdir": self._workdir,
+            "max_new_tokens": self._responder.max_new_tokens,
             **self.conversation.transcript(),
         }
         write_atomically(path, json.dumps(transcript, ensure_ascii=False, indent=2) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+from spt_jax.commands.shown_text import typed
 from spt_jax.errors import UserError, nearest
 
 ORDERS = {
@@ -42,7 +43,7 @@ def read_order(line: str) -> Order:
     Raises:
         UserError: If it begins with a slash and is no known command, or a command that takes nothing gets something.
     """
-    line = line.strip()
+    line = typed(line).strip()
     if line in _BARE_WORDS:
         return Order(_BARE_WORDS[line])
     if not line.startswith("/"):
@@ -66,6 +67,8 @@ class Exchange:
         prompt: The soft prompt that answered.
         scores: The retriever's K scores.
         seed: The seed of the draws.
+        persona: The lines it was said under.
+        decoding: How its tokens were chosen, a `spt_jax.generation.decoding.Decoding`.
     """
 
     message: str
@@ -73,6 +76,8 @@ class Exchange:
     prompt: int
     scores: tuple[float, ...]
     seed: int = 0
+    persona: tuple[str, ...] = ()
+    decoding: Any = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +112,7 @@ class Conversation:
         return dataclasses.replace(self, exchanges=self.exchanges[:-1]), self.exchanges[-1].message
 
     def before(self, number: int) -> tuple[Conversation, Exchange]:
-        """The conversation before its `number`-th exchange, counted from 1, and that exchange.
+        """The conversation before its `number`-th exchange, counted from 1, under that one's persona; and it.
 
         Raises:
             UserError: If there is none.
@@ -116,7 +121,8 @@ class Conversation:
             raise UserError("Nothing was said yet; say something first.")
         if not 1 <= number <= len(self.exchanges):
             raise UserError(f"There is no message {number}; this conversation has 1 to {len(self.exchanges)}.")
-        return dataclasses.replace(self, exchanges=self.exchanges[: number - 1]), self.exchanges[number - 1]
+        exchange = self.exchanges[number - 1]
+        return Conversation(exchange.persona, self.exchanges[: number - 1]), exchange
 
     def cleared(self) -> Conversation:
         """The persona alone."""
@@ -132,5 +138,8 @@ class Conversation:
 
     def transcript(self) -> dict[str, Any]:
         """Plain values for JSON: ``persona`` and ``turns``, each turn the fields of an `Exchange`."""
-        turns = [{**dataclasses.asdict(exchange), "scores": list(exchange.scores)} for exchange in self.exchanges]
+        turns = [
+            {**dataclasses.asdict(exchange), "scores": list(exchange.scores), "persona": list(exchange.persona)}
+            for exchange in self.exchanges
+        ]
         return {"persona": list(self.persona), "turns": turns}

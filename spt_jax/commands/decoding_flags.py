@@ -26,7 +26,7 @@ _OPTIONS = {
     "repetition_penalty": _Option("float", "Above 1: tokens generated before become less likely (CTRL's penalty)."),
     "presence_penalty": _Option("float", "Above 0: is taken from the logits of tokens generated before."),
     "no_repeat_ngram": _Option("integer", "No n-gram of this length is generated twice; 0 for no such rule."),
-    "min_new_tokens": _Option("integer", "Tokens before which no reply may end."),
+    "min_new_tokens": _Option("integer", "Tokens before which no end of sequence may end a reply."),
     "stop": _Option("multi_string", "A text that ends a reply, which does not contain it; repeat for more."),
     "beams": _Option("integer", "Width of beam search; 1 for none. The paper's chats: 10, with --no_repeat_ngram=4."),
     "length_penalty": _Option("float", "A beam's score is its log-probability / length ** length_penalty."),

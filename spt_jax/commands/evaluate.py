@@ -13,6 +13,7 @@ Examples:
 
 from __future__ import annotations
 
+import contextlib
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -178,8 +179,12 @@ def _check_scorers(options: Any) -> None:
     """Says before the work what would stop it at its end."""
     from spt_jax.evaluation.bert_score import PAPERS_MODEL, check_bert_score
     from spt_jax.evaluation.nli import check_nli
+    from spt_jax.evaluation.wordnet import WordNetMissingError, find_wordnet
 
     groups = chosen_groups(options.metrics)
+    if "meteor" in groups:
+        with contextlib.suppress(WordNetMissingError):  # the evaluation says it beside its figures
+            find_wordnet()
     if options.bertscore or "bertscore" in groups:
         check_bert_score(options.bertscore or PAPERS_MODEL)
     if options.nli:
@@ -191,6 +196,7 @@ def _check_scorers(options: Any) -> None:
 def _show(results: dict[str, Any]) -> None:
     from rich.console import Console
 
+    from spt_jax.commands.shown_text import shown_line
     from spt_jax.evaluation.table import rich_table
 
     print(f"\n{results['turns']} turns scored, {results['replies']} of them answered")
@@ -200,10 +206,6 @@ def _show(results: dict[str, Any]) -> None:
     for sample in results["samples"][:_SAMPLES_PRINTED]:
         selected = sample["selected"]
         who = f"soft prompt {selected}" if len(sample["replies"]) > 1 else "it"
-        print(f"\npersona: {_line(' '.join(sample['persona']))}\n  they say: {_line(sample['history'][-1])}")
-        print(f"  {who} answers: {_line(sample['replies'][selected]) or '(nothing)'}")
-
-
-def _line(text: str) -> str:
-    """Without control characters: neither an LM nor a file of dialogues must steer the terminal."""
-    return "".join(character for character in text if character.isprintable())
+        said = "the persona says" if sample.get("own_last") else "they say"
+        print(f"\npersona: {shown_line(' '.join(sample['persona']))}\n  {said}: {shown_line(sample['history'][-1])}")
+        print(f"  {who} answers: {shown_line(sample['replies'][selected]) or '(nothing)'}")

@@ -88,9 +88,10 @@ def door_help(description: str, flag_values: flags.FlagValues) -> str:
 
 def _refuse_unknown(door: str, own: dict[str, flags.Flag], arguments: Sequence[str]) -> None:
     """A misspelt flag is told before a config file is looked for."""
+    known = {"config", "noconfig", "flagfile", "", *own, *(f"no{name}" for name, flag in own.items() if flag.boolean)}
     for argument in arguments:
         name = argument.lstrip("-").partition("=")[0]
-        if argument.startswith("--") and name.partition(".")[0] not in ("config", "noconfig", *own, "flagfile", ""):
+        if argument.startswith("--") and name.partition(".")[0] not in known:
             raise UserError(_unknown(door, name, own))
 
 

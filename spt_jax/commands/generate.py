@@ -2,8 +2,9 @@
 
 A line of the input: {"persona": ["i have two dogs."], "history": ["hi, how are you?"]}, where the history alternates
 and ends with the partner's utterance. A line of the output: the same fields, and "reply", "selected" (the prompt that
-answered) and "scores" (the retriever's, one a prompt), in the input's order. With --samples=n "replies" holds n of
-them, the first of which is "reply".
+answered; with evaluation.selection = soft the one that weighs most in the mixture that did) and "scores" (the
+retriever's, one a prompt), in the input's order. With --samples=n "replies" holds n of them, the first of which is
+"reply".
 
 Examples:
   spt-jax generate --workdir=runs/quickstart --input=contexts.jsonl --out=replies.jsonl
@@ -54,7 +55,7 @@ def run(flag_values: flags.FlagValues, opener: Opener | None = None) -> int:
     requests = read_requests(source)
     run_ = restored(flag_values, opener)
     responder = Responder(run_, settings, max_batch=flag_values.batch)
-    selections = _selections(responder, encode_requests(requests, run_.encode_context), flag_values.batch)
+    selections = _selections(responder, encode_requests(requests, responder.encode), flag_values.batch)
     replies = _replies(responder, selections)
     write_atomically(target, "".join(map(_line, requests, selections, replies)))
     print(f"{len(replies)} replies in {target}", file=sys.stderr)

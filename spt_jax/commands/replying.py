@@ -49,8 +49,8 @@ class RestoredRun(Protocol):
         """The retriever's scores ``[n, K]`` of n contexts in tokens."""
         ...
 
-    def encode_context(self, persona: Sequence[str], history: Sequence[str]) -> list[int]:
-        """The tokens of an inference prompt, without its oldest turns where it would be too long."""
+    def encode_context(self, persona: Sequence[str], history: Sequence[str], *, room: int = 0) -> list[int]:
+        """The tokens of an inference prompt, without its oldest turns where the LM would have no `room` behind it."""
         ...
 
 
@@ -64,13 +64,13 @@ class ReplySettings:
 
     Attributes:
         given: Options of decoding that override the run's.
-        max_new_tokens: Tokens, at most, in a reply.
+        max_new_tokens: Tokens, at most, in a reply; None for as many as the run's evaluation.
         seed: Where draws begin.
         prompt: The prompt that answers every time; None leaves the choice to the retriever.
     """
 
     given: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    max_new_tokens: int = 32
+    max_new_tokens: int | None = None
     seed: int = 0
     prompt: int | None = None
 
@@ -95,7 +95,12 @@ def define_reply_flags(flag_values: flags.FlagValues, *, samples: bool = False) 
     fv = flag_values
     flags.DEFINE_string("workdir", None, "Working directory of a trained run.", flag_values=fv)
     flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", flag_values=fv)
-    flags.DEFINE_integer("max_new_tokens", 32, "Tokens in a reply, at most.", flag_values=fv)
+    flags.DEFINE_integer(
+        "max_new_tokens",
+        None,
+        "Tokens in a reply, at most. Else the run's evaluation.max_new_tokens.",
+        flag_values=fv,
+    )
     flags.DEFINE_integer("seed", 0, "Seed of the draws.", flag_values=fv)
     flags.DEFINE_integer(
         "prompt", None, "Index of a soft prompt that always answers, whatever the scores say.", flag_values=fv
@@ -112,7 +117,7 @@ def reply_settings(flag_values: flags.FlagValues) -> ReplySettings:
     fv = flag_values
     if not fv.workdir:
         raise UserError("--workdir is missing; give the working directory of a trained run")
-    if fv.max_new_tokens < 1:
+    if fv.max_new_tokens is not None and fv.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {fv['max_new_tokens'].value}; allowed: 1 or more")
     if not 0 <= fv.seed < 2**31:
         raise UserError(f"--seed is {fv['seed'].value}; allowed: 0 to {2**31 - 1}")
@@ -143,6 +148,8 @@ class Responder:
     Attributes:
         settings: As given.
         decoding: The run's options of decoding where the settings do not override them.
+        max_new_tokens: The run's where the settings do not override it.
+        mixes: Whether a mixture of all prompts answers, by their scores, and not the one with the best score.
 
     Raises:
         UserError: If `settings.prompt` is not in the bank, or options of decoding do not go together.
@@ -161,10 +168,17 @@ class Responder:
         if settings.prompt is not None and settings.prompt >= self._bank.shape[0]:
             raise UserError(f"--prompt is {settings.prompt}; this run has prompts 0 to {self._bank.shape[0] - 1}")
         options = run.config
-        self._soft = settings.prompt is None and options.evaluation.selection == "soft" and self._bank.shape[0] > 1
+        self.mixes = settings.prompt is None and options.evaluation.selection == "soft" and self._bank.shape[0] > 1
         self._temperature = options.objective.score_temperature
         tokenizer = run.lm.tokenizer
         self.decoding = Decoding.of(options.generation, **settings.given)
+        given = settings.max_new_tokens
+        self.max_new_tokens: int = options.evaluation.max_new_tokens if given is None else given
+        if self.decoding.min_new_tokens > self.max_new_tokens:
+            raise UserError(
+                f"--min_new_tokens is {self.decoding.min_new_tokens}; allowed: up to --max_new_tokens "
+                f"({self.max_new_tokens})"
+            )
         self._text = ReplyText(tokenizer.decode, run.cut, self.decoding.stop)
         self._engine = GenerationEngine(
             run.lm.config,
@@ -175,6 +189,10 @@ class Responder:
             max_batch=max_batch,
             length_multiple=length_multiple,
         )
+
+    def encode(self, persona: Sequence[str], history: Sequence[str]) -> list[int]:
+        """The tokens of an inference prompt, without its oldest turns where the reply would have no room behind it."""
+        return self._run.encode_context(persona, history, room=self.max_new_tokens)
 
     def select(self, contexts: Sequence[Sequence[int]]) -> list[Selection]:
         """The prompt of each context: the forced one, else the best score, the lowest index among equals."""
@@ -194,7 +212,7 @@ class Responder:
             bank,
             [selection.tokens for selection in selections],
             prompts,
-            max_new_tokens=self.settings.max_new_tokens,
+            max_new_tokens=self.max_new_tokens,
             decoding=self.decoding,
             seed=self.settings.seed,
             ended=self._text.ended,
@@ -203,15 +221,15 @@ class Responder:
         )
         return [[self._text.of(continued.tokens) for continued in row] for row in found]
 
-    def under_every_prompt(self, tokens: Sequence[int], *, seed: int) -> list[str]:
-        """The cut reply of each of the K prompts to one context, all with the same draws."""
+    def under_every_prompt(self, tokens: Sequence[int], *, seed: int, decoding: Decoding | None = None) -> list[str]:
+        """The cut reply of each of the K prompts to one context, all with the same draws; `decoding` as in `stream`."""
         prompts = range(self._bank.shape[0])
         found = self._engine.generate(
             self._bank,
             [tokens] * len(prompts),
             prompts,
-            max_new_tokens=self.settings.max_new_tokens,
-            decoding=self.decoding,
+            max_new_tokens=self.max_new_tokens,
+            decoding=decoding or self.decoding,
             seed=[seed] * len(prompts),
             ended=self._text.ended,
             stopped=self._text.stopped,
@@ -220,7 +238,7 @@ class Responder:
 
     def _fronts(self, selections: Sequence[Selection]) -> tuple[Any, list[int]]:
         """The bank and an index into it for each selection; with soft selection, a mixture of its own for each."""
-        if not self._soft:
+        if not self.mixes:
             return self._bank, [selection.prompt for selection in selections]
         from spt_jax.prompting.selective_lm import mixed_prompts
 
@@ -236,7 +254,7 @@ class Responder:
             bank,
             selection.tokens,
             prompts[0],
-            max_new_tokens=self.settings.max_new_tokens,
+            max_new_tokens=self.max_new_tokens,
             decoding=decoding or self.decoding,
             seed=seed,
             stopped=self._text.stopped,

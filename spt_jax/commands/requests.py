@@ -12,7 +12,7 @@ from typing import Any
 from spt_jax.errors import UserError
 from spt_jax.json_text import parse_json
 
-RESULT_FIELDS = ("reply", "selected", "scores")
+RESULT_FIELDS = ("reply", "replies", "selected", "scores")
 """What is added to a request's fields."""
 
 _SHOWN = 10

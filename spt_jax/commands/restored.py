@@ -27,6 +27,7 @@ from spt_jax.prompting.adapters import Conditions, Trainable, WholeModel
 from spt_jax.prompting.selective_lm import batch_scores, inference_conditions
 from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.checkpoint_arrays import restore_targets
+from spt_jax.training.description import front_length
 from spt_jax.training.experiment import Experiment, open_experiment, pad_id_of, read_source, read_splits, template_of
 from spt_jax.training.run_training import keeps_initial
 from spt_jax.training.workdir import CHECKPOINT_FOLDER, check_lm, read_config, read_initial
@@ -84,20 +85,22 @@ class Run:
         """The tokens that end a reply."""
         return [*self.lm.tokenizer.stop_ids, self.template.end_id(self.lm.tokenizer)]
 
-    def encode_context(self, persona: Sequence[str], history: Sequence[str]) -> list[int]:
+    def encode_context(self, persona: Sequence[str], history: Sequence[str], *, room: int = 0) -> list[int]:
         """Token ids of an inference prompt within the run's limits.
 
         Args:
             persona: The lines of the one who answers.
             history: Utterances in turn, the partner's last.
+            room: Tokens that the LM must have left behind soft prompt and context.
         """
         d = self.config.data
+        limit = min(d.max_length, max(0, self.lm.config.longest_row - front_length(self.config) - room))
         if d.max_turns:
             history = history[-(2 * d.max_turns - 1) :]
         tokenizer = self.lm.tokenizer
         if self.experiment.model.official:
-            return official_prompt(persona, history, tokenizer, max_length=d.max_length).tolist()
-        return encode_context(tokenizer, persona, history, max_length=d.max_length, template=self.template)
+            return official_prompt(persona, history, tokenizer, max_length=limit).tolist()
+        return encode_context(tokenizer, persona, history, max_length=limit, template=self.template)
 
     def score_contexts(self, contexts: Sequence[Sequence[int]]) -> np.ndarray:
         """The retriever's scores of each context: float32 ``[len(contexts), K]``.

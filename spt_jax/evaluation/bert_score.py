@@ -110,7 +110,9 @@ def bert_scores(
 
 
 def check_bert_score(model: str) -> None:
-    """Says before the work whether `bert_scores` could run with the encoder `model`; a hub id is not looked up.
+    """Says before the work whether `bert_scores` could run with the encoder `model`.
+
+    A hub id is not looked up, but for the number of layers of one that bert-score does not know.
 
     Raises:
         UserError: The library is missing, or there is no such folder or package.

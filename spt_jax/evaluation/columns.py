@@ -26,7 +26,7 @@ from spt_jax.generation.replies import ReplyText
 from spt_jax.metric_groups import EVERYDAY, chosen_groups, is_chosen
 from spt_jax.models.loading import LanguageModel
 from spt_jax.parallel.rules import row_sharding
-from spt_jax.prompting.adapters import Trainable
+from spt_jax.prompting.adapters import Conditions, Trainable
 from spt_jax.prompting.selective_lm import SelectiveLM, inference_conditions, mixed_prompts
 
 PERPLEXITY_DEFINITIONS = {
@@ -96,6 +96,10 @@ class ColumnEvaluator:
         bert_score_model: Encoder of BERTScore; one that is given asks for it.
         nli_model: Classifier of entailment; one that is given asks for the consistency with the persona.
         seed: Of the noise, and of draws.
+
+    Attributes:
+        answered: int ``[R]``, which turns, in order, get a reply.
+        learns_persona: Whether it is not responses that are learned but personas, from what was said.
     """
 
     def __init__(
@@ -131,7 +135,7 @@ class ColumnEvaluator:
         self._text = ReplyText(lm.tokenizer.decode, cut, self._decoding.stop)
         self._end_ids = [] if end_id is None else [end_id]
         self._template = template or PlainTemplate()
-        self._learns_persona = self._template.learns_persona
+        self.learns_persona = self._template.learns_persona
         self._soft, self._noise, self._seed = selection == "soft", selection_noise, seed
         self._temperature, self._groups = score_temperature, chosen_groups(metrics)
         self._scorers = {"bert_score_model": bert_score_model, "nli_model": nli_model}
@@ -153,7 +157,7 @@ class ColumnEvaluator:
 
     def _find_ranked(self) -> tuple[list[RankedTurn], str]:
         """The answered turns that can be ranked, and why there are none."""
-        if self._learns_persona:
+        if self.learns_persona:
             return [], "hits@1 is left out: it ranks responses, and data.task = persona writes none."
         if any(row.inference_prompt is not None for row in self._rows):
             return [], "hits@1 is left out: the official mode, whose contexts depend on their batch, ranks nothing."
@@ -170,13 +174,13 @@ class ColumnEvaluator:
     def reference(self, dialogue: int, turn: int) -> str:
         """What the dialogue has in the place of a reply: the response, or the persona where that is learned."""
         found = self._dialogues[dialogue]
-        return " ".join(found.persona) if self._learns_persona else found.turns[turn].response
+        return " ".join(found.persona) if self.learns_persona else found.turns[turn].response
 
     def history(self, dialogue: int, turn: int) -> list[str]:
         """What a reply goes by: the utterances up to the query, and the response too where the persona is learned."""
         found = self._dialogues[dialogue]
         said = turn_history(found, turn)
-        return [*said, found.turns[turn].response] if self._learns_persona else said
+        return [*said, found.turns[turn].response] if self.learns_persona else said
 
     def run(
         self,
@@ -199,16 +203,17 @@ class ColumnEvaluator:
             noisy = likelihoods.scores + self._noise * noise
             likelihoods = dataclasses.replace(likelihoods, scores=noisy.astype(np.float32))
         keys = [(int(likelihoods.dialogue[u]), int(likelihoods.turn[u])) for u in self.answered]
-        writer = self.writer(model, trainable)
-        conditions: Sequence[int] = likelihoods.selected[self.answered].tolist()
+        conditions = inference_conditions(model, self._lm.params, trainable)
+        writer = self.writer(model, conditions)
+        chosen: Sequence[int] = likelihoods.selected[self.answered].tolist()
         if self._soft and model.num_prompts > 1:
             mixed = mixed_prompts(writer.bank, likelihoods.scores[self.answered], self._temperature)
-            writer, conditions = dataclasses.replace(writer, bank=mixed), range(len(keys))
-        replies = writer.replies(keys, conditions, on_turns, kept)
+            writer, chosen = dataclasses.replace(writer, bank=mixed), range(len(keys))
+        replies = writer.replies(keys, chosen, on_turns, kept)
         references = [self.reference(*key) for key in keys]
-        personas = None if self._learns_persona else [self._dialogues[d].persona for d, _ in keys]
+        personas = None if self.learns_persona else [self._dialogues[d].persona for d, _ in keys]
         metrics = text_metrics(replies, references, personas, metrics=self._groups, **self._scorers)
-        ranking = self._rank(model, trainable, likelihoods, on_turns, kept) if self._ranked else None
+        ranking = self._rank(model, conditions, likelihoods, on_turns, kept) if self._ranked else None
         words = [len(self.reference(d, t).split()) for d, t in zip(likelihoods.dialogue, likelihoods.turn, strict=True)]
         figures = {
             "perplexity": likelihoods.perplexity,
@@ -248,13 +253,13 @@ class ColumnEvaluator:
     def _rank(
         self,
         model: SelectiveLM,
-        trainable: Trainable,
+        conditions: Conditions,
         likelihoods: Likelihoods,
         on_turns: Callable[[int], None],
         kept: KeptColumn | None,
     ) -> hits.Hits:
         pairs = zip(likelihoods.dialogue.tolist(), likelihoods.turn.tolist(), strict=True)
-        places = {key: u for u, key in enumerate(pairs)}
+        turn_of = {key: u for u, key in enumerate(pairs)}
         selected = likelihoods.selected
         numbers = {(turn.dialogue, turn.turn): len(turn.ids) for turn in self._ranked}
         known = {} if kept is None else kept.candidates()
@@ -262,17 +267,17 @@ class ColumnEvaluator:
         left = [turn for turn in self._ranked if (turn.dialogue, turn.turn) not in known]
         on_turns(len(self._ranked) - len(left))
 
-        def keep(numbers: Sequence[int], scores: Sequence[CandidateScores]) -> None:
+        def keep(places: Sequence[int], scores: Sequence[CandidateScores]) -> None:
             if kept is not None:
-                kept.keep_candidates([(left[number].dialogue, left[number].turn) for number in numbers], scores)
-            on_turns(len(numbers))
+                kept.keep_candidates([(left[place].dialogue, left[place].turn) for place in places], scores)
+            on_turns(len(places))
 
         scores = score_candidates(
             model,
-            inference_conditions(model, self._lm.params, trainable),
+            conditions,
             self._rows,
             left,
-            [int(selected[places[turn.dialogue, turn.turn]]) for turn in left],
+            [int(selected[turn_of[turn.dialogue, turn.turn]]) for turn in left],
             mesh=self._mesh,
             batch_size=self._batch_size,
             pad_id=self._pad_id,
@@ -287,9 +292,8 @@ class ColumnEvaluator:
         """The place in `Column.hits` of every turn (dialogue, turn) that was ranked."""
         return {(turn.dialogue, turn.turn): place for place, turn in enumerate(self._ranked)}
 
-    def writer(self, model: SelectiveLM, trainable: Trainable) -> ReplyWriter:
+    def writer(self, model: SelectiveLM, conditions: Conditions) -> ReplyWriter:
         """What replies under the conditions that were learned."""
-        conditions = inference_conditions(model, self._lm.params, trainable)
         tokenizer = self._lm.tokenizer
         engine = GenerationEngine(
             model.decoder,  # as it is fastest on these devices
@@ -333,6 +337,7 @@ class ReplyWriter:
         selected: Sequence[int],
         on_turns: Callable[[int], None] = lambda _: None,
         kept: KeptColumn | None = None,
+        places: Sequence[int] | None = None,
     ) -> list[str]:
         """Replies to the turns ``(dialogue, turn)`` under the given conditions, cut.
 
@@ -341,6 +346,7 @@ class ReplyWriter:
             selected: The condition of each.
             on_turns: Called with the number of replies after each batch.
             kept: Replies that it knows are not generated again, and it gets the others, batch by batch.
+            places: Where each turn stands among those that are answered, for its draws; None for the order of `keys`.
         """
         known = {} if kept is None else kept.replies()
         replies = [known.get(key) for key in keys]
@@ -363,7 +369,7 @@ class ReplyWriter:
                 max_new_tokens=self.max_new_tokens,
                 decoding=self.decoding,
                 # A turn draws as it would in an evaluation that was not stopped.
-                seed=[_turn_seed(self.seed, place) for place in open_places],
+                seed=[_turn_seed(self.seed, places[place] if places else place) for place in open_places],
                 ended=self.text.ended,
                 stopped=self.text.stopped,
                 on_rows=on_rows,

@@ -100,6 +100,9 @@ def kept_of_runs(runs: Sequence[EvaluatedRun], notes: list[str]) -> list[dict[st
     """
     differing = []
     for name in KEPT:
+        partly = [run.name for run in runs if name in run.figures and name not in run.kept]
+        if partly:
+            notes.append(f"{name} of {', '.join(partly)} is left out, for it is not known of every reply.")
         sentences = {run.results.get("definitions", {}).get(name, "") for run in runs if name in run.kept}
         if len(sentences) > 1:
             differing.append(name)
@@ -148,7 +151,9 @@ def remarks(groups: Sequence[RunGroup], dialogues: int) -> list[str]:
     turns = run.results.get("turns", len(run.references))
     if turns > len(run.references):
         notes.append(f"Figures are of the {len(run.references)} turns that have a reply, of {turns}.")
-    if dialogues < _FEW_DIALOGUES:
+    if dialogues == 1:
+        notes.append("One dialogue tells of no spread, so there are no intervals.")
+    elif dialogues < _FEW_DIALOGUES:
         notes.append(f"With {dialogues} dialogues, intervals and p-values are rough.")
     untold = [group.label for group in groups if any(r.nll is None or r.target_tokens is None for r in group.runs)]
     if untold:

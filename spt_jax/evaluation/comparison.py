@@ -116,11 +116,11 @@ class Comparison:
 
 
 def relative_changes(figures: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
-    """Change over the baseline in percent, 100 (x / b - 1), of every figure that both have and whose b is not 0."""
-    return {name: 100.0 * (x / baseline[name] - 1.0) for name, x in figures.items() if baseline.get(name)}
+    """Change over the baseline in percent, 100 (x / b - 1), of every figure that both have and whose b is above 0."""
+    return {name: 100.0 * (x / baseline[name] - 1.0) for name, x in figures.items() if baseline.get(name, 0) > 0}
 
 
-def mean_change(figures: Mapping[str, float], baseline: Mapping[str, float]) -> tuple[float | None, tuple[str, ...]]:
+def mean_change(figures: Mapping[str, float], baseline: Mapping[str, float]) -> float | None:
     """The paper's mean improvement: the mean relative change over its ten columns, in percent.
 
     Args:
@@ -128,13 +128,11 @@ def mean_change(figures: Mapping[str, float], baseline: Mapping[str, float]) -> 
         baseline: The same of the baseline.
 
     Returns:
-        The mean, None where no column is left, and the labels of the columns that it leaves out because one side lacks
-        them or the baseline's is 0.
+        The mean over the columns that both have and whose baseline is above 0; None where there is none.
     """
     changes = relative_changes(figures, baseline)
     used = [changes[column.key] for column in PAPER_COLUMNS if column.key in changes]
-    left_out = tuple(column.label for column in PAPER_COLUMNS if column.key not in changes)
-    return (float(np.mean(used)) if used else None), left_out
+    return float(np.mean(used)) if used else None
 
 
 def compare_runs(
@@ -263,7 +261,9 @@ class _Measured:
         return self._without[self.places(runs)].mean(axis=0)
 
     def interval(self, runs: Sequence[EvaluatedRun]) -> np.ndarray:
-        """[2, F]: percentiles of the bootstrap; DIST by the jackknife."""
+        """[2, F]: percentiles of the bootstrap; DIST by the jackknife. NaN of one dialogue, which tells no spread."""
+        if self.statistics[0].dialogues < 2:
+            return np.full((2, len(FIGURES)), np.nan)
         interval = percentile_interval(self._bootstrap[self.places(runs)].mean(axis=0))
         jackknifed = jackknife_interval(self.figures(runs), self.without(runs))
         places = [FIGURES.index(name) for name in DIST]
@@ -302,7 +302,7 @@ def _against(
     """The row with its changes over the baseline and their significance."""
     changes = relative_changes(row.figures, base.figures)
     # Rows are to be compared with one another, so their means are over the same columns.
-    mean, _ = mean_change({k: row.figures[k] for k in shared}, base.figures)
+    mean = mean_change({k: row.figures[k] for k in shared}, base.figures)
     places = [FIGURES.index(name) for name in shared if name in changes]
     interval = None
     if places:

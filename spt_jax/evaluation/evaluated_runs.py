@@ -24,7 +24,8 @@ class EvaluatedRun:
 
     Attributes:
         name: Its working directory as the user wrote it.
-        settings: Its configuration, flat, with the identities of LM and tokenizer; without seed and tracking.
+        settings: Its configuration, flat, as it was evaluated, with the identities of LM and tokenizer; without seed
+            and tracking.
         seed: The configuration's seed.
         dialogue: int ``[U]``, number of the dialogue.
         turn: int ``[U]``, number of the turn in it.
@@ -99,7 +100,7 @@ def read_run(name: str, folder: Path | None = None) -> EvaluatedRun:
     scored = all(isinstance(value, list) and len(value) == 3 and all(map(is_number, value)) for value in bert)
     return EvaluatedRun(
         name=name,
-        settings=settings,
+        settings=settings | results["settings"],
         seed=seed,
         dialogue=np.asarray([row["dialogue"] for row in rows]),
         turn=np.asarray([row["turn"] for row in rows]),
@@ -161,5 +162,7 @@ def _label(names: Sequence[str]) -> str:
     shared = names[0]
     for name in names[1:]:
         shared = shared[: next((i for i, (a, b) in enumerate(zip(shared, name, strict=False)) if a != b), len(name))]
-    shared = re.sub(r"[-_./ ]*(seed|s)?[-_./ =]*$", "", shared)
+    if any(name[len(shared) :][:1].isdigit() for name in names):
+        shared = shared.rstrip("0123456789")  # seeds 10 and 11 share their first digit
+    shared = re.sub(r"([-_./ ]s|[-_./ ]*seed)?[-_./ =]*$", "", shared)
     return shared or f"{names[0]} and {len(names) - 1} more"

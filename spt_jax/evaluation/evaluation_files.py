@@ -42,14 +42,17 @@ def results_of(path: Path) -> dict[str, Any]:
     """What ``results.json`` holds; UserError where a part that is compared is not of its kind."""
     results = json_object(path)
     columns, definitions = results.get("columns") or {}, results.get("definitions") or {}
+    settings = results.get("settings") or {}
     if not isinstance(columns, dict) or not all(isinstance(column, dict) for column in columns.values()):
         raise UserError(f"{path} cannot be read: its 'columns' are not objects of figures")
     if not isinstance(definitions, dict) or not all(is_text(text) for text in (*definitions, *definitions.values())):
         raise UserError(f"{path} cannot be read: its 'definitions' are not sentences by name")
+    if not isinstance(settings, dict) or not all(map(is_text, settings)):
+        raise UserError(f"{path} cannot be read: its 'settings' are not values by name")
     for name in ("turns", "replies"):
         if name in results and type(results[name]) is not int:
             raise UserError(f"{path} cannot be read: {name!r} is no whole number")
-    return results | {"columns": columns, "definitions": definitions}
+    return results | {"columns": columns, "definitions": definitions, "settings": settings}
 
 
 def _is_count(value: Any) -> bool:

@@ -71,8 +71,8 @@ class KeptColumn:
 
     def likelihoods(self, turns: int) -> Likelihoods | None:
         """Those of all turns; None where they are not known yet, or those there are not of so many."""
+        content = _bytes_of_lead(self._file(_LIKELIHOODS))
         try:
-            content = told_by_lead(_read_bytes(self._file(_LIKELIHOODS)))
             found = read_npz(content)
             likelihoods = Likelihoods(*(found[name] for name in _FIELDS))
         except (ValueError, KeyError):
@@ -125,7 +125,7 @@ class KeptColumn:
         """The lines of a file up to the first that is not whole, which is cut off with what follows it."""
         path = self._file(kind)
         whole = 0
-        for line in told_by_lead(_read_bytes(path)).splitlines(keepends=True):
+        for line in _bytes_of_lead(path).splitlines(keepends=True):
             try:
                 row = parse_json(line)
                 turn, kept = (_whole(row["dialogue"]), _whole(row["turn"])), read(row)
@@ -136,7 +136,7 @@ class KeptColumn:
             yield turn, kept
             whole += len(line)
         if is_lead() and path.exists() and path.stat().st_size > whole:
-            with path.open("r+b") as file:
+            with _writing(path), path.open("r+b") as file:
                 file.truncate(whole)
 
     def _add(self, kind: str, turns: Sequence[Turn], rows: Iterable[Mapping[str, Any]]) -> None:
@@ -148,11 +148,8 @@ class KeptColumn:
         ]
         self._make_folder()
         path = self._file(kind)
-        try:
-            with path.open("ab") as file:
-                file.write("".join(lines).encode())
-        except OSError as error:
-            raise UserError(f"{path} cannot be written: {error.strerror}") from None
+        with _writing(path), path.open("ab") as file:
+            file.write("".join(lines).encode())
 
     def _make_folder(self) -> None:
         try:
@@ -187,8 +184,23 @@ def _scores(row: Mapping[str, Any]) -> CandidateScores:
     return CandidateScores(np.asarray(nll, np.float64), np.asarray(tokens, np.int64))
 
 
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from None
+
+
+def _bytes_of_lead(path: Path) -> bytes:
+    """What the first process's file holds, to all of them; nothing where it has none."""
+    return told_by_lead(_read_bytes(path) if is_lead() else b"")
+
+
 def _read_bytes(path: Path) -> bytes:
     try:
         return path.read_bytes()
-    except OSError:
+    except FileNotFoundError:
         return b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}; without it the evaluation begins anew") from error

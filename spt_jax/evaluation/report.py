@@ -29,15 +29,17 @@ class ReportInputs:
     Attributes:
       title: The page's heading.
       results: As results.json: ``columns`` {model: {figure: value}}, ``definitions`` {figure: sentence}, ``versions``
-        {library: version}, and optionally ``diagnostics`` (as `diagnostics_section`), ``model``, ``hardware`` and
-        others, each a mapping or a text.
+        {library: version}, ``settings`` {option: value}, and optionally ``diagnostics`` (as `diagnostics_section`),
+        ``model``, ``hardware`` and others, each a mapping or a text.
       metrics: Rows of metrics.jsonl: ``step`` and any of the logged names; values may be None or NaN.
       selection: One mapping a dialogue: ``dialogue`` (name), ``usage`` [K] (share of its turns that select each
         prompt), ``scores`` [K] and ``nll`` [K] (means over its turns).
-      samples: ``persona`` [lines], ``history`` [utterances, the user's last], ``reference``, ``selected`` (prompt),
-        ``replies`` [K texts], ``no_prompt`` (text).
+      samples: ``dialogue`` and ``turn`` (numbers), ``persona`` [lines], ``history`` [utterances, the user's last, or
+        where ``own_last`` is true the model's], ``reference``, ``selected`` (prompt), ``replies`` [K texts],
+        ``no_prompt`` (text).
       dialogues: ``number``, ``name``, ``persona`` [lines] and ``turns``: each with ``query``, ``reference``, and where
-        it was answered ``reply`` and ``selected``; some with ``replies`` [K texts] and ``no_prompt``.
+        it was answered ``reply`` and, of several prompts, ``selected``; some with ``replies`` [K texts] and
+        ``no_prompt``.
       config: The run's configuration, nested.
       command: The exact command that opens the chat.
     """
@@ -63,10 +65,11 @@ def render_report(inputs: ReportInputs) -> str:
     if columns:
         body += [_headline(columns), _results(columns)]
     body += curve_sections(inputs.metrics)
-    body += selection_section(inputs.selection, columns)
+    mixes = inputs.results.get("settings", {}).get("evaluation.selection") == "soft"
+    body += selection_section(inputs.selection, columns, mixes=mixes)
     body += diagnostics_section(inputs.results.get("diagnostics", {}))
-    body += sample_section(inputs.samples)
-    body += dialogues_section(inputs.dialogues)
+    body += sample_section(inputs.samples, mixes=mixes)
+    body += dialogues_section(inputs.dialogues, mixes=mixes)
     if inputs.command:
         command = f"<pre><code>{html.escape(inputs.command)}</code></pre>"
         body.append(section("Talk to it", command, note="The command that opens a conversation with this checkpoint:"))
@@ -107,11 +110,11 @@ def _headline(columns: Mapping[str, Mapping[str, Any]]) -> str:
     after = "after training" if "after training" in columns else names[-1]
     final = _finite(columns[after].get("perplexity"))
     tiles = []
-    for name in ("before training", "no soft prompt", *names):
+    for name in dict.fromkeys(("before training", "no soft prompt", *names)):
         if name == after or name not in columns or len(tiles) == 2:
             continue
         start = _finite(columns[name].get("perplexity"))
-        if start is None or final is None or any(name in tile for tile in tiles):
+        if start is None or final is None:
             continue
         change = 100.0 * (final - start) / start if start else 0.0
         verb = "lower" if change <= 0 else "higher"

@@ -75,6 +75,7 @@ def _personas(personas: Sequence[Mapping[str, Any]]) -> list[str]:
         legend="mean nll of all less this prompt's",
         marks=best,
         mark_legend="the persona's best prompt",
+        of="personas",
     )
     width = heat_map_width(len(names))
     lines = "".join(

@@ -9,34 +9,41 @@ from typing import Any
 from spt_jax.evaluation.report_page import section
 
 
-def sample_section(samples: Sequence[Mapping[str, Any]]) -> list[str]:
+def sample_section(samples: Sequence[Mapping[str, Any]], *, mixes: bool = False) -> list[str]:
     """The section as markup in a list, empty where there are no samples.
 
     Args:
       samples: As `ReportInputs.samples`; any part of a sample may be absent.
+      mixes: Whether a mixture of the prompts answers, and not one of them.
     """
     if not samples:
         return []
-    note = "The same context answered under every prompt; the retriever's choice is marked."
+    note = ""
+    if any(len(sample.get("replies") or ()) > 1 for sample in samples):
+        marked = "the one that weighs most in the mixture that answers" if mixes else "the retriever's choice"
+        note = f"The same context answered under every prompt; {marked} is marked."
     return [
         section("Sample replies", *(_sample(number, sample) for number, sample in enumerate(samples, 1)), note=note)
     ]
 
 
 def _sample(number: int, sample: Mapping[str, Any]) -> str:
+    """A sample; `number` names it where it does not tell its dialogue."""
+    turn = f", turn {sample['turn']}" if "turn" in sample else ""
     persona = "".join(f"<li>{html.escape(str(line))}</li>" for line in sample.get("persona") or ())
     history = list(sample.get("history") or ())
-    # The user spoke last, so the speakers alternate backwards from the end.
+    # The speakers alternate backwards from the end, where the user spoke unless a persona is to be told.
     sides = ("user (Q)", "model's side (R)")
+    own_last = bool(sample.get("own_last"))
     turns = "".join(
         bubble(text, sides[own], own=own)
-        for text, own in ((text, (len(history) - index) % 2 == 0) for index, text in enumerate(history))
+        for text, own in ((text, (len(history) - index) % 2 == own_last) for index, text in enumerate(history))
     )
     table = reply_table(
         sample.get("replies") or (), sample.get("selected"), sample.get("no_prompt"), sample.get("reference")
     )
     return (
-        f"<article>\n<h3>Dialogue {number}</h3>\n"
+        f"<article>\n<h3>Dialogue {sample.get('dialogue', number)}{turn}</h3>\n"
         + (f'<p class="muted">Persona</p><ul class="persona">{persona}</ul>' if persona else "")
         + turns
         + f"{table}\n</article>"
@@ -51,7 +58,10 @@ def bubble(text: Any, speaker: str, *, own: bool) -> str:
 
 def reply_table(replies: Sequence[Any], selected: int | None, no_prompt: Any = None, reference: Any = None) -> str:
     """Every prompt's reply to one context, the selected one marked; the LM's alone and the reference where given."""
-    rows = [reply_row(f"prompt {k}", reply, selected=k == selected) for k, reply in enumerate(replies)]
+    if len(replies) > 1:
+        rows = [reply_row(f"prompt {k}", reply, selected=k == selected) for k, reply in enumerate(replies)]
+    else:
+        rows = [reply_row("reply", reply) for reply in replies]
     if no_prompt is not None:
         rows.append(reply_row("no soft prompt", no_prompt))
     if reference is not None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -15,7 +14,9 @@ from spt_jax.evaluation.table import prompt_usage
 _MOST_DIALOGUES = 96  # columns that can still be told apart
 
 
-def selection_section(selection: Sequence[Mapping[str, Any]], columns: Mapping[str, Mapping[str, Any]]) -> list[str]:
+def selection_section(
+    selection: Sequence[Mapping[str, Any]], columns: Mapping[str, Mapping[str, Any]], *, mixes: bool = False
+) -> list[str]:
     """The section as markup in a list, empty where there is nothing to show.
 
     Dialogues stand in the order of the prompt they select most, so that a retriever that tells dialogues apart shows
@@ -24,6 +25,7 @@ def selection_section(selection: Sequence[Mapping[str, Any]], columns: Mapping[s
     Args:
       selection: As `ReportInputs.selection`.
       columns: As ``results["columns"]``, for the bars.
+      mixes: Whether a mixture of the prompts answers, and not one of them.
 
     Raises:
       UserError: Lists over prompts differ in length K.
@@ -35,19 +37,24 @@ def selection_section(selection: Sequence[Mapping[str, Any]], columns: Mapping[s
         figures.append(wide_figure(bars, 440, "Share of turns by prompt"))
     if selection:
         figures = _maps(selection) + figures
-    note = "Every turn's context is compared with every prompt; the highest score answers. Numbers name dialogues."
+    answers = (
+        "a mixture of all answers, by their scores, and a turn counts for the highest"
+        if mixes
+        else ("the highest score answers")
+    )
+    note = f"Every turn's context is compared with every prompt; {answers}. Numbers name dialogues."
     return [section("Which prompt serves what", *figures, note=note)] if figures else []
 
 
 def _maps(selection: Sequence[Mapping[str, Any]]) -> list[str]:
     prompts = _number_of_prompts(selection)
     chosen = _sample(sorted(selection, key=lambda dialogue: _main_prompt(dialogue.get("usage"))), _MOST_DIALOGUES)
-    names = [_short(str(dialogue.get("dialogue", index))) for index, dialogue in enumerate(chosen)]
+    names = [str(dialogue.get("dialogue", index)) for index, dialogue in enumerate(chosen)]
     width = heat_map_width(len(names))
     figures = []
     for key, title, legend in (
         ("usage", "Selection by dialogue", "share of the dialogue's turns"),
-        ("scores", "Mean score by dialogue", "softplus of the cosine of context and prompt"),
+        ("scores", "Mean score by dialogue", "the retriever's, of context and prompt"),
     ):
         rows = _transposed(chosen, key, prompts)
         known = [value for row in rows for value in row if math.isfinite(value)]
@@ -105,9 +112,3 @@ def _sample(items: Sequence[Mapping[str, Any]], most: int) -> list[Mapping[str, 
     if len(items) <= most:
         return list(items)
     return [items[index * len(items) // most] for index in range(most)]
-
-
-def _short(name: str) -> str:
-    # "valid:17" and "dialogue 17" are 17 to an eye that compares columns; the section says what they are.
-    match = re.search(r"(\d+)\D*$", name)
-    return match[1] if match and len(name) > 4 else name

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from spt_jax.atomic_file import write_atomically
-from spt_jax.config import Config
+from spt_jax.config import Config, flatten
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.template import PlainTemplate, Template
 from spt_jax.errors import UserError
@@ -30,13 +30,15 @@ from spt_jax.generation.replies import cut_reply_official
 from spt_jax.parallel.distributed import is_lead
 from spt_jax.progress import ProgressBar
 from spt_jax.prompting.adapters import Trainable
-from spt_jax.prompting.selective_lm import without_prompt
+from spt_jax.prompting.selective_lm import inference_conditions, without_prompt
 from spt_jax.training.experiment import Experiment, pack_dialogues, pad_id_of
 from spt_jax.training.tracking import METRICS_FILE, logged_rows
 from spt_jax.training.workdir import write_json
 
 NO_PROMPT, BEFORE, AFTER = "no soft prompt", "before training", "after training"
 PACKAGES = ("spt_jax", "jax", "flax", "transformers")
+_OF_REPLIES = ("generation.", "evaluation.max_new_tokens", "evaluation.selection")
+"""Options that change replies, by the beginnings of their names: flags of an evaluation may override the run's."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,13 +120,17 @@ def evaluate_run(
         before = {BEFORE: (model, initial)} if initial else {}
         banks = {NO_PROMPT: (without_prompt(model), {}), **before, **banks}
     columns: dict[str, Column] = {}
-    for name, (model, tree) in banks.items():
+    for name, (described, tree) in banks.items():
         with ProgressBar(f"evaluating, {name}", evaluator.work, shown=is_lead()) as bar:
-            columns[name] = evaluator.run(model, tree, bar.advance, None if journal is None else journal.column(name))
+            columns[name] = evaluator.run(
+                described, tree, bar.advance, None if journal is None else journal.column(name)
+            )
     after = columns[AFTER]
     chosen = spread_evenly(len(after.answered), options.samples) if options.samples else np.array([], np.int64)
-    writer = evaluator.writer(model, trainable)
-    samples = _samples(evaluator, writer, model.num_prompts, columns, dialogues, chosen)
+    samples = []
+    if len(chosen):
+        writer = evaluator.writer(model, inference_conditions(model, experiment.lm.params, trainable))
+        samples = _samples(evaluator, writer, model.num_prompts, columns, dialogues, chosen)
     personas = [dialogue.persona for dialogue in dialogues]
     diagnostics = diagnose(experiment, trainable, rows, after.likelihoods, personas)
     predictions = _predictions(evaluator, columns, dialogues)
@@ -132,7 +138,7 @@ def evaluate_run(
         _results(experiment, columns, evaluator) | {"diagnostics": diagnostics},
         predictions,
         samples,
-        _selection(after, dialogues),
+        _selection(after, len(dialogues)) if model.retriever_config else [],
         [] if template.learns_persona else told_dialogues(dialogues, predictions, samples),
     )
 
@@ -146,6 +152,7 @@ def _results(experiment: Experiment, columns: dict[str, Column], evaluator: Colu
         "replies": len(evaluator.answered),
         "definitions": after.definitions,
         "notes": evaluator.notes(after),
+        "settings": {name: value for name, value in flatten(experiment.config).items() if name.startswith(_OF_REPLIES)},
         "versions": after.metrics.versions | {name: metadata.version(name) for name in PACKAGES},
         "model": experiment.lm.identity.to_dict(),
         "hardware": {
@@ -199,13 +206,13 @@ def _samples(
     chosen: np.ndarray,
 ) -> list[dict[str, Any]]:
     after = columns[AFTER]
-    if not len(chosen):
-        return []
     turns = after.answered[chosen]
     keys = [(int(after.likelihoods.dialogue[u]), int(after.likelihoods.turn[u])) for u in turns]
     with ProgressBar("replying under every prompt", len(keys) * num_prompts, shown=is_lead()) as bar:
         repeated = [key for key in keys for _ in range(num_prompts)]
-        texts = writer.replies(repeated, list(range(num_prompts)) * len(keys))
+        # Every prompt draws as the one did that answered.
+        places = np.repeat(chosen, num_prompts).tolist()
+        texts = writer.replies(repeated, list(range(num_prompts)) * len(keys), places=places)
         bar.advance(len(texts))
     samples = []
     for i, (place, u, (d, t)) in enumerate(zip(chosen, turns, keys, strict=True)):
@@ -217,6 +224,7 @@ def _samples(
             "reference": evaluator.reference(d, t),
             "selected": int(after.likelihoods.selected[u]),
             "replies": texts[i * num_prompts : (i + 1) * num_prompts],
+            "own_last": evaluator.learns_persona,
         }
         if NO_PROMPT in columns:
             sample["no_prompt"] = columns[NO_PROMPT].replies[place]
@@ -224,17 +232,17 @@ def _samples(
     return samples
 
 
-def _selection(column: Column, dialogues: Sequence[Dialogue]) -> list[dict[str, Any]]:
+def _selection(column: Column, dialogues: int) -> list[dict[str, Any]]:
     likelihoods = column.likelihoods
     num_prompts = likelihoods.nll.shape[1]
     selection = []
-    for d, dialogue in enumerate(dialogues):
+    for d in range(dialogues):
         mine = likelihoods.dialogue == d
         if not mine.any():
             continue  # the authors' program reads its lines as personas and has no turn of it
         selection.append(
             {
-                "dialogue": dialogue.source or str(d),
+                "dialogue": d,
                 "scores": likelihoods.scores[mine].mean(axis=0).tolist(),
                 "nll": likelihoods.nll[mine].mean(axis=0).tolist(),
                 "usage": (np.bincount(likelihoods.selected[mine], minlength=num_prompts) / mine.sum()).tolist(),

@@ -24,6 +24,7 @@ _ROW = 30.0
 _LEFT = 78.0
 _TOP = 34.0
 _LEGEND_STEPS = 5
+_NAME = 6  # characters of a column's
 
 
 def heat_map_width(columns: int) -> float:
@@ -45,8 +46,9 @@ def heat_map(
     percent: bool = False,
     marks: Collection[tuple[int, int]] = (),
     mark_legend: str = "",
+    of: str = "dialogues",
 ) -> str:
-    """Rows of prompts, columns of dialogues, the value as the depth of one colour; every cell tells its value on hover.
+    """Rows of prompts, columns of dialogues or others, values as depths of one colour; a cell tells its own on hover.
 
     Args:
       title: Stands above the chart and names it to a screen reader.
@@ -57,6 +59,7 @@ def heat_map(
       percent: Show values in [0, 1] as percentages.
       marks: (row, column) of cells that carry a dot.
       mark_legend: What the dot means.
+      of: What a column is one of.
 
     Raises:
       UserError: A row's length is not the number of columns.
@@ -79,12 +82,13 @@ def heat_map(
             x, y = _LEFT + cell * column, _TOP + _ROW * row
             parts.append(_cell(x, y, cell, _depth(value, bounds), _shown(value, percent, short=True), tooltip, dot))
     # One name in every so many: two that overlap tell nothing.
-    every = max(1, math.ceil(28.0 / cell))
+    longest = min(_NAME, max(map(len, columns), default=0))
+    every = max(1, math.ceil(max(28.0, 4.0 + 6.0 * longest) / cell))
     for column in range(0, len(columns), every):
         x = _LEFT + cell * (column + 0.5)
-        parts.append(label(x, base + 14, _ellipsis(columns[column], 4), size=10, text_anchor="middle"))
+        parts.append(label(x, base + 14, _ellipsis(columns[column], _NAME), size=10, text_anchor="middle"))
     parts.append(_legend(_LEFT, base + 28, legend, _shown(bounds[0], percent), _shown(bounds[1], percent), mark_legend))
-    description = f"Rows are {len(values)} prompts, columns {len(columns)} dialogues. Colour: {legend}."
+    description = f"Rows are {len(values)} prompts, columns {len(columns)} {of}. Colour: {legend}."
     return figure(width, base + (64 if mark_legend else 46), title, description, *parts)
 
 

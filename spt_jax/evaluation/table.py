@@ -14,7 +14,7 @@ from spt_jax.errors import UserError
 
 MISSING = "–"
 Column = Mapping[str, Any]
-"""Figures of one model by name; ``usage`` holds K shares in [0, 1], or they stand under ``usage/0``, ``usage/1``, …"""
+"""Figures of one model by name; ``usage`` holds K shares in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,7 @@ ROWS = (
     Row("dist_2", "DIST-2 (%)"),
     Row("entropy_4", "Entropy of 4-grams (nats)"),
     Row("self_bleu", "Self-BLEU", better="low"),
+    Row("reply_words", "Words in a reply", better=None),
     Row("persona_f1", "Persona F1 (%)"),
     Row("persona_consistency", "Persona consistency C"),
     Row("hits_1", "hits@1 (%)"),
@@ -152,12 +153,8 @@ def markdown_table(columns: Mapping[str, Column], rows: Sequence[Row] = ROWS) ->
 
 
 def prompt_usage(column: Column) -> list[float] | None:
-    """Share of turns that selected each prompt, [K] in [0, 1], from ``usage`` or ``usage/0`` …; None where unknown."""
-    shares = column.get("usage")
-    if shares is None:
-        shares = []
-        while f"usage/{len(shares)}" in column:
-            shares.append(column[f"usage/{len(shares)}"])
+    """Share of turns that selected each prompt, [K] in [0, 1]; None where unknown."""
+    shares = column.get("usage") or []
     if isinstance(shares, str) or not isinstance(shares, Sequence):
         raise UserError(f"The figure 'usage' is a list with one share for each prompt, not {shares!r}.")
     numbers = [_number("usage", share) for share in shares]

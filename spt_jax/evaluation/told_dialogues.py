@@ -15,7 +15,7 @@ MOST_DIALOGUES = 60
 def told_dialogues(
     dialogues: Sequence[Dialogue], predictions: Sequence[Mapping[str, Any]], samples: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
-    """At most `MOST_DIALOGUES` of the dialogues with a reply, in their order; those of the samples are among them.
+    """Up to `MOST_DIALOGUES` of the dialogues with a reply, in their order; those of the samples, however many, first.
 
     Args:
         dialogues: All that were evaluated.
@@ -39,7 +39,9 @@ def _told(d: int, dialogue: Dialogue, replies: Mapping[Any, Any], everywhere: Ma
     for t, turn in enumerate(dialogue.turns):
         told: dict[str, Any] = {"query": turn.query, "reference": turn.response}
         if row := replies.get((d, t)):
-            told |= {"reply": row["prediction"], "selected": row["selected"]}
+            told["reply"] = row["prediction"]
+            if len(row["scores"]) > 1:
+                told["selected"] = row["selected"]
         if row := everywhere.get((d, t)):
             told |= {name: row[name] for name in ("replies", "no_prompt") if name in row}
         turns.append(told)

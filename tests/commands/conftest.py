@@ -86,9 +86,10 @@ class FakeRun:
         favourites = np.asarray([len(context) % self.prompts for context in contexts])
         return 0.25 + 0.5 * np.eye(self.prompts, dtype=np.float32)[favourites]
 
-    def encode_context(self, persona: Sequence[str], history: Sequence[str]) -> list[int]:
+    def encode_context(self, persona: Sequence[str], history: Sequence[str], *, room: int = 0) -> list[int]:
         self.encoded.append((tuple(persona), tuple(history)))
-        return encode_context(ByteTokenizer(), persona, history, max_length=self.max_length)
+        limit = min(self.max_length, self.lm.config.longest_row - 2 - room)
+        return encode_context(ByteTokenizer(), persona, history, max_length=limit)
 
 
 @pytest.fixture

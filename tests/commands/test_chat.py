@@ -12,6 +12,7 @@ from prompt_toolkit.output import DummyOutput
 
 from spt_jax.commands import chat
 from spt_jax.commands.chat_session import line_reader
+from spt_jax.commands.replying import Responder
 from spt_jax.errors import UserError
 from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.engine import GenerationEngine
@@ -138,6 +139,7 @@ def test_why_shows_what_every_prompt_would_have_said_with_its_score(talk, fake_r
         (("/why",), "Nothing was said yet; say something first."),
         (("hi", "/why 2"), "There is no message 2; this conversation has 1 to 1."),
         (("hi", "/why me"), "/why takes the number of a message, but got 'me'."),
+        (("hi", "/why " + "9" * 5000), "/why takes the number of a message, but got '9999"),
     ],
 )
 def test_why_of_nothing_is_told(talk, lines, words):
@@ -199,6 +201,79 @@ def test_ctrl_c_stops_a_reply_and_keeps_what_was_shown(talk, monkeypatch, fake_r
     assert fake_run.encoded[-2][1] == ("hi", "well you see", "so?")
 
 
+@pytest.mark.parametrize("name", ["encode", "select", "under_every_prompt"])
+def test_ctrl_c_at_any_moment_keeps_the_conversation(talk, script, monkeypatch, name):
+    script("fine.", "yes.")
+    usual, calls = getattr(Responder, name), []
+
+    def interrupted_at_the_second_call(self, *arguments, **options):
+        calls.append(name)
+        if len(calls) == 2 or name == "under_every_prompt":
+            raise KeyboardInterrupt
+        return usual(self, *arguments, **options)
+
+    monkeypatch.setattr(Responder, name, interrupted_at_the_second_call)
+    printed = talk("hi", "/why" if name == "under_every_prompt" else "lost", "so?")
+    assert printed.count("(stopped)") == 1
+    assert "fine." in printed and "yes." in printed
+
+
+def test_line_breaks_of_a_reply_part_its_words(talk, script, fake_run, monkeypatch):
+    monkeypatch.setattr(type(fake_run), "cut", property(lambda self: str.strip))
+    script("1. tea\n2.\tmilk\u00a0too")
+    assert "1. tea\n2. milk too\n" in talk("hi")
+
+
+def test_as_many_tokens_as_the_runs_evaluation_unless_told(talk, script, fake_run, monkeypatch):
+    config = fake_run.config
+    config.evaluation.max_new_tokens, config.generation.min_new_tokens = 64, 40
+    monkeypatch.setattr(type(fake_run), "config", property(lambda self: config))
+    asked = script("one", "two")
+    talk("hi")
+    assert asked[0]["max_new_tokens"] == 64
+    talk("hi", arguments=("--max_new_tokens=50",))
+    assert asked[1]["max_new_tokens"] == 50
+    with pytest.raises(UserError, match=r"--min_new_tokens is 40; allowed: up to --max_new_tokens \(8\)"):
+        talk("hi", arguments=("--max_new_tokens=8",))
+
+
+def test_old_turns_make_room_for_long_replies(talk, script):
+    asked = script(*["some long reply to it."] * 8)
+    printed = talk(*["a rather long message."] * 8, arguments=("--max_new_tokens=350",))
+    assert printed.count("the oldest turns are left out") == 1
+    assert max(len(call["context"]) for call in asked) <= 512 - 2 - 350
+
+
+def test_why_goes_by_the_persona_and_the_decoding_of_the_reply(talk, script, monkeypatch, fake_run):
+    script("fine.", "well.")
+    asked = []
+
+    def generate(self, bank, contexts, selected, **options):
+        asked.append(options["decoding"])
+        return [[65]] * len(contexts)
+
+    monkeypatch.setattr(GenerationEngine, "generate", generate)
+    talk("hi", "/retry", "/persona i ski.", "/why", arguments=("--persona=i sing.",))
+    assert [decoding.temperature for decoding in asked] == [0.8]
+    assert fake_run.encoded[-1] == (("i sing.",), ("hi",))
+
+
+def test_of_a_mixture_no_prompt_alone_is_said_to_answer(talk, script, fake_run, monkeypatch):
+    config = fake_run.config
+    config.evaluation.selection = "soft"
+    monkeypatch.setattr(type(fake_run), "config", property(lambda self: config))
+    script("fine.")
+    printed = talk("hi", "/why", arguments=("--max_new_tokens=2",))
+    assert "a mixture of all prompts answers, prompt" in printed
+    assert "(what answered is a mixture of all prompts, the marked one the most of it)" in printed
+
+
+def test_bytes_that_are_no_text_reach_no_tokenizer(talk, script, fake_run):
+    script("fine.")
+    talk("h\udcffi", arguments=("--persona=i sing\udcff.",))
+    assert fake_run.encoded[-1] == (("i sing?.",), ("h?i",))
+
+
 def test_save_writes_the_conversation_and_says_where(talk, script, tmp_path):
     script("ça va 好.", "bye.")
     target = tmp_path / "a talk.json"
@@ -208,6 +283,8 @@ def test_save_writes_the_conversation_and_says_where(talk, script, tmp_path):
     assert saved["persona"] == ["i sing."]
     assert [(turn["message"], turn["reply"]) for turn in saved["turns"]] == [("hi", "ça va 好."), ("bye", "bye.")]
     assert all(len(turn["scores"]) == 3 and turn["seed"] == 4 for turn in saved["turns"])
+    assert all(turn["persona"] == ["i sing."] and turn["decoding"]["beams"] == 1 for turn in saved["turns"])
+    assert (saved["workdir"], saved["max_new_tokens"]) == (str(tmp_path), 32)
     assert [path.name for path in tmp_path.iterdir()] == ["a talk.json"], "no temporary file is left"
 
 

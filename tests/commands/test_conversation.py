@@ -66,4 +66,5 @@ def test_clearing_keeps_the_persona_and_its_removal_keeps_the_exchanges():
 def test_a_transcript_survives_json():
     transcript = Conversation(("i sing.",)).answered(exchange("hé", "好")).transcript()
     assert json.loads(json.dumps(transcript)) == transcript
-    assert transcript["turns"] == [{"message": "hé", "reply": "好", "prompt": 1, "scores": [0.25, 0.75], "seed": 0}]
+    said = {"message": "hé", "reply": "好", "prompt": 1, "scores": [0.25, 0.75], "seed": 0}
+    assert transcript["turns"] == [said | {"persona": [], "decoding": None}]

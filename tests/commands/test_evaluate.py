@@ -227,12 +227,25 @@ def test_metrics_are_chosen_by_name(copy_of, capsys, monkeypatch):
     figures = results_of(copy_of)["columns"]["after training"]
     assert set(figures) == {"f1", "f1_parlai", "meteor", "usage", "pairs", "empty_replies"}
     assert "METEOR (%)" in capsys.readouterr().out
+    walk("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=2", "--limit=1", "--metrics=length")
+    assert "Words in a reply" in capsys.readouterr().out
 
 
 def test_what_cannot_be_computed_is_told_and_the_rest_is_there(copy_of, capsys):
     walk("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=2", "--limit=1", "--metrics=default,hits")
     assert "hits@1 is left out: no answered turn has candidates" in capsys.readouterr().out
     assert "self_bleu" in results_of(copy_of)["columns"]["after training"]
+
+
+def test_a_wordnet_that_is_not_where_it_is_said_to_be_is_told_before_the_work(copy_of, capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("WNSEARCHDIR", str(tmp_path))
+    before = (copy_of / "results.json").read_bytes()
+    with readers_closed():
+        assert main(["evaluate", f"--workdir={copy_of}", "--metrics=meteor"]) == 2
+    said = capsys.readouterr()
+    assert "the environment variable WNSEARCHDIR leads to" in said.err
+    assert "checkpoint, step" not in said.out
+    assert (copy_of / "results.json").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -87,6 +87,8 @@ def test_the_module_is_the_command_and_starts_within_a_second():
         (["evaluate", "--limit=-1"], "--limit is '-1'; allowed: a whole number, 0 or more"),
         (["evaluate", "--limit=many"], "--limit is 'many'; allowed: a whole number"),
         (["evaluate", "--nobaselines=no"], "--nobaselines=no does not take an argument"),
+        (["plan", "--nosearch", "--config=absent.py"], "absent.py"),
+        (["plan", "--noserach"], "there is no flag --noserach for plan"),
         (["score", "--layout=rows"], "--layout is 'rows'; allowed: dialogue, turn"),
         (["score", "--workdir=x", "--data=y"], "--out is missing; give a file"),
         (["chat", "--temperature=hot"], "--temperature is 'hot'; allowed: a number"),

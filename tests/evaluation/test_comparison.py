@@ -73,23 +73,60 @@ def runs(tmp_path: Path) -> list[Path]:
 )
 def test_the_papers_table_gives_the_papers_improvements(model: str, mean: float | None, dist_2: int) -> None:
     figures, baseline = paper_figures(f"{model}-SPT"), paper_figures(f"{model}-PT")
-    found, left_out = mean_change(figures, baseline)
+    found = mean_change(figures, baseline)
     assert found is not None
     by_hand = [100 * (spt - pt) / pt for spt, pt in zip(PAPER[f"{model}-SPT"], PAPER[f"{model}-PT"], strict=True)]
     assert found == pytest.approx(sum(by_hand) / 10)
-    assert left_out == ()
     assert mean is None or round(found, 1) == mean  # the paper states it for the smallest model
     assert round(relative_changes(figures, baseline)["dist_2"]) == dist_2
 
 
-def test_columns_that_one_side_lacks_or_where_the_baseline_is_0_are_named_and_left_out() -> None:
+def test_columns_that_one_side_lacks_or_where_the_baseline_is_0_are_left_out_of_the_mean() -> None:
     baseline = paper_figures("OPT-125M-PT") | {"bleu": 0.0}
     del baseline["bert_p"]
-    mean, left_out = mean_change(paper_figures("OPT-125M-SPT"), baseline)
     changes = relative_changes(paper_figures("OPT-125M-SPT"), baseline)
-    assert left_out == ("BLEU", "BERT P")
-    assert mean == pytest.approx(sum(changes.values()) / 8)
-    assert mean_change({}, baseline) == (None, tuple(column.label for column in PAPER_COLUMNS))
+    assert {column.key for column in PAPER_COLUMNS} - set(changes) == {"bleu", "bert_p"}
+    assert mean_change(paper_figures("OPT-125M-SPT"), baseline) == pytest.approx(sum(changes.values()) / 8)
+    assert mean_change({}, baseline) is None
+
+
+def test_a_change_over_a_figure_below_0_would_have_the_wrong_sign_and_is_none() -> None:
+    assert relative_changes({"persona_consistency": 0.1}, {"persona_consistency": -0.2}) == {}
+
+
+def test_what_the_flags_of_an_evaluation_changed_is_told_and_parts_seeds(tmp_path: Path) -> None:
+    texts = replies(TURNS, 0.5, 1)
+    beams = {"generation.beams": 10, "generation.temperature": 0.0}
+    for name, seed, settings in (("a0", 0, beams), ("a1", 1, beams), ("b1", 1, {**beams, "generation.beams": 1})):
+        write_run(tmp_path / name, TURNS, texts, seed=seed, evaluated_with=settings)
+    found = compared(*(tmp_path / name for name in ("a0", "a1", "b1")))
+    assert [[seed.seed for seed in row.seeds] for row in found.rows] == [[0, 1], [1]]
+    assert "The runs were evaluated with different generation.beams: 10 (a), 1 (b1)." in found.notes
+
+
+@pytest.mark.parametrize(
+    ("names", "label"),
+    [
+        (("losses0", "losses1"), "losses"),
+        (("bs0", "bs1"), "bs"),
+        (("spt-seed10", "spt-seed11"), "spt"),
+        (("spt-seed1", "spt-seed10"), "spt"),
+        (("spt_s0", "spt_s1"), "spt"),
+        (("sptseed0", "sptseed1"), "spt"),
+        (("seed0", "seed1"), "seed0 and 1 more"),
+    ],
+)
+def test_a_row_of_seeds_is_called_what_their_names_share(tmp_path: Path, names: tuple[str, str], label: str) -> None:
+    folders = [write_run(tmp_path / name, TURNS, replies(TURNS, 0.5, 1), seed=i) for i, name in enumerate(names)]
+    assert [row.label for row in compared(*folders).rows] == [label]
+
+
+def test_one_dialogue_has_figures_without_intervals(tmp_path: Path) -> None:
+    turns = [turn for turn in TURNS if turn[0] == 0]
+    folders = [write_run(tmp_path / name, turns, replies(turns, 0.5, i)) for i, name in enumerate("ab")]
+    found = compared(*folders)
+    assert all(row.figures["f1"] >= 0 and row.intervals == {} for row in found.rows)
+    assert "One dialogue tells of no spread, so there are no intervals." in found.notes
 
 
 def test_rows_are_means_over_seeds_with_each_seeds_own_figures(runs: list[Path]) -> None:
@@ -180,6 +217,20 @@ def test_figures_that_were_computed_in_different_ways_are_left_out_with_a_senten
     )
 
 
+def test_a_figure_that_some_replies_lack_is_left_out_with_a_sentence(tmp_path: Path) -> None:
+    kept = kept_by(0)
+    kept["hits_1"][3] = None
+    folder = write_run(tmp_path / "a", TURNS, replies(TURNS, 0.3, 1), more=kept)
+    results = json.loads((folder / "results.json").read_text())
+    results["columns"]["after training"] |= {"hits_1": 30.0, "meteor": 50.0}
+    (folder / "results.json").write_text(json.dumps(results))
+    found = compared(folder)
+    assert "hits_1" not in found.rows[0].figures and "meteor" in found.rows[0].figures
+    assert [note for note in found.notes if "left out" in note] == [
+        f"hits_1 of {folder} is left out, for it is not known of every reply."
+    ]
+
+
 def test_identical_runs_have_no_change_and_p_1(tmp_path: Path) -> None:
     texts, bert = replies(TURNS, 0.3, 1), [(0.5, 0.25, 0.375)] * len(TURNS)
     names = {"bert_f1": "by an encoder"}
@@ -200,7 +251,7 @@ def test_a_much_better_run_is_significant_and_its_mean_change_is_that_of_its_fig
     base, better, _ = found.rows
     assert better.p_holm["f1"] == pytest.approx(9 / (SAMPLES + 1))
     assert all(better.p[key] <= better.p_holm[key] for key in better.p)
-    assert better.mean_change == pytest.approx(mean_change(better.figures, base.figures)[0])
+    assert better.mean_change == pytest.approx(mean_change(better.figures, base.figures))
     assert better.mean_change_interval is not None
     assert better.mean_change_interval[0] < (better.mean_change or 0) < better.mean_change_interval[1]
     assert better.mean_change_interval[0] > 0

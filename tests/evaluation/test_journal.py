@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -160,6 +161,20 @@ def test_a_workdir_that_is_no_folder_is_told_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be"):
         Journal(tmp_path / "file", "why").column(AFTER).keep_replies([(0, 0)], ["yes"])
+
+
+def test_a_file_that_cannot_be_read_now_is_told_and_left_as_it_is(tmp_path, monkeypatch):
+    column = Journal(tmp_path, "why").column(AFTER)
+    column.keep_replies([(0, 0)], ["yes"])
+    (path,) = (tmp_path / FOLDER / "why").iterdir()
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_bytes", lambda self: (_ for _ in ()).throw(PermissionError(13, "not now")))
+        with pytest.raises(UserError, match=r"after_training.replies.jsonl cannot be read: not now"):
+            column.replies()
+        with pytest.raises(UserError, match=r"cannot be read: not now"):
+            column.likelihoods(1)
+    assert column.replies() == {(0, 0): "yes"}
+    assert path.exists()
 
 
 def test_nothing_found_leaves_no_folder(tmp_path):

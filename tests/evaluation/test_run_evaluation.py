@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import dataclasses
+import html
 import json
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -15,6 +17,8 @@ from spt_jax.evaluation import columns
 from spt_jax.evaluation.candidate_scores import CandidateScores
 from spt_jax.evaluation.journal import Journal, KeptColumn
 from spt_jax.evaluation.kept_results import kept_results
+from spt_jax.evaluation.report import ReportInputs, render_report
+from spt_jax.evaluation.report_samples import sample_section
 from spt_jax.evaluation.run_evaluation import AFTER, BEFORE, NO_PROMPT, Evaluation, evaluate_run, write_results
 from spt_jax.prompting.adapters import SoftPrompts
 
@@ -62,6 +66,76 @@ def test_samples_hold_a_reply_under_every_prompt_and_the_selected_one_is_the_pre
         assert sample["selected"] == prediction["selected"]
         assert sample["replies"][sample["selected"]] == prediction["prediction"]
         assert isinstance(sample["no_prompt"], str)
+
+
+def test_samples_are_drawn_as_the_replies_beside_them():
+    drawing = experiment(samples=4, max_new_tokens=8)
+    drawing.config.generation.temperature = 1.0
+    found = evaluate_run(drawing, tiny.trainable(), None, tiny.DIALOGUES, replies=6)
+    replies = {(p["dialogue"], p["turn"]): p["prediction"] for p in found.predictions}
+    assert len(found.samples) == 4
+    for sample in found.samples:
+        assert sample["replies"][sample["selected"]] == replies[sample["dialogue"], sample["turn"]]
+
+
+def test_results_tell_how_replies_were_made(setting, evaluation):
+    settings = evaluation.results["settings"]
+    assert settings["generation.beams"] == 1
+    assert settings["evaluation.max_new_tokens"] == 3
+    assert {name for name in settings if name.startswith("evaluation.")} == {
+        *("evaluation.max_new_tokens", "evaluation.selection", "evaluation.selection_noise"),
+    }
+    assert {name for name in settings if name.startswith("generation.")} == {
+        f"generation.{name}" for name in setting.config.generation
+    }
+
+
+def test_dialogues_have_one_number_in_every_part_of_the_report(evaluation):
+    assert [dialogue["dialogue"] for dialogue in evaluation.selection] == list(range(len(tiny.DIALOGUES)))
+    page = render_report(
+        ReportInputs(
+            "t",
+            evaluation.results,
+            selection=evaluation.selection,
+            samples=evaluation.samples,
+            dialogues=evaluation.dialogues,
+        )
+    )
+    for sample in evaluation.samples:
+        assert f"<h3>Dialogue {sample['dialogue']}, turn {sample['turn']}</h3>" in page
+        assert f'<div id="dialogue-{sample["dialogue"]}">' in page
+
+
+def test_without_a_retriever_nothing_tells_of_a_selection(tmp_path):
+    single = experiment(prompts=1)
+    model = dataclasses.replace(single.model, retriever_config=None)
+    tree = model.init(jax.random.key(0))
+    found = evaluate_run(dataclasses.replace(single, model=model), tree, None, tiny.DIALOGUES, replies=2)
+    assert found.selection == []
+    write_results(tmp_path, found, single.config, source="x", step=3, chat="spt-jax chat", question="")
+    page = (tmp_path / "report.html").read_text()
+    for untrue in ("Which prompt serves what", "under every prompt", "the retriever's", "prompt 0", "selected</span>"):
+        assert untrue not in page
+
+
+def test_of_a_mixture_no_prompt_alone_is_said_to_answer(tmp_path):
+    mixing = experiment(selection="soft")
+    found = evaluate_run(mixing, tiny.trainable(), None, tiny.DIALOGUES, replies=2)
+    write_results(tmp_path, found, mixing.config, source="x", step=3, chat="spt-jax chat", question="")
+    page = (tmp_path / "report.html").read_text()
+    assert "a mixture of all answers" in page
+    assert "reply, a mixture, prompt" in page
+    assert "the highest score answers" not in page
+
+
+def test_where_the_persona_is_told_its_own_words_came_last():
+    found = evaluate_run(experiment(), tiny.trainable(), None, tiny.DIALOGUES, template=PersonaTemplate(), replies=2)
+    [page] = sample_section(found.samples)
+    for sample in found.samples:
+        last = html.escape(sample["history"][-1])
+        assert f'<div class="turn own"><small>model&#x27;s side (R)</small>{last}</div>' in page.replace(
+            "model's", "model&#x27;s"
+        )
 
 
 def test_no_samples_on_request():

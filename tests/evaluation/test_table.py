@@ -59,9 +59,8 @@ def test_nan_and_absent_values_are_a_dash_and_empty_rows_are_left_out() -> None:
     assert rows == {"bleu": ["1.00"]}
 
 
-def test_usage_is_read_as_a_list_or_by_number() -> None:
+def test_usage_is_whole_or_not_known() -> None:
     assert prompt_usage({"usage": [0.25, 0.75]}) == [0.25, 0.75]
-    assert prompt_usage({"usage/0": 0.25, "usage/1": 0.75}) == [0.25, 0.75]
     assert prompt_usage({"usage": [0.25, math.nan]}) is None
     assert prompt_usage({}) is None
 
