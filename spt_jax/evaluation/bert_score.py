@@ -12,14 +12,13 @@ import importlib.metadata
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spt_jax.errors import UserError
+from spt_jax.evaluation.torch_models import local_model
 from spt_jax.json_text import json_object
-from spt_jax.models.files.sources import resolve_source
 
 PAPERS_MODEL = "microsoft/deberta-xlarge-mnli"
 _BATCH = 64
@@ -33,7 +32,6 @@ class BertScores:
         precision: float64 ``[N]``, a fraction: how well the reply's tokens are found in the reference.
         recall: float64 ``[N]``, how well the reference's tokens are found in the reply.
         f1: float64 ``[N]``, their harmonic mean.
-        empty: How many pairs scored 0 because their reply or their reference has no word.
         definitions: ``bert_p``, ``bert_r`` and ``bert_f1`` -> one sentence with encoder and layer.
         versions: Library -> version.
     """
@@ -41,7 +39,6 @@ class BertScores:
     precision: np.ndarray
     recall: np.ndarray
     f1: np.ndarray
-    empty: int
     definitions: dict[str, str]
     versions: dict[str, str]
 
@@ -105,8 +102,7 @@ def bert_scores(
         "bert_r": f"BERTScore recall {how}.",
         "bert_f1": f"BERTScore F1 {how}.",
     }
-    empty = len(predictions) - len(scored)
-    return BertScores(scores[0], scores[1], scores[2], empty, definitions, versions)
+    return BertScores(scores[0], scores[1], scores[2], definitions, versions)
 
 
 def check_bert_score(model: str) -> None:
@@ -127,17 +123,11 @@ def find_encoder(model: str, num_layers: int | None = None) -> Encoder:
     Raises:
         UserError: There is no such encoder, it has fewer layers than asked for, or their number is not known.
     """
-    local = model.startswith(("package:", ".", "/", "~", "shape:")) or model.endswith(".gguf") or Path(model).exists()
-    if not local:
+    source = local_model("BERTScore's encoder", model)
+    if source is None:
         known = importlib.import_module("bert_score.utils").model2layers
         layers = num_layers or known.get(model) or _layers_of_hub_model(model)
         return Encoder(model, layers, model)
-    source = resolve_source(model)
-    if source.kind != "folder":
-        raise UserError(
-            f"BERTScore's encoder {model!r} is a {source.kind}; allowed: a folder in Hugging Face's format, "
-            f"package:NAME or a hub id such as {PAPERS_MODEL}"
-        )
     try:
         config = json_object(source.path / "config.json")
         most = int(config.get("num_hidden_layers") or config.get("n_layers") or config["num_layers"])

@@ -71,20 +71,17 @@ def turn_contexts(rows: Sequence[Row]) -> dict[tuple[int, int], list[int]]:
     }
 
 
-class ColumnEvaluator:
-    """Evaluates banks on the same rows, LM and limits.
+@dataclasses.dataclass(frozen=True)
+class ColumnOptions:
+    """How columns are measured; the same for all of a table.
 
-    Args:
-        lm: The frozen LM.
-        mesh: Its mesh.
-        dialogues: The dialogues.
-        rows: Their rows.
+    Attributes:
         batch_size: Rows scored and replies decoded at once.
         max_buckets: Length buckets.
         max_new_tokens: Tokens of a reply at most.
-        decoding: How its tokens are chosen; greedy by default.
         cut: The reply in a generated text.
-        template: How the rows were written; None for `PlainTemplate`.
+        decoding: How its tokens are chosen; greedy by default.
+        template: How the rows were written.
         pad_id: Fills rows that are scored; None for the tokenizer's.
         end_id: What ends a reply, beside the tokenizer's stop tokens; None for nothing else.
         replies: How many turns get a reply, and have their candidates ranked, spread evenly; 0 for all.
@@ -96,6 +93,35 @@ class ColumnEvaluator:
         bert_score_model: Encoder of BERTScore; one that is given asks for it.
         nli_model: Classifier of entailment; one that is given asks for the consistency with the persona.
         seed: Of the noise, and of draws.
+    """
+
+    batch_size: int
+    max_buckets: int
+    max_new_tokens: int
+    cut: Callable[[str], str]
+    decoding: Decoding = dataclasses.field(default_factory=Decoding)
+    template: Template = dataclasses.field(default_factory=PlainTemplate)
+    pad_id: int | None = None
+    end_id: int | None = None
+    replies: int = 0
+    metrics: Iterable[str] = (EVERYDAY,)
+    selection: str = "hard"
+    selection_noise: float = 0.0
+    score_temperature: float = 1.0
+    bert_score_model: str = ""
+    nli_model: str = ""
+    seed: int = 0
+
+
+class ColumnEvaluator:
+    """Evaluates banks on the same rows and LM.
+
+    Args:
+        lm: The frozen LM.
+        mesh: Its mesh.
+        dialogues: The dialogues.
+        rows: Their rows.
+        options: How.
 
     Attributes:
         answered: int ``[R]``, which turns, in order, get a reply.
@@ -103,43 +129,22 @@ class ColumnEvaluator:
     """
 
     def __init__(
-        self,
-        lm: LanguageModel,
-        mesh: Mesh,
-        dialogues: Sequence[Dialogue],
-        rows: Sequence[Row],
-        *,
-        batch_size: int,
-        max_buckets: int,
-        max_new_tokens: int,
-        cut: Callable[[str], str],
-        decoding: Decoding | None = None,
-        template: Template | None = None,
-        pad_id: int | None = None,
-        end_id: int | None = None,
-        replies: int = 0,
-        metrics: Iterable[str] = (EVERYDAY,),
-        selection: str = "hard",
-        selection_noise: float = 0.0,
-        score_temperature: float = 1.0,
-        bert_score_model: str = "",
-        nli_model: str = "",
-        seed: int = 0,
+        self, lm: LanguageModel, mesh: Mesh, dialogues: Sequence[Dialogue], rows: Sequence[Row], options: ColumnOptions
     ) -> None:
-        self._lm, self._mesh, self._dialogues, self._rows = lm, mesh, dialogues, rows
-        self._batch_size, self._max_buckets, self._max_new_tokens = batch_size, max_buckets, max_new_tokens
+        self._lm, self._mesh, self._dialogues, self._rows, self._options = lm, mesh, dialogues, rows, options
         self._contexts = turn_contexts(rows)
-        self.answered = spread_evenly(len(self._contexts), replies)
-        self._pad_id = lm.tokenizer.pad_id if pad_id is None else pad_id
-        self._decoding = decoding or Decoding()
-        self._text = ReplyText(lm.tokenizer.decode, cut, self._decoding.stop)
-        self._end_ids = [] if end_id is None else [end_id]
-        self._template = template or PlainTemplate()
-        self.learns_persona = self._template.learns_persona
-        self._soft, self._noise, self._seed = selection == "soft", selection_noise, seed
-        self._temperature, self._groups = score_temperature, chosen_groups(metrics)
-        self._scorers = {"bert_score_model": bert_score_model, "nli_model": nli_model}
+        self.answered = spread_evenly(len(self._contexts), options.replies)
+        self.learns_persona = options.template.learns_persona
+        self._text = ReplyText(lm.tokenizer.decode, options.cut, options.decoding.stop)
+        self._groups = chosen_groups(options.metrics)
         self._ranked, self._unranked = self._find_ranked() if "hits" in self._groups else ([], "")
+        # How rows are scored, be it turns or candidates.
+        self._scoring = {
+            "mesh": mesh,
+            "batch_size": options.batch_size,
+            "pad_id": lm.tokenizer.pad_id if options.pad_id is None else options.pad_id,
+            "max_buckets": options.max_buckets,
+        }
 
     @property
     def turns(self) -> int:
@@ -163,7 +168,7 @@ class ColumnEvaluator:
             return [], "hits@1 is left out: the official mode, whose contexts depend on their batch, ranks nothing."
         wanted = sorted(self._contexts)
         keys = [wanted[u] for u in self.answered]
-        found = ranked_turns(self._rows, self._dialogues, keys, self._template, self._lm.tokenizer)
+        found = ranked_turns(self._rows, self._dialogues, keys, self._options.template, self._lm.tokenizer)
         if found:
             return found, ""
         return [], (
@@ -198,21 +203,29 @@ class ColumnEvaluator:
             kept: What an evaluation that was stopped has found of this column; it gets what is found now.
         """
         likelihoods = self._likelihoods(model, trainable, on_turns, kept)
-        if self._noise:
-            noise = np.random.default_rng(self._seed).normal(size=likelihoods.scores.shape)
-            noisy = likelihoods.scores + self._noise * noise
+        options = self._options
+        if options.selection_noise:
+            noise = np.random.default_rng(options.seed).normal(size=likelihoods.scores.shape)
+            noisy = likelihoods.scores + options.selection_noise * noise
             likelihoods = dataclasses.replace(likelihoods, scores=noisy.astype(np.float32))
         keys = [(int(likelihoods.dialogue[u]), int(likelihoods.turn[u])) for u in self.answered]
         conditions = inference_conditions(model, self._lm.params, trainable)
         writer = self.writer(model, conditions)
         chosen: Sequence[int] = likelihoods.selected[self.answered].tolist()
-        if self._soft and model.num_prompts > 1:
-            mixed = mixed_prompts(writer.bank, likelihoods.scores[self.answered], self._temperature)
+        if options.selection == "soft" and model.num_prompts > 1:
+            mixed = mixed_prompts(writer.bank, likelihoods.scores[self.answered], options.score_temperature)
             writer, chosen = dataclasses.replace(writer, bank=mixed), range(len(keys))
         replies = writer.replies(keys, chosen, on_turns, kept)
         references = [self.reference(*key) for key in keys]
         personas = None if self.learns_persona else [self._dialogues[d].persona for d, _ in keys]
-        metrics = text_metrics(replies, references, personas, metrics=self._groups, **self._scorers)
+        metrics = text_metrics(
+            replies,
+            references,
+            personas,
+            metrics=self._groups,
+            bert_score_model=options.bert_score_model,
+            nli_model=options.nli_model,
+        )
         ranking = self._rank(model, conditions, likelihoods, on_turns, kept) if self._ranked else None
         words = [len(self.reference(d, t).split()) for d, t in zip(likelihoods.dialogue, likelihoods.turn, strict=True)]
         figures = {
@@ -240,10 +253,7 @@ class ColumnEvaluator:
             self._lm.params,
             trainable,
             self._rows,
-            mesh=self._mesh,
-            batch_size=self._batch_size,
-            pad_id=self._pad_id,
-            max_buckets=self._max_buckets,
+            **self._scoring,
             on_batch=lambda turns, _: on_turns(turns),
         )
         if kept is not None:
@@ -278,10 +288,7 @@ class ColumnEvaluator:
             self._rows,
             left,
             [int(selected[turn_of[turn.dialogue, turn.turn]]) for turn in left],
-            mesh=self._mesh,
-            batch_size=self._batch_size,
-            pad_id=self._pad_id,
-            max_buckets=self._max_buckets,
+            **self._scoring,
             on_scores=keep,
         )
         known |= {(turn.dialogue, turn.turn): found for turn, found in zip(left, scores, strict=True)}
@@ -294,18 +301,18 @@ class ColumnEvaluator:
 
     def writer(self, model: SelectiveLM, conditions: Conditions) -> ReplyWriter:
         """What replies under the conditions that were learned."""
-        tokenizer = self._lm.tokenizer
+        tokenizer, options = self._lm.tokenizer, self._options
         engine = GenerationEngine(
             model.decoder,  # as it is fastest on these devices
             conditions.params,
-            eos_ids=[*tokenizer.stop_ids, *self._end_ids],
+            eos_ids=[*tokenizer.stop_ids, *([] if options.end_id is None else [options.end_id])],
             pad_id=tokenizer.pad_id,
             vocab_size=tokenizer.vocab_size,
-            max_batch=self._batch_size,
+            max_batch=options.batch_size,
             row_sharding=row_sharding(self._mesh) if self._mesh.size > 1 else None,
         )
         return ReplyWriter(
-            engine, conditions.bank, self._contexts, self._text, self._max_new_tokens, self._decoding, self._seed
+            engine, conditions.bank, self._contexts, self._text, options.max_new_tokens, options.decoding, options.seed
         )
 
 

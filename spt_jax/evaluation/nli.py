@@ -10,13 +10,12 @@ import importlib
 import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from spt_jax.errors import UserError
-from spt_jax.models.files.sources import resolve_source
+from spt_jax.evaluation.torch_models import local_model
 
 _BATCH = 64
 _WORTH = {"entail": 1.0, "neutral": 0.0, "contradict": -1.0}
@@ -127,15 +126,9 @@ def _classifier(model: str) -> _Classifier:
 
 
 def _find(model: str) -> tuple[str, str]:
-    local = model.startswith(("package:", ".", "/", "~", "shape:")) or model.endswith(".gguf") or Path(model).exists()
-    if not local:
+    source = local_model("the classifier of entailment", model)
+    if source is None:
         return model, model
-    source = resolve_source(model)
-    if source.kind != "folder":
-        raise UserError(
-            f"evaluation.nli is {model!r}, a {source.kind}; allowed: a folder in Hugging Face's format, package:NAME "
-            "or a hub id"
-        )
     return str(source.path), f"{model} {source.revision}".strip()
 
 

@@ -19,7 +19,7 @@ from spt_jax.config import Config, flatten
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.template import PlainTemplate, Template
 from spt_jax.errors import UserError
-from spt_jax.evaluation.columns import Column, ColumnEvaluator, ReplyWriter
+from spt_jax.evaluation.columns import Column, ColumnEvaluator, ColumnOptions, ReplyWriter
 from spt_jax.evaluation.diagnostics import diagnose
 from spt_jax.evaluation.journal import Journal
 from spt_jax.evaluation.report import ReportInputs, write_report
@@ -93,28 +93,25 @@ def evaluate_run(
     options = config.evaluation
     template = template or PlainTemplate()
     rows = pack_dialogues(config, dialogues, experiment.lm.tokenizer, template).rows
-    evaluator = ColumnEvaluator(
-        experiment.lm,
-        experiment.mesh,
-        dialogues,
-        rows,
+    how = ColumnOptions(
         batch_size=options.batch,
         max_buckets=config.data.max_buckets,
         max_new_tokens=options.max_new_tokens,
-        decoding=Decoding.of(config.generation),
         cut=cut_reply_official if model.official else template.cut,
-        pad_id=pad_id_of(config, experiment.lm.tokenizer),
+        decoding=Decoding.of(config.generation),
         template=template,
+        pad_id=pad_id_of(config, experiment.lm.tokenizer),
         end_id=template.end_id(experiment.lm.tokenizer),
         replies=options.replies if replies is None else replies,
+        metrics=options.metrics,
         selection=options.selection,
         selection_noise=options.selection_noise,
         score_temperature=config.objective.score_temperature,
-        metrics=options.metrics,
         bert_score_model=options.bertscore,
         nli_model=options.nli,
         seed=config.seed,
     )
+    evaluator = ColumnEvaluator(experiment.lm, experiment.mesh, dialogues, rows, how)
     banks = {AFTER: (model, trainable)}
     if initial is not None and trainable:
         before = {BEFORE: (model, initial)} if initial else {}

@@ -6,7 +6,7 @@ import pytest
 import tiny
 from tiny_experiment import experiment
 
-from spt_jax.evaluation.columns import ColumnEvaluator, turn_contexts
+from spt_jax.evaluation.columns import ColumnEvaluator, ColumnOptions, turn_contexts
 from spt_jax.evaluation.spread import spread_evenly
 from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.replies import cut_reply
@@ -21,14 +21,8 @@ def setting():
 
 def evaluator_of(setting, layout: str = "dialogue", replies: int = 0) -> ColumnEvaluator:
     rows = pack_dialogues(setting.config, tiny.DIALOGUES, setting.lm.tokenizer, layout=layout).rows
-    return ColumnEvaluator(
-        *(setting.lm, setting.mesh, tiny.DIALOGUES, rows),
-        batch_size=4,
-        max_buckets=1,
-        max_new_tokens=3,
-        cut=cut_reply,
-        replies=replies,
-    )
+    options = ColumnOptions(batch_size=4, max_buckets=1, max_new_tokens=3, cut=cut_reply, replies=replies)
+    return ColumnEvaluator(setting.lm, setting.mesh, tiny.DIALOGUES, rows, options)
 
 
 def test_contexts_are_the_same_whatever_the_layout(setting):

@@ -306,7 +306,7 @@ def lengths_as_scores(predictions: list[str], references: list[str], model: str)
     """In the place of BERTScore: precision from the reply, recall from the reference."""
     precision, recall = (np.asarray([1 / (1 + len(text)) for text in texts]) for texts in (predictions, references))
     definitions = dict.fromkeys(("bert_f1", "bert_p", "bert_r"), model)
-    return BertScores(precision, recall, precision * recall, 0, definitions, {"bert": "1"})
+    return BertScores(precision, recall, precision * recall, definitions, {"bert": "1"})
 
 
 @pytest.mark.parametrize("block", [1, 7, 1024])

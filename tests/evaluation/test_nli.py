@@ -110,7 +110,7 @@ def test_a_classifier_of_something_else_is_refused(labels: tuple[str, ...], mess
     ("model", "message"),
     [
         ("./absent", "does not exist"),
-        ("shape:llama2-7b", "evaluation.nli is 'shape:llama2-7b', a shape; allowed"),
+        ("shape:llama2-7b", "the classifier of entailment 'shape:llama2-7b' is a shape; allowed"),
         ("no-one/no-such-model", "classifier of entailment 'no-one/no-such-model' cannot be loaded"),
     ],
 )
