@@ -136,7 +136,7 @@ def _training_plan(
             hbm, sent = share * compiled.traffic.hbm, sum(c.sent for c in compiled.traffic.collectives)
         else:
             hbm, sent = estimated_traffic(step, estimated_memory(step))
-        return roofline(topology, flops, hbm, sent, learned_bytes(step.program.arguments[0]))
+        return roofline(topology, flops, hbm, sent, learned_bytes(step.state))
 
     model = describe(config, decoder, mesh)
     return Plan(

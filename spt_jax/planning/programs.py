@@ -64,6 +64,21 @@ class TrainStep:
     program: Program
 
     @property
+    def state(self) -> Shapes:
+        """The `TrainState`: what is learned, its moments and counters."""
+        return self.program.arguments[0]
+
+    @property
+    def frozen(self) -> Shapes:
+        """The LM's weights; an empty dict where they are learned."""
+        return self.program.arguments[1]
+
+    @property
+    def batch(self) -> Shapes:
+        """The rows, arrays by name."""
+        return self.program.arguments[2]
+
+    @property
     def flops(self) -> float:
         """Of its matrix products, on all devices; traced anew each time."""
         return product_flops(self.program.trace().jaxpr.jaxpr)

@@ -148,7 +148,7 @@ def _of_policies(
         if policy not in flops_per_row:
             flops_per_row[policy] = step.flops / config.data.batch
         flops = flops_per_row[policy] * config.data.batch / mesh.size
-        times = roofline(topology, flops, hbm, sent, learned_bytes(step.program.arguments[0]))
+        times = roofline(topology, flops, hbm, sent, learned_bytes(step.state))
         chosen = copy.deepcopy(config)
         chosen.model.remat = policy
         yield Candidate(chosen, config.data.batch / times.seconds, memory.total)

@@ -14,7 +14,10 @@ from spt_jax.errors import UserError
 from spt_jax.models.loading import open_lm
 from spt_jax.planning.advice import advice
 from spt_jax.planning.convai2 import CONVAI2
-from spt_jax.planning.plan import Plan, plan_training
+from spt_jax.planning.estimated_traffic import EstimatedTraffic, estimated_traffic
+from spt_jax.planning.memory import estimated_memory
+from spt_jax.planning.plan import Plan, mesh_of, plan_training
+from spt_jax.planning.programs import train_step
 from spt_jax.planning.report import Request, report
 from spt_jax.planning.roofline import Roofline
 from spt_jax.planning.search import candidates, search
@@ -70,6 +73,18 @@ def test_more_of_everything_takes_more_and_shards_take_less():
     assert sharded.kept == base.kept / 8 and parts.kept == base.kept / 4
     assert 1.99 * base.kept < prompts.kept < 2.01 * base.kept
     assert base.kept < kept.kept
+
+
+def test_weights_that_are_learned_are_read_and_gathered_as_frozen_ones_are():
+    def moved(kind: str) -> EstimatedTraffic:
+        config = config_of("shape:smollm2-135m", 8, model__dtype="float32", method__kind=kind, mesh__fsdp=4)
+        mesh = mesh_of(config, Topology.parse("h100:4"))
+        step = train_step(config, decoder_of(config), mesh, WORK.longest_shape, "full")
+        return estimated_traffic(step, dataclasses.replace(estimated_memory(step), kept=0.0, layer=0.0))
+
+    learned, frozen = moved("full"), moved("prompt_tuning")
+    assert learned.hbm == frozen.hbm > 0
+    assert learned.sent > frozen.sent
 
 
 def test_advice_names_changes_that_fit_when_they_are_made():
