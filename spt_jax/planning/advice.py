@@ -60,7 +60,7 @@ def advice(config: Config, decoder: DecoderConfig, plan: Plan, workload: Workloa
         words = [f"--config.{name}={value}" for name, value in options.items()]
         if topology != plan.topology:
             words.insert(0, f"--topology={topology.name}")
-        found.append(Advice(" ".join(words), needed, needed <= topology.chip.memory))
+        found.append(Advice(" ".join(words), needed, needed <= topology.chip.capacity))
     return sorted({each.change: each for each in found}.values(), key=lambda each: each.needed)
 
 

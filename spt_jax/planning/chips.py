@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import os
 
 from spt_jax.errors import UserError, nearest
 
 GIB = 2**30
+GPU_SHARE = 0.75
+"""Of a GPU's memory that JAX takes, unless one of `GPU_SHARE_VARIABLES` is set (docs.jax.dev, GPU memory allocation)."""
+GPU_SHARE_VARIABLES = ("XLA_CLIENT_MEM_FRACTION", "XLA_PYTHON_CLIENT_MEM_FRACTION")
+"""Its name, and the one of old."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +40,28 @@ class Chip:
     network: float
     source: str
     devices_per_chip: int = 1
+
+    @property
+    def capacity(self) -> float:
+        """Bytes that programs may use: a TPU's HBM, or the share that JAX takes of a GPU's.
+
+        Raises:
+            UserError: The variable that sets this share is not a number above 0.
+        """
+        return self.memory * (_gpu_share() if self.kind == "gpu" else 1.0)
+
+
+def _gpu_share() -> float:
+    variable, text = next(
+        ((name, os.environ[name]) for name in GPU_SHARE_VARIABLES if os.environ.get(name)), ("", str(GPU_SHARE))
+    )
+    try:
+        share = float(text)
+    except ValueError:
+        share = math.nan
+    if not 0 < share < math.inf:
+        raise UserError(f"{variable} is {text!r}; allowed: a number above 0, such as {GPU_SHARE}")
+    return share
 
 
 _CLOUD = "docs.cloud.google.com/tpu/docs"

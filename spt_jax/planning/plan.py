@@ -21,7 +21,7 @@ from spt_jax.training.description import describe
 from spt_jax.training.remat import POLICIES
 
 _HOPELESS = 1.5
-"""Above this multiple of HBM, by the estimate, a policy is not compiled while another is left."""
+"""Above this multiple of what programs may use, by the estimate, a policy is not compiled while another is left."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +109,7 @@ def plan_training(
     for policy in policies:
         step = train_step(config, decoder, mesh, workload.longest_shape, policy)
         memory = estimated_memory(step)
-        if policy != policies[-1] and memory.total > _HOPELESS * topology.chip.memory:
+        if policy != policies[-1] and memory.total > _HOPELESS * topology.chip.capacity:
             continue
         compiled = None
         if topology.chip.kind == "tpu":
@@ -151,7 +151,7 @@ def _training_plan(
         programs=() if compiled is None else (compiled,),
         memory=memory,
         needed=memory.total if compiled is None else compiled.peak,
-        capacity=(None if compiled is None else compiled.capacity) or topology.chip.memory,
+        capacity=(None if compiled is None else compiled.capacity) or topology.chip.capacity,
         longest=on(workload.longest_shape),
         mean=on(workload.mean_shape),
         steps=workload.steps(config.data.batch),
@@ -197,7 +197,7 @@ def plan_generation(
         programs=tuple(compiled),
         memory=None,
         needed=max(each.peak for each in compiled),
-        capacity=next((each.capacity for each in compiled if each.capacity), topology.chip.memory),
+        capacity=next((each.capacity for each in compiled if each.capacity), topology.chip.capacity),
         longest=roofline(topology, sum(each.flops for each in compiled), hbm, sent),
         mean=None,
         steps=0,

@@ -205,7 +205,7 @@ def test_the_door_prints_a_plan_and_refuses_what_does_not_fit(capsys, monkeypatc
     said = capsys.readouterr()
     assert "GiB too much" in said.out and "What would need less, by the estimate:" in said.out
     assert said.err.startswith("spt-jax plan: the train step needs ") and said.err.count("\n") == 1
-    assert " GiB more than the 74.51 GiB of h100" in said.err
+    assert " GiB more than the 55.88 GiB of h100" in said.err
 
 
 @pytest.mark.parametrize(
