@@ -18,7 +18,7 @@ from spt_jax.planning.roofline import Roofline, roofline
 from spt_jax.planning.topology import Topology, topology_mesh
 from spt_jax.planning.workload import Workload
 from spt_jax.training.description import describe
-from spt_jax.training.remat import POLICIES
+from spt_jax.training.remat import POLICIES, leaves_enough
 
 _HOPELESS = 1.5
 """Above this multiple of what programs may use, by the estimate, a policy is not compiled while another is left."""
@@ -70,6 +70,12 @@ class Plan:
         return self.needed <= self.capacity
 
     @property
+    def counted(self) -> float:
+        """Bytes of a device by which training would choose what is recomputed."""
+        counted = [program.counted for program in self.programs if program.counted is not None]
+        return max(counted, default=self.needed)
+
+    @property
     def rows_per_second(self) -> float:
         """Dialogues a second at best; 0 where it does not fit or nothing is trained."""
         return self.rows / self.mean.seconds if self.fits and self.mean is not None else 0.0
@@ -91,7 +97,7 @@ def plan_training(
     workload: Workload,
     say: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Compiles the train step on the longest rows; with ``model.remat = auto``, of the fastest policy that fits.
+    """Compiles the train step on the longest rows; with ``model.remat = auto``, of the policy that training takes.
 
     Args:
         config: A validated configuration.
@@ -105,7 +111,7 @@ def plan_training(
     """
     mesh = mesh_of(config, topology)
     policies = POLICIES if config.model.remat == "auto" else (config.model.remat,)
-    plan = None
+    plan, capacity = None, topology.chip.capacity
     for policy in policies:
         step = train_step(config, decoder, mesh, workload.longest_shape, policy)
         memory = estimated_memory(step)
@@ -116,7 +122,8 @@ def plan_training(
             say(f"compiling the train step for {topology}, remat = {policy}")
             compiled = compile_program(step.program, mesh.size)
         plan = _training_plan(step, topology, workload, memory, compiled)
-        if plan.fits:
+        capacity = min(capacity, plan.capacity)
+        if plan.fits and leaves_enough(plan.counted, capacity):
             break
     assert plan is not None
     return plan

@@ -13,6 +13,7 @@ from spt_jax.config import Config, default_config
 from spt_jax.errors import UserError
 from spt_jax.models.loading import open_lm
 from spt_jax.planning.advice import advice
+from spt_jax.planning.chips import CHIPS
 from spt_jax.planning.convai2 import CONVAI2
 from spt_jax.planning.estimated_traffic import EstimatedTraffic, estimated_traffic
 from spt_jax.planning.memory import estimated_memory
@@ -23,6 +24,7 @@ from spt_jax.planning.roofline import Roofline
 from spt_jax.planning.search import candidates, search
 from spt_jax.planning.topology import Topology
 from spt_jax.planning.workload import Workload
+from spt_jax.training.remat import SHARE
 
 pytestmark = pytest.mark.first_python
 
@@ -55,6 +57,15 @@ def test_the_fastest_policy_that_fits_is_planned():
     assert found.rows_per_second == pytest.approx(8 / found.mean.seconds)
     larger = planned(config_of("shape:llama2-7b", 64), "h100:8")
     assert larger.remat in ("dots", "full")
+
+
+def test_auto_leaves_free_what_training_leaves_free(monkeypatch):
+    config = config_of("shape:smollm2-135m")
+    needed = planned(config_of("shape:smollm2-135m", model__remat="none"), "h100:1").needed
+    for filled, policy in ((0.99 * SHARE, "none"), (1.01 * SHARE, "dots")):
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", str(needed / filled / CHIPS["h100"].memory))
+        found = planned(config, "h100:1")
+        assert found.fits and found.remat == policy
 
 
 def test_more_of_everything_takes_more_and_shards_take_less():
