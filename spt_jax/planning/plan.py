@@ -13,11 +13,11 @@ from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.planning.compilation import Compiled, compile_program
 from spt_jax.planning.estimated_traffic import estimated_traffic
 from spt_jax.planning.memory import Memory, estimated_memory, learned_bytes
-from spt_jax.planning.programs import TrainStep, generation, train_step
+from spt_jax.planning.programs import TrainStep, generation, traceable, train_step
 from spt_jax.planning.roofline import Roofline, roofline
 from spt_jax.planning.topology import Topology, topology_mesh
 from spt_jax.planning.workload import Workload
-from spt_jax.training.description import describe
+from spt_jax.training.description import attention_kernel, describe
 from spt_jax.training.remat import POLICIES, leaves_enough
 
 _HOPELESS = 1.5
@@ -107,9 +107,11 @@ def plan_training(
         say: Takes a line before each compilation, which takes up to minutes.
 
     Raises:
-        UserError: The mesh does not fit the topology or the batch, or there is no compiler for it.
+        UserError: The mesh does not fit the topology or the batch, there is no compiler for it, or ``model.attention``
+            asks for what the chips cannot do.
     """
     mesh = mesh_of(config, topology)
+    attention = attention_kernel(decoder, config.model.attention, topology.chip, mesh.shape["tensor"])
     policies = POLICIES if config.model.remat == "auto" else (config.model.remat,)
     plan, capacity = None, topology.chip.capacity
     for policy in policies:
@@ -121,7 +123,7 @@ def plan_training(
         if topology.chip.kind == "tpu":
             say(f"compiling the train step for {topology}, remat = {policy}")
             compiled = compile_program(step.program, mesh.size)
-        plan = _training_plan(step, topology, workload, memory, compiled)
+        plan = _training_plan(step, topology, workload, memory, compiled, attention)
         capacity = min(capacity, plan.capacity)
         if plan.fits and leaves_enough(plan.counted, capacity):
             break
@@ -130,7 +132,12 @@ def plan_training(
 
 
 def _training_plan(
-    longest: TrainStep, topology: Topology, workload: Workload, memory: Memory, compiled: Compiled | None
+    longest: TrainStep,
+    topology: Topology,
+    workload: Workload,
+    memory: Memory,
+    compiled: Compiled | None,
+    attention: str,
 ) -> Plan:
     """Puts together what is known of a step; a shape's FLOPs are traced, its bytes are those of the longest rows."""
     config, decoder, mesh = longest.config, longest.decoder, longest.mesh
@@ -145,16 +152,15 @@ def _training_plan(
             hbm, sent = estimated_traffic(step, estimated_memory(step))
         return roofline(topology, flops, hbm, sent, learned_bytes(step.state))
 
-    model = describe(config, decoder, mesh)
     return Plan(
         source=config.model.source,
         topology=topology,
         mesh={name: int(size) for name, size in mesh.shape.items()},
         rows=config.data.batch,
-        prompts=model.num_prompts,
+        prompts=traceable(config, decoder, mesh).num_prompts,
         remat=longest.remat,
         quantization=decoder.quantization,
-        attention=model.decoder.attention_kernel,
+        attention=attention,
         programs=() if compiled is None else (compiled,),
         memory=memory,
         needed=memory.total if compiled is None else compiled.peak,
