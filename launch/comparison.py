@@ -128,12 +128,13 @@ class _Comparison:
         return best
 
     def _trial(self, method: str, rate: float) -> float:
-        """The development perplexity that a rate ends with, for the first seed."""
+        """The development perplexity that a rate ends with, for the first seed; infinite where that is no number."""
         with self._places:
             workdir = self._trained(method, rate, self._arguments.seeds[0])
         rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         perplexities = [row["development/perplexity"] for row in rows if "development/perplexity" in row]
-        return perplexities[-1] if math.isfinite(perplexities[-1]) else math.inf
+        last = perplexities[-1]
+        return last if last is not None and math.isfinite(last) else math.inf
 
     def _evaluated(self, method: str, rate: float | None, seed: int) -> Path:
         with self._places:

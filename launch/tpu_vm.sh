@@ -8,7 +8,7 @@
 #   --spot             cheaper, and may be taken away at any time
 #   --queued           wait in Google's queue until there is room
 #   --runtime VERSION  the TPU software (default: v2-alpha-tpuv5-lite)
-#   --retries N        how often a preempted TPU is made again (default: 20)
+#   --retries N        how often a preempted TPU is made again, or a lost connection tried again (default: 20)
 #   --logs FOLDER      where the logs go (default: logs/NAME)
 #   --keep             do not delete the TPU at the end: it goes on costing
 #   --dry-run          print the commands and run none
@@ -49,9 +49,21 @@ copy() { run gcloud compute tpus tpu-vm scp "$1" "$2" --zone "$zone" --worker="$
 queue() { run gcloud compute tpus queued-resources "$1" "$name" --zone "$zone" "${@:2}"; }
 on_hosts() { tpu ssh --worker="$1" --command="$2"; }
 
+pause() { sleep "${POLL_SECONDS:-30}"; }
+
+# No answer is not an absence: a TPU that cannot be asked may be training.
 state() {
+  local said asked
   if [ -n "$dry" ]; then echo "$dry_state"; return; fi
-  gcloud compute tpus tpu-vm describe "$name" --zone "$zone" --format="value(state)" 2>/dev/null || echo ABSENT
+  said="$(mktemp)"
+  for ((asked = 0; asked <= retries; asked++)); do
+    if gcloud compute tpus tpu-vm describe "$name" --zone "$zone" --format="value(state)" 2>"$said"; then break; fi
+    if grep -q NOT_FOUND "$said"; then echo ABSENT; break; fi
+    cat "$said" >&2
+    pause
+  done
+  rm -f "$said"
+  [ "$asked" -le "$retries" ] || { echo "tpu_vm: gcloud does not tell the state of $name" >&2; return 1; }
 }
 
 delete() { if [ -n "$queued" ]; then queue delete --force --quiet; else tpu delete --quiet; fi; }
@@ -69,7 +81,7 @@ create() {
       ACTIVE) return ;;
       FAILED | SUSPENDED) echo "tpu_vm: the queue gave $name up ($seen)" >&2; return 1 ;;
     esac
-    sleep "${POLL_SECONDS:-30}"
+    pause
   done
 }
 
@@ -78,7 +90,8 @@ ready() {
   now="$(state)"
   case "$now" in
     READY) echo "tpu_vm: $name is there" >&2; return ;;
-    ABSENT) ;;
+    # A spot TPU's request outlives what it was given.
+    ABSENT) [ -z "$queued" ] || delete 2>/dev/null || true ;;
     *) echo "tpu_vm: $name is $now, so it is made again" >&2; delete ;;
   esac
   create
@@ -88,9 +101,9 @@ set_up() {
   run mkdir -p "$logs"
   run tar -czf "$logs/spt_jax.tar.gz" --exclude=__pycache__ spt_jax configs launch pyproject.toml README.md LICENSE
   copy "$logs/spt_jax.tar.gz" "$name:spt_jax.tar.gz" all
-  # The hosts' own Python is too old.
+  # The hosts' own Python is too old, and on newer runtimes takes no packages unless told to.
   on_hosts all 'set -euo pipefail; mkdir -p spt_jax; tar -xzf spt_jax.tar.gz -C spt_jax; cd spt_jax
-    python3 -m pip install --quiet --user uv; [ -d .venv ] || ~/.local/bin/uv venv --seed --python 3.12 .venv
+    PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv; [ -d .venv ] || ~/.local/bin/uv venv --seed --python 3.12 .venv
     source launch/environment.sh; install .venv .venv/bin/python "[tpu,buckets]"; fetch_smollm2 .venv'
 }
 
@@ -112,6 +125,20 @@ train() {
 exit_code() {
   if [ -n "$dry" ]; then echo 0; return; fi
   on_hosts 0 "cat spt_jax/train.exit" 2>/dev/null | tail -n 1
+}
+
+# Trains until the TPU is gone or there is an exit code; a connection that is lost leaves neither.
+attend() {
+  local lost
+  for ((lost = 0; lost <= retries; lost++)); do
+    train "$@" || true
+    now="$(state)"
+    [ "$now" = READY ] || return 0
+    code="$(exit_code || true)"
+    [ -z "$code" ] || return 0
+    echo "tpu_vm: the connection to $name was lost; it is tried again" >&2
+    pause
+  done
 }
 
 bring_logs() {
@@ -139,10 +166,9 @@ for ((attempt = 0; attempt <= retries; attempt++)); do
   dry_state=READY
   set_up
   mount_share
-  train "$@" || true
-  if [ "$(state)" != READY ]; then echo "tpu_vm: $name was preempted" >&2; continue; fi
+  attend "$@"
+  if [ "$now" != READY ]; then echo "tpu_vm: $name was preempted" >&2; continue; fi
   bring_logs
-  code="$(exit_code || true)"
   case "$code" in
     75) echo "tpu_vm: the run was stopped and saved; it goes on" >&2 ;;
     '' | *[!0-9]*) echo "tpu_vm: the run left no exit code; see $logs" >&2; exit 1 ;;

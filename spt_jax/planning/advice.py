@@ -51,7 +51,7 @@ def advice(config: Config, decoder: DecoderConfig, plan: Plan, workload: Workloa
     larger = next_larger(plan.topology)
     everything = [(options, topology) for options, topology in [*tried, (together, plan.topology)] if options]
     if larger is not None:
-        everything.append(({"mesh.data": 1, "mesh.fsdp": larger.count // plan.mesh["tensor"]}, larger))
+        everything.append((_within_slices(larger, plan), larger))
     found = []
     for options, topology in everything:
         needed = _needed(config, decoder, plan, workload, options, topology)
@@ -60,7 +60,7 @@ def advice(config: Config, decoder: DecoderConfig, plan: Plan, workload: Workloa
         words = [f"--config.{name}={value}" for name, value in options.items()]
         if topology != plan.topology:
             words.insert(0, f"--topology={topology.name}")
-        found.append(Advice(" ".join(words), needed, needed <= topology.chip.memory))
+        found.append(Advice(" ".join(words), needed, needed <= topology.chip.capacity))
     return sorted({each.change: each for each in found}.values(), key=lambda each: each.needed)
 
 
@@ -82,8 +82,12 @@ def _changes(config: Config, plan: Plan) -> Iterator[tuple[dict[str, Any], Topol
     if config.model.max_logit_rows > 128:
         yield {"model.max_logit_rows": 128}, plan.topology
     if plan.mesh["data"] > 1:
-        everywhere = plan.topology.count // plan.topology.slices // plan.mesh["tensor"]
-        yield {"mesh.data": plan.topology.slices, "mesh.fsdp": everywhere}, plan.topology
+        yield _within_slices(plan.topology, plan), plan.topology
+
+
+def _within_slices(topology: Topology, plan: Plan) -> dict[str, Any]:
+    """The mesh on which each slice has the weights once."""
+    return {"mesh.data": topology.slices, "mesh.fsdp": topology.count // topology.slices // plan.mesh["tensor"]}
 
 
 def _needed(

@@ -11,6 +11,7 @@ import jax
 from spt_jax.planning.arithmetic import product_flops
 from spt_jax.planning.programs import Program
 from spt_jax.planning.traffic import Traffic, traffic
+from spt_jax.training.remat import program_memory
 
 _UNITS = {"": 1, "B": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 _SHORTFALL = re.compile(
@@ -35,6 +36,7 @@ class Compiled:
         traffic: Bytes and collectives; None where it does not fit.
         seconds: That compiling took.
         kernels: Custom kernels in the program, such as splash attention, by name.
+        counted: Bytes by which training would choose what is recomputed; None where it does not fit.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Compiled:
     traffic: Traffic | None
     seconds: float
     kernels: tuple[str, ...] = ()
+    counted: float | None = None
 
     @property
     def fits(self) -> bool:
@@ -86,4 +89,5 @@ def compile_program(program: Program, devices: int, unknown_trips: int = 1) -> C
         traffic(text, unknown_trips),
         took,
         tuple(sorted(set(_KERNEL.findall(text)))),
+        program_memory(memory),
     )

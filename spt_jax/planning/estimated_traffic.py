@@ -32,14 +32,13 @@ def estimated_traffic(step: TrainStep, memory: Memory) -> EstimatedTraffic:
         step: The train step.
         memory: Of `spt_jax.planning.memory.estimated_memory`.
     """
-    state, frozen, _ = step.program.arguments
     decoder, mesh = step.decoder, step.mesh
     passes, times = 2 if step.remat == "none" else 3, step.config.optimizer.micro_batches
     fsdp, tensor, layers = mesh.shape["fsdp"], mesh.shape["tensor"], decoder.num_layers
-    kernels = kernel_bytes(frozen)
+    kernels = kernel_bytes(step.frozen or step.state.trainable["lm"])
     outputs = device_tokens(step) * decoder.hidden_size * decoder.jax_dtype.dtype.itemsize * layers
     hbm = passes * (kernels * fsdp + layers * memory.layer / 2) + 2 * memory.kept
     gathers = passes * kernels * (fsdp - 1)
     sums = passes * 2 * 2 * outputs * (tensor - 1) / tensor
     rows = mesh.size // tensor
-    return EstimatedTraffic(times * hbm, times * (gathers + sums) + 2 * learned_bytes(state) * (rows - 1) / rows)
+    return EstimatedTraffic(times * hbm, times * (gathers + sums) + 2 * learned_bytes(step.state) * (rows - 1) / rows)

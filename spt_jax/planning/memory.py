@@ -55,15 +55,14 @@ class Memory:
 
 def estimated_memory(step: TrainStep) -> Memory:
     """Of a train step."""
-    state, frozen, batch = step.program.arguments
     decoder, tokens, tensor = step.decoder, device_tokens(step), step.mesh.shape["tensor"]
     width = decoder.jax_dtype.dtype.itemsize
     inputs, products, between = _activations(decoder, tensor)
     kept = {"full": inputs, "dots": inputs + products, "none": inputs + products + between}[step.remat]
     rows_of_logits = step.config.model.max_logit_rows / row_devices(step.mesh)
     return Memory(
-        frozen=device_bytes(frozen),
-        learned=device_bytes((state, state.trainable, batch)),
+        frozen=device_bytes(step.frozen),
+        learned=device_bytes((step.state, step.state.trainable, step.batch)),
         kept=tokens * kept * width * decoder.num_layers,
         layer=2 * tokens * (inputs + products + between) * width,
         kernels=_kernels(decoder, tensor),
@@ -109,7 +108,7 @@ def learned_bytes(state: Shapes) -> float:
     return float(sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(state.trainable)))
 
 
-def kernel_bytes(frozen: Shapes) -> float:
+def kernel_bytes(weights: Shapes) -> float:
     """Bytes of one device's part of the blocks' kernels, which every pass over the layers reads."""
-    flat = traverse_util.flatten_dict(frozen.get("layers", {}), is_leaf=lambda _, x: isinstance(x, QTensor))
+    flat = traverse_util.flatten_dict(weights.get("layers", {}), is_leaf=lambda _, x: isinstance(x, QTensor))
     return device_bytes([leaf for path, leaf in flat.items() if path[-1] == "kernel"])

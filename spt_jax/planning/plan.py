@@ -13,15 +13,15 @@ from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.planning.compilation import Compiled, compile_program
 from spt_jax.planning.estimated_traffic import estimated_traffic
 from spt_jax.planning.memory import Memory, estimated_memory, learned_bytes
-from spt_jax.planning.programs import TrainStep, generation, train_step
+from spt_jax.planning.programs import TrainStep, generation, traceable, train_step
 from spt_jax.planning.roofline import Roofline, roofline
 from spt_jax.planning.topology import Topology, topology_mesh
 from spt_jax.planning.workload import Workload
-from spt_jax.training.description import describe
-from spt_jax.training.remat import POLICIES
+from spt_jax.training.description import attention_kernel, describe
+from spt_jax.training.remat import POLICIES, leaves_enough
 
 _HOPELESS = 1.5
-"""Above this multiple of HBM, by the estimate, a policy is not compiled while another is left."""
+"""Above this multiple of what programs may use, by the estimate, a policy is not compiled while another is left."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -70,6 +70,12 @@ class Plan:
         return self.needed <= self.capacity
 
     @property
+    def counted(self) -> float:
+        """Bytes of a device by which training would choose what is recomputed."""
+        counted = [program.counted for program in self.programs if program.counted is not None]
+        return max(counted, default=self.needed)
+
+    @property
     def rows_per_second(self) -> float:
         """Dialogues a second at best; 0 where it does not fit or nothing is trained."""
         return self.rows / self.mean.seconds if self.fits and self.mean is not None else 0.0
@@ -91,7 +97,7 @@ def plan_training(
     workload: Workload,
     say: Callable[[str], None] = lambda line: None,
 ) -> Plan:
-    """Compiles the train step on the longest rows; with ``model.remat = auto``, of the fastest policy that fits.
+    """Compiles the train step on the longest rows; with ``model.remat = auto``, of the policy that training takes.
 
     Args:
         config: A validated configuration.
@@ -101,29 +107,37 @@ def plan_training(
         say: Takes a line before each compilation, which takes up to minutes.
 
     Raises:
-        UserError: The mesh does not fit the topology or the batch, or there is no compiler for it.
+        UserError: The mesh does not fit the topology or the batch, there is no compiler for it, or ``model.attention``
+            asks for what the chips cannot do.
     """
     mesh = mesh_of(config, topology)
+    attention = attention_kernel(decoder, config.model.attention, topology.chip, mesh.shape["tensor"])
     policies = POLICIES if config.model.remat == "auto" else (config.model.remat,)
-    plan = None
+    plan, capacity = None, topology.chip.capacity
     for policy in policies:
         step = train_step(config, decoder, mesh, workload.longest_shape, policy)
         memory = estimated_memory(step)
-        if policy != policies[-1] and memory.total > _HOPELESS * topology.chip.memory:
+        if policy != policies[-1] and memory.total > _HOPELESS * topology.chip.capacity:
             continue
         compiled = None
         if topology.chip.kind == "tpu":
             say(f"compiling the train step for {topology}, remat = {policy}")
             compiled = compile_program(step.program, mesh.size)
-        plan = _training_plan(step, topology, workload, memory, compiled)
-        if plan.fits:
+        plan = _training_plan(step, topology, workload, memory, compiled, attention)
+        capacity = min(capacity, plan.capacity)
+        if plan.fits and leaves_enough(plan.counted, capacity):
             break
     assert plan is not None
     return plan
 
 
 def _training_plan(
-    longest: TrainStep, topology: Topology, workload: Workload, memory: Memory, compiled: Compiled | None
+    longest: TrainStep,
+    topology: Topology,
+    workload: Workload,
+    memory: Memory,
+    compiled: Compiled | None,
+    attention: str,
 ) -> Plan:
     """Puts together what is known of a step; a shape's FLOPs are traced, its bytes are those of the longest rows."""
     config, decoder, mesh = longest.config, longest.decoder, longest.mesh
@@ -136,22 +150,21 @@ def _training_plan(
             hbm, sent = share * compiled.traffic.hbm, sum(c.sent for c in compiled.traffic.collectives)
         else:
             hbm, sent = estimated_traffic(step, estimated_memory(step))
-        return roofline(topology, flops, hbm, sent, learned_bytes(step.program.arguments[0]))
+        return roofline(topology, flops, hbm, sent, learned_bytes(step.state))
 
-    model = describe(config, decoder, mesh)
     return Plan(
         source=config.model.source,
         topology=topology,
         mesh={name: int(size) for name, size in mesh.shape.items()},
         rows=config.data.batch,
-        prompts=model.num_prompts,
+        prompts=traceable(config, decoder, mesh).num_prompts,
         remat=longest.remat,
         quantization=decoder.quantization,
-        attention=model.decoder.attention_kernel,
+        attention=attention,
         programs=() if compiled is None else (compiled,),
         memory=memory,
         needed=memory.total if compiled is None else compiled.peak,
-        capacity=(None if compiled is None else compiled.capacity) or topology.chip.memory,
+        capacity=(None if compiled is None else compiled.capacity) or topology.chip.capacity,
         longest=on(workload.longest_shape),
         mean=on(workload.mean_shape),
         steps=workload.steps(config.data.batch),
@@ -197,7 +210,7 @@ def plan_generation(
         programs=tuple(compiled),
         memory=None,
         needed=max(each.peak for each in compiled),
-        capacity=next((each.capacity for each in compiled if each.capacity), topology.chip.memory),
+        capacity=next((each.capacity for each in compiled if each.capacity), topology.chip.capacity),
         longest=roofline(topology, sum(each.flops for each in compiled), hbm, sent),
         mean=None,
         steps=0,

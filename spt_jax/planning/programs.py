@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from functools import partial
 from typing import Any
@@ -21,6 +22,7 @@ from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.weights import map_boxes
 from spt_jax.parallel.rules import parameter_sharding, replicated, row_devices, row_sharding
 from spt_jax.planning.arithmetic import product_flops
+from spt_jax.prompting.selective_lm import SelectiveLM
 from spt_jax.training.description import describe, front_length, objective_of
 from spt_jax.training.experiment import check_rows
 from spt_jax.training.optimizer import make_optimizer
@@ -64,6 +66,21 @@ class TrainStep:
     program: Program
 
     @property
+    def state(self) -> Shapes:
+        """The `TrainState`: what is learned, its moments and counters."""
+        return self.program.arguments[0]
+
+    @property
+    def frozen(self) -> Shapes:
+        """The LM's weights; an empty dict where they are learned."""
+        return self.program.arguments[1]
+
+    @property
+    def batch(self) -> Shapes:
+        """The rows, arrays by name."""
+        return self.program.arguments[2]
+
+    @property
     def flops(self) -> float:
         """Of its matrix products, on all devices; traced anew each time."""
         return product_flops(self.program.trace().jaxpr.jaxpr)
@@ -77,6 +94,14 @@ def frozen_shapes(decoder: DecoderConfig, mesh: Mesh) -> Shapes:
         return jax.ShapeDtypeStruct(leaf.value.shape, leaf.value.dtype, sharding=sharding)
 
     return map_boxes(one, abstract_params(decoder))
+
+
+def traceable(config: Config, decoder: DecoderConfig, mesh: Mesh) -> SelectiveLM:
+    """What a run describes; for GPUs, in whose places CPUs are, with XLA's attention, which these can trace."""
+    if mesh.devices.flat[0].platform == "cpu":
+        config = copy.deepcopy(config)
+        config.model.attention = "xla"
+    return describe(config, decoder, mesh)
 
 
 def train_step(config: Config, decoder: DecoderConfig, mesh: Mesh, shape: BucketShape, remat: str) -> TrainStep:
@@ -93,7 +118,7 @@ def train_step(config: Config, decoder: DecoderConfig, mesh: Mesh, shape: Bucket
         UserError: The devices cannot share the batch's rows.
     """
     check_rows(config, mesh)
-    model = with_remat(describe(config, decoder, mesh), remat)
+    model = with_remat(traceable(config, decoder, mesh), remat)
     optimizer = make_optimizer(config.optimizer, 1)
     frozen = frozen_shapes(model.decoder, mesh)
     trainable = jax.eval_shape(lambda params: model.init(jax.random.key(0), params), frozen)

@@ -43,8 +43,9 @@ def roofline(topology: Topology, flops: float, hbm: float, sent: float, between_
         flops: Of one device, in bfloat16.
         hbm: Bytes that it reads from HBM and writes there.
         sent: Bytes that it sends in collectives; as many arrive, and all links are taken to share them.
-        between_slices: Bytes of an all-reduce over slices, of which each device sends its part.
+        between_slices: Bytes of an all-reduce over slices, of which each device of a slice sends its part.
     """
     chip, slices = topology.chip, topology.slices
-    network = 2 * between_slices * (slices - 1) / slices / chip.network if slices > 1 else 0.0
+    part = between_slices / (topology.count // slices)
+    network = 2 * part * (slices - 1) / slices / chip.network if slices > 1 else 0.0
     return Roofline(flops / chip.flops, hbm / chip.bandwidth, 2 * sent / chip.link, network)

@@ -22,7 +22,7 @@ from spt_jax.planning.workload import Workload
 from spt_jax.training.remat import POLICIES
 
 MARGIN = 1.25
-"""A candidate whose estimate is above this multiple of HBM is not compiled."""
+"""A candidate whose estimate is above this multiple of what programs may use is not compiled."""
 WORTH = 1.02
 """A candidate that promises no more than this multiple of the best so far is not worth the minutes of a compilation."""
 
@@ -72,7 +72,7 @@ def search(
         UserError: No mesh goes with the topology and the rows.
     """
     found = candidates(config, decoder, topology, workload, rows)
-    limit = MARGIN * topology.chip.memory
+    limit = MARGIN * topology.chip.capacity
     plausible = [each for each in found if each.needed <= limit] or [min(found, key=lambda each: each.needed)]
     say(f"{len(found)} choices of mesh, remat and rows; {len(plausible)} of them may fit by the estimate")
     plans: list[Plan] = []
@@ -148,7 +148,7 @@ def _of_policies(
         if policy not in flops_per_row:
             flops_per_row[policy] = step.flops / config.data.batch
         flops = flops_per_row[policy] * config.data.batch / mesh.size
-        times = roofline(topology, flops, hbm, sent, learned_bytes(step.program.arguments[0]))
+        times = roofline(topology, flops, hbm, sent, learned_bytes(step.state))
         chosen = copy.deepcopy(config)
         chosen.model.remat = policy
         yield Candidate(chosen, config.data.batch / times.seconds, memory.total)

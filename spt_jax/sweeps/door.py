@@ -34,7 +34,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from spt_jax.commands.flag_reading import door_help, own_flags, read_flags
 from spt_jax.config import Config, flatten
 from spt_jax.errors import UserError
-from spt_jax.exit_codes import MISTAKE, STOPPED
+from spt_jax.exit_codes import FINISHED, MISTAKE, STOPPED
 from spt_jax.storage.bucket import is_bucket_url
 from spt_jax.sweeps import launchers
 from spt_jax.sweeps.description import Sweep, base_config, load_sweep, record
@@ -211,7 +211,7 @@ def _work(at: Workplace, lease_seconds: float) -> int:
     leases = Leases(at.storage.engine, at.study.study_name, this_process(), lease_seconds)
     with StopSignal() as stop:
         Worker(at, leases, stop, partial(print, flush=True)).work()
-    return 0
+    return STOPPED if stop.requested else FINISHED
 
 
 def _run_locally(request: _Request, at: Workplace, leases: Leases, count: int) -> int:
@@ -228,12 +228,14 @@ def _run_locally(request: _Request, at: Workplace, leases: Leases, count: int) -
             for worker in workers if stop.requested else ():
                 worker.send_signal(signal.SIGTERM)
             codes = [worker.wait() for worker in workers]
-    if stop.requested:
+    failed = any(code not in (FINISHED, STOPPED) for code in codes)
+    unfinished = any(not trial.state.is_finished() for trial in at.trials())
+    if stop.requested or (unfinished and not failed):
         print("stopped, every run is saved; the same command goes on from there", file=sys.stderr)
         return STOPPED
-    if any(codes):
+    if failed:
         print(f"sweep: a worker failed, see {logs}; the same command goes on", file=sys.stderr)
-    return max(_finish(at), int(any(codes)))
+    return max(_finish(at), int(failed))
 
 
 def _watch(

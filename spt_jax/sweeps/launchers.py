@@ -6,8 +6,11 @@ import dataclasses
 import os
 import shlex
 import shutil
+import signal
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +18,14 @@ import yaml
 
 from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError, nearest
+from spt_jax.exit_codes import STOPPED
 
 STORAGE_VARIABLE = "SPT_JAX_SWEEP_STORAGE"
 """Environment variable with the storage's address: it may hold a password, which a command line would show."""
+
+_SAVING_SECONDS = 60.0
+"""How long a worker may take to stop: submitit's warning comes 90 seconds before the end, unless it is told another."""
+_POLL_SECONDS = 0.2
 
 _PREPARED = "[ ! -d .venv ] || . .venv/bin/activate\npython -m pip install --quiet --editable '.[sweep]'\n"
 
@@ -65,17 +73,55 @@ class SlurmWorker:
 
     def __init__(self, command: WorkerCommand) -> None:
         self.command = command
+        self._worker: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> None:
-        """Works until the sweep has no trial left."""
+        """Works until the sweep has no trial left; a worker that was stopped before is taken for a job preempted.
+
+        Raises:
+            CalledProcessError: The worker failed.
+        """
         environment = os.environ | {STORAGE_VARIABLE: self.command.storage}
-        subprocess.run(self.command.words, env=environment, check=True)
+        warning = _submitits_warning()
+        with _kept_from_children(warning):
+            self._worker = worker = subprocess.Popen(self.command.words, env=environment)
+        # Not wait(), in the midst of which `checkpoint` could not ask for the same process.
+        while (code := worker.poll()) is None:
+            time.sleep(_POLL_SECONDS)
+        self._worker = None
+        if code == STOPPED and callable(signal.getsignal(warning)):
+            signal.raise_signal(warning)
+        elif code:
+            raise subprocess.CalledProcessError(code, list(self.command.words))
 
     def checkpoint(self) -> Any:
-        """Called by submitit before the job's time is over; runs are saved as they go."""
+        """Called by submitit, in the midst of the work, before the job's time is over; lets the worker save and end."""
         from submitit.helpers import DelayedSubmission
 
+        worker, self._worker = self._worker, None
+        if worker is not None:
+            worker.terminate()
+            end = time.monotonic() + _SAVING_SECONDS
+            while worker.poll() is None and time.monotonic() < end:
+                time.sleep(_POLL_SECONDS)
         return DelayedSubmission(self)
+
+
+def _submitits_warning() -> signal.Signals:
+    """The signal by which submitit has SLURM announce a job's end; SLURM may send it to all processes of the job."""
+    from submitit import JobEnvironment
+
+    return signal.Signals[f"SIG{JobEnvironment.USR_SIG}"]
+
+
+@contextmanager
+def _kept_from_children(number: signal.Signals) -> Iterator[None]:
+    """Processes that are started meanwhile, and theirs, do not hear a signal, which would end them unsaved."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {number})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def start_slurm(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 from jax.sharding import Mesh
 
@@ -63,12 +64,9 @@ def on_devices(decoder: DecoderConfig, attention: str, mesh: Mesh) -> DecoderCon
     Raises:
         UserError: cuDNN's attention, or splash attention, is asked for where it cannot serve.
     """
-    lacks = kernels_lack(decoder, mesh)
-    if reason := lacks.get(attention):
-        raise UserError(f"model.attention is {attention}, but {reason}; allowed: xla, or auto for what can serve")
-    serving = [kernel for kernel, reason in lacks.items() if not reason and attention in ("auto", kernel)]
-    kernel = serving[0] if serving else "xla"
-    on_gpu = mesh.devices.flat[0].platform == "gpu"
+    device = mesh.devices.flat[0]
+    kernel = attention_kernel(decoder, attention, device, mesh.shape["tensor"])
+    on_gpu = device.platform == "gpu"
     return dataclasses.replace(
         decoder,
         attention_kernel=kernel,
@@ -79,19 +77,35 @@ def on_devices(decoder: DecoderConfig, attention: str, mesh: Mesh) -> DecoderCon
     )
 
 
-def kernels_lack(decoder: DecoderConfig, mesh: Mesh) -> dict[str, str]:
-    """Why each fused kernel cannot compute a decoder's attention on a mesh; empty for one that can."""
-    device = mesh.devices.flat[0]
-    return {
-        "cudnn": cudnn_lacks(decoder, device),
-        "splash": splash_lacks(decoder, device, mesh.shape["tensor"]),
-    }
+def attention_kernel(decoder: DecoderConfig, attention: str, device: Any, tensor: int) -> str:
+    """The kernel of a decoder's attention over whole rows.
+
+    Args:
+        decoder: The LM.
+        attention: ``model.attention``.
+        device: One of its devices, or what is known of it: its platform, kind and compute capability.
+        tensor: Among how many devices heads are split.
+
+    Raises:
+        UserError: See `on_devices`.
+    """
+    lacks = kernels_lack(decoder, device, tensor)
+    if reason := lacks.get(attention):
+        raise UserError(f"model.attention is {attention}, but {reason}; allowed: xla, or auto for what can serve")
+    serving = [kernel for kernel, reason in lacks.items() if not reason and attention in ("auto", kernel)]
+    return serving[0] if serving else "xla"
+
+
+def kernels_lack(decoder: DecoderConfig, device: Any, tensor: int) -> dict[str, str]:
+    """Why each fused kernel cannot compute a decoder's attention on a device; empty for one that can."""
+    return {"cudnn": cudnn_lacks(decoder, device), "splash": splash_lacks(decoder, device, tensor)}
 
 
 def attention_remark(decoder: DecoderConfig, attention: str, mesh: Mesh) -> str:
     """What a user of accelerators should know of ``model.attention`` = auto: that it takes XLA's, and why."""
-    kernel = {"gpu": "cudnn", "tpu": "splash"}.get(mesh.devices.flat[0].platform)
-    lacks = kernels_lack(decoder, mesh)[kernel] if kernel and attention == "auto" else ""
+    device = mesh.devices.flat[0]
+    kernel = {"gpu": "cudnn", "tpu": "splash"}.get(device.platform)
+    lacks = kernels_lack(decoder, device, mesh.shape["tensor"])[kernel] if kernel and attention == "auto" else ""
     return f"model.attention = auto: xla, since {lacks}" if lacks else ""
 
 

@@ -40,12 +40,22 @@ def step_memory(step: Any, *arguments: Any) -> float:
         if "RESOURCE_EXHAUSTED" in str(error):
             return math.inf
         raise
+    return program_memory(memory)
+
+
+def program_memory(analysis: Any) -> float:
+    """Bytes of each device that a compiled program needs by its memory analysis, its arguments included."""
     return (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
+        analysis.argument_size_in_bytes
+        + analysis.output_size_in_bytes
+        - analysis.alias_size_in_bytes
+        + analysis.temp_size_in_bytes
     )
+
+
+def leaves_enough(needed: float, limit: float) -> bool:
+    """Whether a step that needs so many bytes of a device's `limit` is one that ``model.remat = auto`` takes."""
+    return needed <= SHARE * limit
 
 
 def fitting_remat(step_of: Callable[[str], Any], arguments: tuple[Any, ...], limit: int | None) -> str:
@@ -61,6 +71,6 @@ def fitting_remat(step_of: Callable[[str], Any], arguments: tuple[Any, ...], lim
     if limit is None:
         return POLICIES[0]
     for policy in POLICIES[:-1]:
-        if step_memory(step_of(policy), *arguments) <= SHARE * limit:
+        if leaves_enough(step_memory(step_of(policy), *arguments), limit):
             return policy
     return POLICIES[-1]

@@ -25,7 +25,7 @@ for number, (pattern, answers) in enumerate(rules):
         seen = int(open(counter).read()) if os.path.exists(counter) else 0
         open(counter, "w").write(str(seen + 1))
         code, out = answers[min(seen, len(answers) - 1)]
-        print(out, end="")
+        print(out, end="", file=sys.stderr if code else sys.stdout)
         sys.exit(code)
 """
 
@@ -45,7 +45,7 @@ class StandIns:
     def add(self, name: str, rules: Mapping[str, list[Answer]] | None = None) -> None:
         """A command that answers, to arguments that match a pattern, its answers (code, output) one after the other.
 
-        The last one stays; what matches no pattern succeeds silently.
+        What it says when it fails goes to stderr. The last one stays; what matches no pattern succeeds silently.
         """
         (self.folder / f"{name}.rules").write_text(json.dumps(list((rules or {}).items())))
         self.program(name, PROGRAM.format(python=sys.executable, folder=str(self.folder), name=name))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -32,19 +33,23 @@ time.sleep(0.4)
 workdir.mkdir(parents=True, exist_ok=True)
 failed = door == "train" and {failing!r} in str(workdir)
 if door == "train" and not failed:
-    (workdir / "metrics.jsonl").write_text(json.dumps({{"step": 1, "development/perplexity": 9.0}}) + "\\n")
+    perplexity = None if {diverging!r} in str(workdir) else 9.0
+    (workdir / "metrics.jsonl").write_text(json.dumps({{"step": 1, "development/perplexity": perplexity}}) + "\\n")
 note("fails" if failed else "ends")
 print("the reason of the failure" if failed else "done")
 sys.exit(3 if failed else 0)
 """
 
 
-def compare(folder: Path, jobs: int, failing: str = "nothing") -> tuple[subprocess.CompletedProcess[str], list[list]]:
+def compare(
+    folder: Path, jobs: int, failing: str = "nothing", diverging: str = "nothing"
+) -> tuple[subprocess.CompletedProcess[str], list[list]]:
     """Runs the program over the stand-in; its notes are ``[time, what, door, workdir]``, by time."""
     stand_in = folder / "stand_in" / "spt_jax"
     stand_in.mkdir(parents=True)
     (stand_in / "__init__.py").write_text(INIT.format(real=str(REPOSITORY / "spt_jax")))
-    (stand_in / "__main__.py").write_text(MAIN.format(notes=str(folder / "notes"), failing=failing))
+    program = MAIN.format(notes=str(folder / "notes"), failing=failing, diverging=diverging)
+    (stand_in / "__main__.py").write_text(program)
     dialogues = folder / "dialogues.txt"
     dialogues.write_text("1 your persona: i sail.\n2 hi\thello\n")
     command = [
@@ -97,3 +102,11 @@ def test_a_failing_run_is_told_and_the_others_finish(tmp_path):
     ended = [(door, Path(workdir).parts[-3:]) for _, what, door, workdir in notes if what == "ends"]
     assert {parts[1] for door, parts in ended if parts[0] == "lora" and door == "train"} == {"lr_0.001", "lr_0.01"}
     assert sorted(parts[2] for door, parts in ended if parts[0] == "spt" and door == "evaluate") == ["seed_0", "seed_1"]
+
+
+def test_a_rate_whose_perplexity_is_no_number_is_not_taken(tmp_path):
+    done, _ = compare(tmp_path, 2, diverging="lora/lr_0.001")
+    assert done.returncode == 0, done.stderr
+    tried = json.loads((tmp_path / "out" / "trials.json").read_text())["lora"]
+    assert tried["development perplexity"]["0.001"] == math.inf
+    assert tried["chosen"] == 0.003

@@ -163,6 +163,14 @@ def test_the_processes_of_the_gpu_job_meet_at_its_first_pod() -> None:
     assert environment["JAX_NUM_PROCESSES"] == str(job["completions"])
 
 
+def test_the_gpu_job_finds_the_driver_of_its_nodes_or_fails() -> None:
+    (workers,) = job_sets()[1]["spec"]["replicatedJobs"]
+    (container,) = workers["template"]["spec"]["template"]["spec"]["containers"]
+    environment = {entry["name"]: entry["value"] for entry in container["env"]}
+    assert environment["LD_LIBRARY_PATH"] == "/usr/local/nvidia/lib64"
+    assert environment["JAX_PLATFORMS"] == "cuda,cpu"
+
+
 def sky() -> dict[str, Any]:
     return yaml.safe_load((LAUNCH / "skypilot.yaml").read_text())
 

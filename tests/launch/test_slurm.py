@@ -45,21 +45,45 @@ def test_evaluate_as_the_first_argument_takes_the_place_of_train(stand_ins: Stan
     assert stand_ins.calls() == [[*COMMAND[:3], "evaluate", "--distributed=auto", "--workdir=/shared/a run"]]
 
 
+def test_srun_gets_the_cpus_of_the_job(stand_ins: StandIns):
+    kept = stand_ins.folder / "cpus"
+    stand_ins.program("srun", f'#!/usr/bin/env bash\necho "${{SRUN_CPUS_PER_TASK:-}}" >{shlex.quote(str(kept))}\n')
+    done = stand_ins.run("slurm.sbatch", *ARGUMENTS, SLURM_JOB_ID="17", SLURM_CPUS_PER_TASK="12")
+    assert done.returncode == 0, done.stderr
+    assert kept.read_text() == "12\n"
+
+
+TASK = """#!/usr/bin/env bash
+cd {folder}
+trap 'touch asked; stop=1' TERM
+touch running
+until [ -n "${{stop:-}}" ]; do sleep 0.05; done
+sleep 0.5
+touch saved
+exit 75
+"""
+# As Slurm's own: SIGTERM to srun kills its tasks.
+SRUN = """#!/usr/bin/env bash
+cd {folder}
+./task &
+echo $! >task.pid
+trap 'kill -KILL "$(cat task.pid)"' TERM
+while kill -0 "$(cat task.pid)" 2>/dev/null; do code=0; wait "$(cat task.pid)" || code=$?; done
+exit "$code"
+"""
+SCANCEL = """#!/usr/bin/env bash
+cd {folder}
+echo "$*" >>scancel.calls
+kill -TERM "$(cat task.pid)"
+"""
+
+
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_signal_reaches_the_tasks_and_the_job_waits_for_their_saving(stand_ins: StandIns, signals):
     stand_ins.add("scontrol")
     folder = stand_ins.folder
-    stand_ins.program(
-        "srun",
-        f"""#!/usr/bin/env bash
-trap 'echo asked >>{shlex.quote(str(folder))}/asked; stop=1' TERM
-touch {shlex.quote(str(folder))}/running
-until [ -n "${{stop:-}}" ]; do sleep 0.05; done
-sleep 0.5
-touch {shlex.quote(str(folder))}/saved
-exit 75
-""",
-    )
+    for name, text in {"task": TASK, "srun": SRUN, "scancel": SCANCEL}.items():
+        stand_ins.program(name, text.format(folder=shlex.quote(str(folder))))
     process = subprocess.Popen(
         ["bash", str(SCRIPT), *ARGUMENTS],
         env=stand_ins.environment(SLURM_JOB_ID="17"),
@@ -76,6 +100,7 @@ exit 75
     out, err = process.communicate(timeout=30)
     assert process.returncode == 75, err
     assert (folder / "saved").exists()
+    assert (folder / "scancel.calls").read_text().splitlines() == ["--signal=TERM 17"] * signals
     assert "stopped and saved" in out
     assert stand_ins.calls() == [["scontrol", "requeue", "17"]]
 

@@ -66,7 +66,8 @@ def steps(stand_ins: StandIns) -> list[str]:
     return named
 
 
-ABSENT: Answer = (1, "")
+ABSENT: Answer = (1, "ERROR: (gcloud.compute.tpus.tpu-vm.describe) NOT_FOUND: Resource 'my tpu' was not found.\n")
+OFFLINE: Answer = (1, "ERROR: gcloud crashed (TransportError): Max retries exceeded\n")
 READY: Answer = (0, "READY\n")
 PREEMPTED: Answer = (0, "PREEMPTED\n")
 ONCE = ["create", "send", "install", "train", "logs", "delete"]
@@ -119,10 +120,51 @@ def test_a_preempted_tpu_is_deleted_made_again_and_trains_on(stand_ins, options)
     gcloud(stand_ins, [ABSENT, PREEMPTED, PREEMPTED, READY])
     done = script(stand_ins, *options)
     assert done.returncode == 0, done.stderr
-    assert steps(stand_ins) == [*ONCE[:4], "delete", *ONCE]
+    forgotten = ["delete"] if "--queued" in options else []
+    assert steps(stand_ins) == [*forgotten, *ONCE[:4], "delete", *ONCE]
     made = [call for call in calls(stand_ins) if call[4] == "create"]
     assert all("--spot" in call for call in made)
     assert {call[3] for call in made} == {"queued-resources" if "--queued" in options else "tpu-vm"}
+
+
+def test_a_spot_tpu_of_the_queue_that_is_gone_is_asked_for_anew(stand_ins):
+    gcloud(stand_ins, [ABSENT, ABSENT, ABSENT, READY])
+    done = script(stand_ins, "--spot", "--queued")
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == ["delete", *ONCE[:4], "delete", *ONCE]
+    assert {call[3] for call in calls(stand_ins) if call[4] == "delete"} == {"queued-resources"}
+
+
+def test_after_a_lost_connection_the_training_is_waited_for_on_the_same_tpu(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY], codes=[(255, ""), (1, ""), (0, "0\n")])
+    done = script(stand_ins)
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == [*ONCE[:3], "train", "train", *ONCE[3:]]
+    assert done.stderr.count("the connection to my tpu was lost") == 2
+
+
+@pytest.mark.parametrize("states", [[OFFLINE, READY], [READY, OFFLINE, OFFLINE, READY]])
+def test_a_tpu_that_cannot_be_asked_is_neither_made_nor_deleted(stand_ins, states):
+    gcloud(stand_ins, states)
+    done = script(stand_ins, "--keep")
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == ONCE[1:-1]
+    assert "Max retries exceeded" in done.stderr
+
+
+def test_a_gcloud_that_never_answers_is_told(stand_ins):
+    gcloud(stand_ins, [OFFLINE])
+    done = script(stand_ins, "--keep", "--retries", "2")
+    assert done.returncode == 1
+    assert "gcloud does not tell the state of my tpu" in done.stderr
+    assert steps(stand_ins) == []
+
+
+def test_the_hosts_take_uv_though_their_python_is_managed_by_the_system(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY])
+    script(stand_ins)
+    (call,) = [call for call in calls(stand_ins) if "launch/environment.sh" in " ".join(call)]
+    assert "PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv" in " ".join(call)
 
 
 def test_a_stopped_run_goes_on_and_a_mistake_does_not(stand_ins):
@@ -160,9 +202,10 @@ def test_the_logs_of_every_host_are_brought_even_after_a_failure(stand_ins):
 
 def test_a_run_that_left_no_exit_code_is_a_failure(stand_ins):
     gcloud(stand_ins, [ABSENT, READY], codes=[(255, "")])
-    done = script(stand_ins)
+    done = script(stand_ins, "--retries", "2")
     assert done.returncode == 1
     assert "left no exit code" in done.stderr
+    assert steps(stand_ins).count("train") == 3
 
 
 @pytest.mark.parametrize("failing", ["tpu-vm create", "launch/environment.sh", "tpu-vm scp"])
@@ -190,7 +233,7 @@ def test_a_share_is_mounted_on_all_hosts_before_training_and_the_run_lies_there(
 def test_the_queue_is_waited_for_and_its_refusal_is_told(stand_ins):
     gcloud(stand_ins, [ABSENT, READY], queue=["WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE"])
     assert script(stand_ins, "--queued").returncode == 0
-    assert steps(stand_ins) == ONCE
+    assert steps(stand_ins) == ["delete", *ONCE]
     asked = [call for call in calls(stand_ins) if call[3:5] == ["queued-resources", "describe"]]
     assert len(asked) == 3
     delete = calls(stand_ins)[-1]
@@ -203,7 +246,7 @@ def test_a_queue_that_gives_up_ends_it(stand_ins):
     done = script(stand_ins, "--queued")
     assert done.returncode == 1
     assert "the queue gave my tpu up (FAILED)" in done.stderr
-    assert steps(stand_ins) == ["create", "delete"]
+    assert steps(stand_ins) == ["delete", "create", "delete"]
 
 
 def test_a_tpu_that_cannot_be_deleted_is_told(stand_ins):

@@ -13,13 +13,18 @@ from spt_jax.config import Config, default_config
 from spt_jax.errors import UserError
 from spt_jax.models.loading import open_lm
 from spt_jax.planning.advice import advice
+from spt_jax.planning.chips import CHIPS
 from spt_jax.planning.convai2 import CONVAI2
-from spt_jax.planning.plan import Plan, plan_training
+from spt_jax.planning.estimated_traffic import EstimatedTraffic, estimated_traffic
+from spt_jax.planning.memory import estimated_memory
+from spt_jax.planning.plan import Plan, mesh_of, plan_training
+from spt_jax.planning.programs import train_step
 from spt_jax.planning.report import Request, report
 from spt_jax.planning.roofline import Roofline
 from spt_jax.planning.search import candidates, search
 from spt_jax.planning.topology import Topology
 from spt_jax.planning.workload import Workload
+from spt_jax.training.remat import SHARE
 
 pytestmark = pytest.mark.first_python
 
@@ -35,8 +40,8 @@ def config_of(source: str, batch: int = 8, **options: Any) -> Config:
     return config
 
 
-def planned(config: Config, topology: str) -> Plan:
-    return plan_training(config, decoder_of(config), Topology.parse(topology), WORK)
+def planned(config: Config, topology: str, slices: int = 1) -> Plan:
+    return plan_training(config, decoder_of(config), Topology.parse(topology, slices), WORK)
 
 
 def decoder_of(config: Config) -> Any:
@@ -46,12 +51,32 @@ def decoder_of(config: Config) -> Any:
 
 def test_the_fastest_policy_that_fits_is_planned():
     found = planned(config_of("shape:smollm2-135m"), "h100:1")
-    assert found.fits and found.remat == "none" and found.attention == "xla"
+    assert found.fits and found.remat == "none" and found.attention == "cudnn"
     assert found.mean is not None and found.longest is not None
     assert found.mean.seconds < found.longest.seconds
     assert found.rows_per_second == pytest.approx(8 / found.mean.seconds)
     larger = planned(config_of("shape:llama2-7b", 64), "h100:8")
     assert larger.remat in ("dots", "full")
+
+
+def test_the_attention_of_a_plan_is_that_of_the_chips_it_is_for():
+    wide = config_of("shape:smollm2-135m", model__dtype="float32")
+    assert planned(config_of("shape:smollm2-135m", model__attention="cudnn"), "a100:1").attention == "cudnn"
+    assert planned(config_of("shape:smollm2-135m", model__attention="xla"), "h100:1").attention == "xla"
+    assert planned(wide, "h100:1").attention == "xla"
+    for attention, words in (("cudnn", "type is float32"), ("splash", "the device is h100; splash attention needs")):
+        wide.model.attention = attention
+        with pytest.raises(UserError, match=f"model.attention is {attention}, but .*{words}"):
+            planned(wide, "h100:1")
+
+
+def test_auto_leaves_free_what_training_leaves_free(monkeypatch):
+    config = config_of("shape:smollm2-135m")
+    needed = planned(config_of("shape:smollm2-135m", model__remat="none"), "h100:1").needed
+    for filled, policy in ((0.99 * SHARE, "none"), (1.01 * SHARE, "dots")):
+        monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", str(needed / filled / CHIPS["h100"].memory))
+        found = planned(config, "h100:1")
+        assert found.fits and found.remat == policy
 
 
 def test_more_of_everything_takes_more_and_shards_take_less():
@@ -72,6 +97,18 @@ def test_more_of_everything_takes_more_and_shards_take_less():
     assert base.kept < kept.kept
 
 
+def test_weights_that_are_learned_are_read_and_gathered_as_frozen_ones_are():
+    def moved(kind: str) -> EstimatedTraffic:
+        config = config_of("shape:smollm2-135m", 8, model__dtype="float32", method__kind=kind, mesh__fsdp=4)
+        mesh = mesh_of(config, Topology.parse("h100:4"))
+        step = train_step(config, decoder_of(config), mesh, WORK.longest_shape, "full")
+        return estimated_traffic(step, dataclasses.replace(estimated_memory(step), kept=0.0, layer=0.0))
+
+    learned, frozen = moved("full"), moved("prompt_tuning")
+    assert learned.hbm == frozen.hbm > 0
+    assert learned.sent > frozen.sent
+
+
 def test_advice_names_changes_that_fit_when_they_are_made():
     config = config_of("shape:llama2-70b", 8, model__remat="full", mesh__data=1, mesh__fsdp=2)
     plan = planned(config, "h100:2")
@@ -87,6 +124,13 @@ def test_advice_names_changes_that_fit_when_they_are_made():
     assert int4.needed == pytest.approx(changed.needed, rel=1e-6)
     larger = next(each for each in found if each.change.startswith("--topology=h100:4"))
     assert larger.change == "--topology=h100:4 --config.mesh.data=1 --config.mesh.fsdp=4"
+
+
+def test_machines_are_advised_to_be_larger_ones_that_share_rows_alone():
+    config = config_of("shape:llama2-70b", 8, model__remat="full", mesh__data=2, mesh__fsdp=2)
+    found = advice(config, decoder_of(config), planned(config, "h100:2", slices=2), WORK)
+    larger = next(each for each in found if each.change.startswith("--topology=h100:4"))
+    assert larger.change == "--topology=h100:4 --config.mesh.data=2 --config.mesh.fsdp=4"
 
 
 def test_advice_moves_what_the_compiler_found_by_the_difference_of_the_estimates():
@@ -163,7 +207,7 @@ def test_epoch_and_facts_are_those_of_the_request():
     assert any("11 steps" in line for line in lines)
     assert lines[0] == (
         "shape:smollm2-135m on h100:1 (1 devices: data 1 × fsdp 1 × tensor 1), 16 rows behind 4 prompts, remat none, "
-        "xla attention"
+        "cudnn attention"
     )
 
 
@@ -190,7 +234,7 @@ def test_the_door_prints_a_plan_and_refuses_what_does_not_fit(capsys, monkeypatc
     said = capsys.readouterr()
     assert "GiB too much" in said.out and "What would need less, by the estimate:" in said.out
     assert said.err.startswith("spt-jax plan: the train step needs ") and said.err.count("\n") == 1
-    assert " GiB more than the 74.51 GiB of h100" in said.err
+    assert " GiB more than the 55.88 GiB of h100" in said.err
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,13 @@ from spt_jax.data.sources import read_dialogues
 from spt_jax.errors import UserError
 from spt_jax.models.random_lm import random_lm_params
 from spt_jax.parallel.mesh import make_mesh
-from spt_jax.parallel.rules import parameter_sharding, place_batch
+from spt_jax.parallel.rules import parameter_sharding, place_batch, replicated
 from spt_jax.planning.compilation import compile_program
-from spt_jax.planning.programs import frozen_shapes, generation, train_step
+from spt_jax.planning.programs import Program, frozen_shapes, generation, train_step
 from spt_jax.training.description import describe
 from spt_jax.training.experiment import make_loader, pack_dialogues
 from spt_jax.training.optimizer import make_optimizer
+from spt_jax.training.remat import step_memory
 from spt_jax.training.step import init_state
 
 
@@ -83,6 +84,14 @@ def test_rows_that_devices_cannot_share_are_refused_in_trainings_words():
     config, mesh = tiny_config(data__batch=6), make_mesh(data=2, fsdp=2, tensor=2)
     with pytest.raises(UserError, match=r"data\.batch is 6; allowed: a multiple of 4 \(mesh\.data × mesh\.fsdp = 4"):
         train_step(config, tiny.CONFIG, mesh, BucketShape(64, 16, 2), "none")
+
+
+def test_what_is_compiled_is_counted_as_training_counts_it():
+    mesh = make_mesh()
+    square = jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=replicated(mesh))
+    program = Program("power", jax.jit(lambda x: jnp.sin(x @ x) @ x, donate_argnums=0), (square,))
+    found = compile_program(program, mesh.size)
+    assert found.counted == step_memory(program.function, square) > 0
 
 
 def test_generation_reads_contexts_chooses_a_token_and_goes_on():

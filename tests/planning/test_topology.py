@@ -7,7 +7,7 @@ import importlib.util
 import pytest
 
 from spt_jax.errors import UserError
-from spt_jax.planning.chips import CHIPS
+from spt_jax.planning.chips import CHIPS, GPU_SHARE_VARIABLES
 from spt_jax.planning.topology import Topology, next_larger, topology_mesh
 
 
@@ -68,6 +68,18 @@ def test_gpus_have_cpu_devices_in_their_places_if_there_are_enough():
     assert dict(topology_mesh(Topology.parse("h100:8"), fsdp=4, tensor=2).shape) == {"data": 1, "fsdp": 4, "tensor": 2}
     with pytest.raises(UserError, match="has 16 devices, and this process stands for 8"):
         topology_mesh(Topology.parse("h100:8", 2))
+
+
+def test_of_a_gpu_programs_may_use_what_jax_takes_and_of_a_tpu_all(monkeypatch):
+    for name in GPU_SHARE_VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert CHIPS["h100"].capacity == 0.75 * CHIPS["h100"].memory
+    assert CHIPS["v5e"].capacity == CHIPS["v5e"].memory
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", ".5")
+    assert CHIPS["h100"].capacity == 0.5 * CHIPS["h100"].memory
+    monkeypatch.setenv("XLA_CLIENT_MEM_FRACTION", "much")
+    with pytest.raises(UserError, match="XLA_CLIENT_MEM_FRACTION is 'much'; allowed: a number above 0"):
+        _ = CHIPS["h100"].capacity
 
 
 def test_a_chip_has_more_of_everything_on_it_than_on_its_way_out():

@@ -125,6 +125,32 @@ def test_a_mistake_is_one_sentence_and_leaves_no_run(folder, flags, sentence, ca
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.parametrize(("codes", "ends"), [([75], 75), ([75, 75], 75), ([0], 75), ([75, 1], 1), ([-9], 1)])
+def test_workers_that_were_stopped_one_by_one_leave_a_stopped_sweep_and_failed_ones_a_failed(
+    folder, codes, ends, capsys, monkeypatch, tmp_path
+):
+    from spt_jax.sweeps import door
+
+    def started(command: object, count: int, logs: Path) -> list[subprocess.Popen[bytes]]:
+        ended = [f"exit {code}" if code >= 0 else f"kill {code} $$" for code in codes]
+        return [subprocess.Popen(["sh", "-c", command]) for command in ended]
+
+    monkeypatch.setattr(door.launchers, "start_local", started)
+    assert door.main("launch/sweep.py", [f"--sweep={folder / 'sweep.py'}", f"--out={tmp_path / 'out'}"]) == ends
+    told = capsys.readouterr().err
+    assert ("stopped, every run is saved" in told) == (ends == STOPPED)
+    assert ("a worker failed" in told) == (ends == 1)
+    assert (tmp_path / "out" / "trials.json").exists() == (ends == 1)
+
+
+def test_a_worker_that_is_stopped_says_so_by_its_exit_code(folder, monkeypatch, tmp_path):
+    from spt_jax.sweeps import door
+
+    monkeypatch.setattr(door.Worker, "work", lambda self: signal.raise_signal(signal.SIGTERM))
+    arguments = [f"--sweep={folder / 'sweep.py'}", f"--out={tmp_path / 'out'}", "--worker"]
+    assert door.main("launch/sweep.py", arguments) == STOPPED
+
+
 def test_the_help_names_every_flag(capsys):
     from spt_jax.sweeps.door import main
 

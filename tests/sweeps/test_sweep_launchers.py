@@ -4,9 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import pickle
+import signal
 import stat
+import subprocess
 import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -59,6 +67,75 @@ def test_a_slurm_job_that_loses_its_node_is_put_back_in_the_queue(tmp_path):
     worker = SlurmWorker(noting(tmp_path))
     delayed = worker.checkpoint()
     assert delayed.function is worker
+
+
+SAVING = """
+import os, signal, sys, time
+os.chdir(sys.argv[1])
+def save(number, frame):
+    open("saved", "w").close()
+    sys.exit(75)
+signal.signal(signal.SIGTERM, save)
+open("running", "w").write(str(os.getpid()))
+time.sleep(60)
+"""
+
+
+class Requeued(Exception):
+    """What submitit's handler of its signal ends a job with."""
+
+
+@pytest.fixture
+def submitit_listens(tmp_path: Path) -> Iterator[SlurmWorker]:
+    """A worker that saves when it is asked to, in a process that handles submitit's signal as submitit does."""
+    worker = SlurmWorker(WorkerCommand([sys.executable, "-c", SAVING, str(tmp_path)], URL, "rates"))
+
+    def requeue(number: int, frame: Any) -> None:
+        worker.checkpoint().dump(tmp_path / "requeued")
+        raise Requeued
+
+    before = signal.signal(signal.SIGUSR2, requeue)
+    yield worker
+    signal.signal(signal.SIGUSR2, before)
+
+
+@contextmanager
+def when_it_runs(folder: Path, then: Callable[[int], None]) -> Iterator[None]:
+    def watch() -> None:
+        while not (folder / "running").exists() or not (folder / "running").read_text():
+            time.sleep(0.02)
+        then(int((folder / "running").read_text()))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    yield
+    thread.join()
+
+
+def test_before_a_slurm_jobs_time_is_over_its_worker_saves_though_all_its_processes_are_warned(
+    tmp_path, submitit_listens
+):
+    def warn(worker: int) -> None:
+        os.kill(worker, signal.SIGUSR2)
+        os.kill(os.getpid(), signal.SIGUSR2)
+
+    with when_it_runs(tmp_path, warn), pytest.raises(Requeued):
+        submitit_listens()
+    assert (tmp_path / "saved").exists()
+    again = pickle.loads((tmp_path / "requeued").read_bytes())
+    assert again.function.command == submitit_listens.command
+
+
+def test_a_slurm_job_whose_worker_was_stopped_is_put_back_in_the_queue(tmp_path, submitit_listens):
+    with when_it_runs(tmp_path, lambda worker: os.kill(worker, signal.SIGTERM)), pytest.raises(Requeued):
+        submitit_listens()
+    assert (tmp_path / "saved").exists()
+
+
+def test_a_slurm_job_whose_worker_fails_has_failed(tmp_path, submitit_listens):
+    with pytest.raises(subprocess.CalledProcessError):
+        SlurmWorker(WorkerCommand([sys.executable, "-c", "raise SystemExit(1)"], URL, "rates"))()
+    assert not (tmp_path / "requeued").exists()
 
 
 def test_a_stand_in_sbatch_is_given_the_parameters(tmp_path, monkeypatch):

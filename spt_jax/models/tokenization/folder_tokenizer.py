@@ -14,7 +14,13 @@ from spt_jax.errors import UserError
 from spt_jax.json_text import json_object
 from spt_jax.models.tokenization.byte_level_bpe import byte_level_backend
 from spt_jax.models.tokenization.sentencepiece_bpe import read_sentencepiece
-from spt_jax.models.tokenization.special_tokens import SPECIAL_TOKEN_RULES, NamedTokens, rule_of, special_tokens
+from spt_jax.models.tokenization.special_tokens import (
+    SPECIAL_TOKEN_RULES,
+    NamedTokens,
+    mark_special,
+    rule_of,
+    special_tokens,
+)
 from spt_jax.models.tokenization.tokenizer import Tokenizer
 
 
@@ -59,10 +65,7 @@ def tokenizer_of_folder(folder: Path, model_type: str = "") -> Tokenizer:
     rule = rule_of(model_type, ids)
     named = _named(settings, own, _json(folder / "generation_config.json"), config, ids, folder)
     special = special_tokens(named, rule, ids, str(folder))
-    # Marked as special they are neither found in a text nor shown in a reply, whatever the file calls them.
-    marked = {special.bos_id, special.pad_id, *special.stop_ids} - {None}
-    spelled = {number: token for token, number in ids.items()}
-    backend.add_special_tokens([AddedToken(spelled[n], normalized=False, special=True) for n in sorted(marked)])
+    mark_special(backend, special)
     return Tokenizer(
         backend,
         special.bos_id,

@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as Backend
 from spt_jax.errors import UserError, nearest
 from spt_jax.models.tokenization.byte_level_bpe import SPLITS, byte_level_backend
 from spt_jax.models.tokenization.sentencepiece_bpe import CONTROL, USER_DEFINED, sentencepiece_backend
-from spt_jax.models.tokenization.special_tokens import NamedTokens, rule_of, special_tokens
+from spt_jax.models.tokenization.special_tokens import NamedTokens, mark_special, rule_of, special_tokens
 from spt_jax.models.tokenization.tokenizer import Tokenizer
 
 
@@ -51,6 +51,7 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     ids = {token: number for number, token in enumerate(tokens)}
     rule = rule_of(str(metadata.get("general.architecture", "")), ids)
     special = special_tokens(_named(metadata, len(tokens), where), rule, ids, where)
+    mark_special(backend, special)
     template = metadata.get("tokenizer.chat_template")
     return Tokenizer(
         backend,

@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
 from spt_jax.errors import UserError
 
 
@@ -261,3 +264,16 @@ def special_tokens(
     turn_ends = [] if rule is None else [ids[token] for token in (rule.eos, *rule.turn_ends) if token in ids]
     stop_ids = tuple(dict.fromkeys([eos_id, *named.stop_ids, *turn_ends]))
     return SpecialTokens(bos_id, eos_id, pad_id, stop_ids, own_pad_id)
+
+
+def mark_special(backend: Backend, special: SpecialTokens) -> None:
+    """Marks a model's special tokens, so that they are neither found in a text nor shown in a reply.
+
+    Args:
+        backend: The model's tokenizer, whose file may call them otherwise.
+        special: The tokens.
+    """
+    ids = {special.bos_id, special.pad_id, *special.stop_ids} - {None}
+    # An id whose spelling is another's by now has none, and no text has it.
+    spelled = [token for number in sorted(ids) if (token := backend.id_to_token(number)) is not None]
+    backend.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in spelled])

@@ -105,6 +105,23 @@ def gguf(architecture: str, tokens: list[str], **fields: Any) -> Tokenizer:
     return tokenizer_of_gguf(metadata, "x.gguf")
 
 
+@pytest.mark.parametrize("kind", [1, 4])
+def test_what_ends_replies_of_a_gguf_is_text_inside_a_text_whatever_the_file_calls_it(kind: int) -> None:
+    first = len(BYTES)
+    typed = [1] * first + [3, kind]
+    tokenizer = gguf("llama", [END, IM_END], eos_token_id=first + 1, bos_token_id=first, token_type=typed)
+    (ids,) = tokenizer.encode([f"i say {IM_END}"])
+    assert not {first, first + 1} & set(ids)
+    assert tokenizer.decode([*ids, first + 1]) == f"i say {IM_END}"
+
+
+def test_a_spelling_of_two_ids_in_a_gguf_is_special_though_the_file_names_the_first() -> None:
+    first = len(BYTES)
+    tokenizer = gguf("llama", [IM_END, IM_END], eos_token_id=first, token_type=[1] * (first + 2))
+    assert tokenizer.eos_id == first
+    assert tokenizer.decode(tokenizer.encode(["a"])[0]) == "a"
+
+
 def test_gguf_metadata_is_completed_by_the_rule_of_its_architecture() -> None:
     first = len(BYTES)
     tokenizer = gguf("qwen3", [END, IM_END], bos_token_id=first, eos_token_id=first + 1, add_bos_token=False)
