@@ -11,8 +11,8 @@ once, by `evaluate`. Options of SPT beyond the paper (`--options`) take the rate
 no trials of their own. Runs lie in OUT/METHOD/lr_RATE/seed_SEED; one that is there already is resumed or reused, so the
 program may be stopped and started again. What was tried, and what was taken, is in OUT/trials.json.
 
-With --jobs=N, N runs share the machine, and what each prints is in OUT/logs. Several on one GPU need
-XLA_PYTHON_CLIENT_PREALLOCATE=false, and JAX_COMPILATION_CACHE_DIR lets them share what is compiled.
+With --jobs=N, N runs share the machine, each has its share of the GPUs, and what it prints is in OUT/logs. Several on
+one GPU share its memory, which must be enough for all; JAX_COMPILATION_CACHE_DIR lets them share what is compiled.
 """
 
 from __future__ import annotations
@@ -20,15 +20,20 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import runpy
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
-from threading import Lock, Semaphore
+from queue import Queue
+from threading import Lock
 from typing import Any
+
+from spt_jax.parallel.gpu_shares import gpu_shares
 
 HERE = Path(__file__).resolve().parent.parent
 CONFIG = HERE / "configs" / "comparison.py"
@@ -86,7 +91,9 @@ class _Comparison:
 
     def __init__(self, arguments: argparse.Namespace, rates: dict[str, tuple[float, ...]]) -> None:
         self._arguments, self._rates = arguments, rates
-        self._places = Semaphore(arguments.jobs)
+        self._places: Queue[dict[str, str]] = Queue()
+        for share in gpu_shares(arguments.jobs):
+            self._places.put(share)
         self._lock = Lock()
         self._trials: dict[str, dict[str, Any]] = {}
         self._test = _test_file(arguments)
@@ -129,20 +136,29 @@ class _Comparison:
 
     def _trial(self, method: str, rate: float) -> float:
         """The development perplexity that a rate ends with, for the first seed; infinite where that is no number."""
-        with self._places:
-            workdir = self._trained(method, rate, self._arguments.seeds[0])
+        with self._place() as environment:
+            workdir = self._trained(method, rate, self._arguments.seeds[0], environment)
         rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
         perplexities = [row["development/perplexity"] for row in rows if "development/perplexity" in row]
         last = perplexities[-1]
         return last if last is not None and math.isfinite(last) else math.inf
 
     def _evaluated(self, method: str, rate: float | None, seed: int) -> Path:
-        with self._places:
-            workdir = self._trained(method, rate, seed)
-            self._spt_jax("evaluate", f"--workdir={workdir}", "--nobaselines", "--reuse")
+        with self._place() as environment:
+            workdir = self._trained(method, rate, seed, environment)
+            self._spt_jax(environment, "evaluate", f"--workdir={workdir}", "--nobaselines", "--reuse")
         return workdir
 
-    def _trained(self, method: str, rate: float | None, seed: int) -> Path:
+    @contextmanager
+    def _place(self) -> Iterator[dict[str, str]]:
+        """One of the places for runs, when it is free; the environment of what runs there."""
+        share = self._places.get()
+        try:
+            yield os.environ | share
+        finally:
+            self._places.put(share)
+
+    def _trained(self, method: str, rate: float | None, seed: int, environment: dict[str, str]) -> Path:
         arguments = self._arguments
         workdir = arguments.out / method / f"lr_{rate}" / f"seed_{seed}"
         options = [
@@ -152,25 +168,28 @@ class _Comparison:
             f"--config.data.limit={arguments.dialogues}",
             *([] if rate is None else [f"--config.optimizer.learning_rate={rate}"]),
         ]
-        self._spt_jax("train", f"--config={CONFIG}:{method}", f"--workdir={workdir}", *options, *arguments.overrides)
+        flags = [f"--config={CONFIG}:{method}", f"--workdir={workdir}", *options, *arguments.overrides]
+        self._spt_jax(environment, "train", *flags)
         return workdir
 
-    def _spt_jax(self, door: str, *flags: str) -> None:
+    def _spt_jax(self, environment: dict[str, str], door: str, *flags: str) -> None:
         command = [sys.executable, "-m", "spt_jax", door, *flags]
         if self._arguments.jobs == 1:
-            code = subprocess.run(command, check=False).returncode
+            code = subprocess.run(command, check=False, env=environment).returncode
         else:
-            code = self._logged(door, command)
+            code = self._logged(door, command, environment)
         if code:
             sys.exit(code)
 
-    def _logged(self, door: str, command: list[str]) -> int:
+    def _logged(self, door: str, command: list[str], environment: dict[str, str]) -> int:
         workdir = next(Path(flag.split("=", 1)[1]) for flag in command if flag.startswith("--workdir="))
         name = "-".join((*workdir.parts[-3:], door))
         log = self._arguments.out / "logs" / f"{name}.txt"
         log.parent.mkdir(exist_ok=True)
         with log.open("w", encoding="utf-8") as stream:
-            code = subprocess.run(command, check=False, stdout=stream, stderr=subprocess.STDOUT).returncode
+            code = subprocess.run(
+                command, check=False, env=environment, stdout=stream, stderr=subprocess.STDOUT
+            ).returncode
         outcome = "done" if code == 0 else f"failed, see {log}"
         print(f"{time.monotonic() - self._begun:6.0f} s  {name}: {outcome}", flush=True)
         return code

@@ -19,6 +19,7 @@ import yaml
 from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError, nearest
 from spt_jax.exit_codes import STOPPED
+from spt_jax.parallel.gpu_shares import gpu_shares
 
 STORAGE_VARIABLE = "SPT_JAX_SWEEP_STORAGE"
 """Environment variable with the storage's address: it may hold a password, which a command line would show."""
@@ -50,11 +51,11 @@ class WorkerCommand:
 
 
 def start_local(command: WorkerCommand, count: int, logs: Path) -> list[subprocess.Popen[bytes]]:
-    """Starts `count` workers on this machine; what each says goes to ``logs/worker_N.txt``."""
+    """Starts `count` workers on this machine, each with its share of the GPUs; what it says goes to a file of `logs`."""
     logs.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {STORAGE_VARIABLE: command.storage}
     workers = []
-    for number in range(count):
+    for number, share in enumerate(gpu_shares(count)):
+        environment = os.environ | share | {STORAGE_VARIABLE: command.storage}
         with (logs / f"worker_{number}.txt").open("a", encoding="utf-8") as output:
             workers.append(
                 subprocess.Popen(

@@ -25,7 +25,8 @@ workdir = Path(next(flag for flag in flags if flag.startswith("--workdir=")).par
 
 def note(what):
     with open({notes!r}, "a") as file:
-        file.write(json.dumps([time.monotonic(), what, door, str(workdir)]) + "\\n")
+        gpu = os.environ.get("CUDA_VISIBLE_DEVICES")
+        file.write(json.dumps([time.monotonic(), what, door, str(workdir), gpu]) + "\\n")
 
 
 note("begins")
@@ -44,7 +45,7 @@ sys.exit(3 if failed else 0)
 def compare(
     folder: Path, jobs: int, failing: str = "nothing", diverging: str = "nothing"
 ) -> tuple[subprocess.CompletedProcess[str], list[list]]:
-    """Runs the program over the stand-in; its notes are ``[time, what, door, workdir]``, by time."""
+    """Runs the program over the stand-in; its notes are ``[time, what, door, workdir, GPUs]``, by time."""
     stand_in = folder / "stand_in" / "spt_jax"
     stand_in.mkdir(parents=True)
     (stand_in / "__init__.py").write_text(INIT.format(real=str(REPOSITORY / "spt_jax")))
@@ -69,7 +70,7 @@ def compare(
         "--runs_only",
         f"--jobs={jobs}",
     ]
-    environment = os.environ | {"PYTHONPATH": str(stand_in.parent)}
+    environment = os.environ | {"PYTHONPATH": str(stand_in.parent), "CUDA_VISIBLE_DEVICES": "4,6"}
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -93,13 +94,22 @@ def test_so_many_runs_go_at_once_and_no_more(tmp_path, jobs):
     assert [note[1:3] for note in notes].count(["ends", "evaluate"]) == 4
 
 
+def test_runs_side_by_side_have_each_a_gpu(tmp_path):
+    _, notes = compare(tmp_path, 2)
+    assert {note[4] for note in notes} == {"4", "6"}
+    running = set()
+    for _, what, _, _, gpu in notes:
+        assert (gpu in running) == (what == "ends"), "no two runs have one in common"
+        running ^= {gpu}
+
+
 def test_a_failing_run_is_told_and_the_others_finish(tmp_path):
     done, notes = compare(tmp_path, 2, failing="lora/lr_0.003")
     assert done.returncode == 3
     (told,) = [line for line in done.stdout.splitlines() if "failed, see" in line]
     assert "lora-lr_0.003-seed_0-train" in told
     assert Path(told.rpartition("failed, see ")[2]).read_text().strip() == "the reason of the failure"
-    ended = [(door, Path(workdir).parts[-3:]) for _, what, door, workdir in notes if what == "ends"]
+    ended = [(door, Path(workdir).parts[-3:]) for _, what, door, workdir, _ in notes if what == "ends"]
     assert {parts[1] for door, parts in ended if parts[0] == "lora" and door == "train"} == {"lr_0.001", "lr_0.01"}
     assert sorted(parts[2] for door, parts in ended if parts[0] == "spt" and door == "evaluate") == ["seed_0", "seed_1"]
 

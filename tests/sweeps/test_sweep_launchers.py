@@ -54,6 +54,15 @@ def test_local_workers_are_told_the_storage_by_their_environment(tmp_path):
     assert "s3cret" not in command.shown()
 
 
+def test_local_workers_have_each_a_gpu_of_their_own(tmp_path, monkeypatch):
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5")
+    program = "import os, sys; open(sys.argv[1] + os.environ['CUDA_VISIBLE_DEVICES'], 'w')"
+    command = WorkerCommand([sys.executable, "-c", program, f"{tmp_path}/gpu_"], URL, "rates")
+    workers = start_local(command, 2, tmp_path / "logs")
+    assert [worker.wait(30) for worker in workers] == [0, 0]
+    assert sorted(path.name for path in tmp_path.glob("gpu_*")) == ["gpu_2", "gpu_5"]
+
+
 def test_slurm_workers_run_through_submitit(tmp_path):
     jobs = start_slurm(noting(tmp_path), 2, tmp_path / "slurm", {"timeout_min": 5}, cluster="local")
     assert len({job.job_id for job in jobs}) == 2
