@@ -152,9 +152,9 @@ def main(options: argparse.Namespace) -> None:
         return from_scratch(model, conditions, alone, turns, selected, **sizes)
 
     ours, theirs = shared_side(), scratch_side()
-    difference = max(float(np.abs(a.mean_nll - b.mean_nll).max()) for a, b in zip(ours, theirs, strict=True))
+    difference = float(np.max([np.abs(a.mean_nll - b.mean_nll).max() for a, b in zip(ours, theirs, strict=True)]))
     allowed = TOLERANCE if options.dtype == "float32" else LOW_PRECISION_TOLERANCE
-    if difference > allowed:
+    if not difference <= allowed:
         raise UserError(f"the two sides differ by {difference:.2e} nats a token; allowed: {allowed}")
     candidates = sum(len(turn.ids) for turn in turns)
     pairs = len({(turn.row, prompt) for turn, prompt in zip(turns, selected, strict=True)})

@@ -77,18 +77,19 @@ def compare_losses(
     gradients = {side: dict(np.load(folder / f"gradients_{side}.npz")) for side in sides}
     ours = gradients["ours"]
     differences = {
-        side: max(float(np.abs(found[x] - ours[x]).max() / np.abs(ours[x]).max()) for x in ours)
+        side: float(np.max([np.abs(found[x] - ours[x]).max() / np.abs(ours[x]).max() for x in ours]))
         for side, found in gradients.items()
     }
     return losses, differences
 
 
 def loss_difference(losses: Mapping[str, Mapping[str, float]]) -> float:
-    """The largest relative difference between ours and any other side's, over all losses."""
+    """The largest relative difference between ours and any other side's, over all losses; NaN where one is."""
     ours = losses["ours"]
-    return max(
+    differences = [
         abs(found[name] - ours[name]) / max(abs(ours[name]), 1e-12) for found in losses.values() for name in LOSSES
-    )
+    ]
+    return float(np.max(differences))
 
 
 def choose_batches(

@@ -12,4 +12,5 @@ def moments_apart(x: np.ndarray, y: np.ndarray) -> float:
         error = np.sqrt(a.var(axis=0) / len(a) + b.var(axis=0) / len(b))
         return float(np.max(np.abs(a.mean(axis=0) - b.mean(axis=0)) / error))
 
-    return max(apart(x, y), apart((x - x.mean(axis=0)) ** 2, (y - y.mean(axis=0)) ** 2))
+    spread = apart((x - x.mean(axis=0)) ** 2, (y - y.mean(axis=0)) ** 2)
+    return float(np.maximum(apart(x, y), spread))

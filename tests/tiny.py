@@ -120,10 +120,12 @@ def trainable(model: SelectiveLM = MODEL, seed: int = 1) -> Any:
 
 
 def relative_difference(a: Any, b: Any) -> float:
-    """max |a − b| / max |b| over one array, the largest over a tree."""
+    """max |a − b| / max |b| over one array, the largest over a tree of the same shapes; NaN where any is."""
 
     def one(x: Any, y: Any) -> float:
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert x.shape == y.shape
         return float(np.abs(x - y).max() / max(np.abs(y).max(), 1e-30)) if x.size else 0.0
 
-    return max(jax.tree.leaves(jax.tree.map(one, a, b)), default=0.0)
+    # Python's max passes over a NaN that is not the first.
+    return float(np.max(jax.tree.leaves(jax.tree.map(one, a, b)), initial=0.0))

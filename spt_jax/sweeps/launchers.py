@@ -51,7 +51,7 @@ class WorkerCommand:
 
 
 def start_local(command: WorkerCommand, count: int, logs: Path) -> list[subprocess.Popen[bytes]]:
-    """Starts `count` workers on this machine, each with its share of the GPUs; what it says goes to a file of `logs`."""
+    """Starts `count` workers on this machine, each with its share of the GPUs; what it says goes into `logs`."""
     logs.mkdir(parents=True, exist_ok=True)
     workers = []
     for number, share in enumerate(gpu_shares(count)):

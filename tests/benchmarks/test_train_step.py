@@ -79,11 +79,15 @@ def test_all_sides_have_the_same_losses_and_gradients_and_the_last_line_is_json(
     assert found["ratio"] == found["turns_per_second"]["ours"] / found["turns_per_second"]["authors"]
 
 
-@pytest.mark.parametrize("wrong", ["ours", "strong_packed"])
-def test_a_side_with_another_loss_stops_the_program_before_any_time_is_measured(program, capsys, monkeypatch, wrong):
+@pytest.mark.parametrize(
+    ("wrong", "loss", "told"), [("ours", 2.001, "5"), ("strong_packed", 2.001, "5"), ("strong", float("nan"), "nan")]
+)
+def test_a_side_with_another_loss_stops_the_program_before_any_time_is_measured(
+    program, capsys, monkeypatch, wrong, loss, told
+):
     class Canned:
         def __init__(self, name: str, folder: Path) -> None:
-            self.losses = dict.fromkeys(program.LOSSES, 2.0) | {"fusion": 2.001 if name == wrong else 2.0}
+            self.losses = dict.fromkeys(program.LOSSES, 2.0) | {"fusion": loss if name == wrong else 2.0}
             np.savez(folder / f"gradients_{name}.npz", bank=np.ones(3))
 
         def check(self) -> dict[str, float]:
@@ -94,7 +98,7 @@ def test_a_side_with_another_loss_stops_the_program_before_any_time_is_measured(
         yield Canned(side, folder)
 
     monkeypatch.setattr(program, "prepare", lambda folder, options: {"dialogues": 4})
-    with pytest.raises(SystemExit, match="losses differ by 5"):
+    with pytest.raises(SystemExit, match=f"losses differ by {told}"):
         program.main(program.parse(TINY), start)
     assert "turns/s" not in capsys.readouterr().out
 

@@ -53,7 +53,7 @@ class Differences:
 
     @property
     def worst(self) -> float:
-        return max(dataclasses.astuple(self))
+        return float(np.max(dataclasses.astuple(self)))
 
 
 def random_model(architecture: str, fields: Fields, seed: int = 11) -> Any:
@@ -211,12 +211,13 @@ def _cached_difference(lm: LanguageModel, rows: list[np.ndarray], expected: np.n
     cache = KVCache.empty(lm.config, len(rows), WIDTH)
     found, cache = run(lm.config, lm.params, *padded(contexts, max(CONTEXTS), "right"), cache)
     shared = np.asarray(found) - expected[:, : max(CONTEXTS)]
-    worst = max(np.abs(shared[i, : len(context)]).max() for i, context in enumerate(contexts))
+    worst = np.max([np.abs(shared[i, : len(context)]).max() for i, context in enumerate(contexts)])
     for step in range(NEW):
         positions = np.array([[len(context) + step] for context in contexts], np.int32)
         new = np.stack([row[p] for row, p in zip(rows, positions, strict=True)])
         found, cache = run(lm.config, lm.params, new, positions, positions >= 0, cache)
-        worst = max(worst, np.abs(np.asarray(found) - np.take_along_axis(expected, positions[..., None], 1)).max())
+        new = np.asarray(found) - np.take_along_axis(expected, positions[..., None], 1)
+        worst = np.maximum(worst, np.abs(new).max())
     return float(worst)
 
 

@@ -139,4 +139,4 @@ def test_cudnn_attention_is_xlas(heads, groups, dim):
 
     differences = [np.abs(a - b).max() / np.abs(b).max() for a, b in zip(of("cudnn"), of("xla"), strict=True)]
     print(differences)
-    assert max(differences) <= 2e-2
+    assert np.max(differences) <= 2e-2

@@ -64,6 +64,17 @@ def test_dialogue_layout_equals_turn_layout(pairs):
     assert tiny.relative_difference(by_turn_a, by_turn_b) <= 1e-5
 
 
+def test_a_nan_anywhere_is_no_small_difference():
+    whole = {"a": np.ones(3), "b": np.ones(2), "c": np.ones(())}
+    assert tiny.relative_difference(whole, whole) == 0.0
+    for name in whole:
+        for one, other in (
+            (whole | {name: whole[name] * np.nan}, whole),
+            (whole, whole | {name: whole[name] * np.nan}),
+        ):
+            assert not tiny.relative_difference(one, other) <= 1e9
+
+
 def test_the_batch_of_the_laws_has_every_kind_of_pair_and_several_choices():
     batch = tiny.packed("dialogue").batch()
     losses, gradients = _run(batch)

@@ -94,7 +94,7 @@ def test_losses_and_gradients_equal_the_torch_oracle(layout, pairs, record_prope
     }
     record_property("differences", differences)
     print(differences)
-    assert max(differences.values()) <= 1e-4, differences
+    assert np.max(list(differences.values())) <= 1e-4, differences
 
 
 def test_the_oracle_would_notice_a_wrong_weight():
