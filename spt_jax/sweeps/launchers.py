@@ -77,7 +77,9 @@ class SlurmWorker:
         self._worker: subprocess.Popen[bytes] | None = None
 
     def __call__(self) -> None:
-        """Works until the sweep has no trial left; a worker that was stopped before is taken for a job preempted.
+        """Works until the sweep has no trial left.
+
+        A worker that was stopped before is taken for a job preempted, unless the job was cancelled.
 
         Raises:
             CalledProcessError: The worker failed.
@@ -90,9 +92,9 @@ class SlurmWorker:
         while (code := worker.poll()) is None:
             time.sleep(_POLL_SECONDS)
         self._worker = None
-        if code == STOPPED and callable(signal.getsignal(warning)):
+        if code == STOPPED and callable(signal.getsignal(warning)) and _job_runs():
             signal.raise_signal(warning)
-        elif code:
+        elif code not in (0, STOPPED):
             raise subprocess.CalledProcessError(code, list(self.command.words))
 
     def checkpoint(self) -> Any:
@@ -106,6 +108,16 @@ class SlurmWorker:
             while worker.poll() is None and time.monotonic() < end:
                 time.sleep(_POLL_SECONDS)
         return DelayedSubmission(self)
+
+
+def _job_runs() -> bool:
+    """Whether SLURM has this job running, and not cancelled, by squeue; a job that cannot be asked about runs."""
+    command = ["squeue", "--noheader", f"--jobs={os.environ.get('SLURM_JOB_ID', '')}", "--format=%T"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return True
+    return said in ("", "RUNNING")
 
 
 def _submitits_warning() -> signal.Signals:

@@ -14,7 +14,8 @@ from stand_ins import REPOSITORY, StandIns
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sbatch"
 ARGUMENTS = ("--config=my config.py", "--workdir=/shared/a run")
-COMMAND = ["srun", "--kill-on-bad-exit=1", ".venv/bin/spt-jax", "train", "--distributed=auto", *ARGUMENTS]
+COMMAND = ["srun", ".venv/bin/spt-jax", "train", "--distributed=auto", *ARGUMENTS]
+STATE = ["squeue", "--noheader", "--jobs=17", "--format=%T"]
 
 
 def directives() -> dict[str, str]:
@@ -32,17 +33,30 @@ def test_the_job_asks_for_one_task_a_node_a_warning_before_its_end_and_may_be_qu
 @pytest.mark.parametrize(("code", "again"), [(0, False), (75, True), (2, False), (1, False), (137, False)])
 def test_the_job_queues_itself_again_after_a_stop_alone_and_keeps_the_exit_code(stand_ins: StandIns, code, again):
     stand_ins.add("srun", {"": [(code, "")]})
+    stand_ins.add("squeue", {"": [(0, "RUNNING\n")]})
     stand_ins.add("scontrol")
     done = stand_ins.run("slurm.sbatch", *ARGUMENTS, SLURM_JOB_ID="17")
     assert done.returncode == code, done.stderr
-    assert stand_ins.calls() == [COMMAND, *([["scontrol", "requeue", "17"]] if again else [])]
+    assert stand_ins.calls() == [COMMAND, *([STATE, ["scontrol", "requeue", "17"]] if again else [])]
+
+
+# What a real squeue of Slurm 22.05 says of a job while scancel ends it; and where it cannot be asked.
+@pytest.mark.parametrize(("said", "again"), [((0, "COMPLETING\n"), False), ((0, "CANCELLED\n"), False), ((1, ""), True)])
+def test_a_job_that_was_cancelled_does_not_queue_itself_again(stand_ins: StandIns, said, again):
+    stand_ins.add("srun", {"": [(75, "")]})
+    stand_ins.add("squeue", {"": [said]})
+    stand_ins.add("scontrol")
+    done = stand_ins.run("slurm.sbatch", *ARGUMENTS, SLURM_JOB_ID="17")
+    assert done.returncode == 75, done.stderr
+    assert (["scontrol", "requeue", "17"] in stand_ins.calls()) == again
+    assert ("was cancelled" in done.stdout) == (not again)
 
 
 def test_evaluate_as_the_first_argument_takes_the_place_of_train(stand_ins: StandIns):
     stand_ins.add("srun")
     done = stand_ins.run("slurm.sbatch", "evaluate", "--workdir=/shared/a run", SLURM_JOB_ID="17")
     assert done.returncode == 0, done.stderr
-    assert stand_ins.calls() == [[*COMMAND[:3], "evaluate", "--distributed=auto", "--workdir=/shared/a run"]]
+    assert stand_ins.calls() == [[*COMMAND[:2], "evaluate", "--distributed=auto", "--workdir=/shared/a run"]]
 
 
 def test_srun_gets_the_cpus_of_the_job(stand_ins: StandIns):
@@ -80,6 +94,7 @@ kill -TERM "$(cat task.pid)"
 
 @pytest.mark.parametrize("signals", [1, 2])
 def test_a_signal_reaches_the_tasks_and_the_job_waits_for_their_saving(stand_ins: StandIns, signals):
+    stand_ins.add("squeue", {"": [(0, "RUNNING\n")]})
     stand_ins.add("scontrol")
     folder = stand_ins.folder
     for name, text in {"task": TASK, "srun": SRUN, "scancel": SCANCEL}.items():
@@ -102,7 +117,7 @@ def test_a_signal_reaches_the_tasks_and_the_job_waits_for_their_saving(stand_ins
     assert (folder / "saved").exists()
     assert (folder / "scancel.calls").read_text().splitlines() == ["--signal=TERM 17"] * signals
     assert "stopped and saved" in out
-    assert stand_ins.calls() == [["scontrol", "requeue", "17"]]
+    assert stand_ins.calls() == [STATE, ["scontrol", "requeue", "17"]]
 
 
 def wait_for(path: Path) -> None:
