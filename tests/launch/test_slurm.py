@@ -41,7 +41,9 @@ def test_the_job_queues_itself_again_after_a_stop_alone_and_keeps_the_exit_code(
 
 
 # What a real squeue of Slurm 22.05 says of a job while scancel ends it; and where it cannot be asked.
-@pytest.mark.parametrize(("said", "again"), [((0, "COMPLETING\n"), False), ((0, "CANCELLED\n"), False), ((1, ""), True)])
+@pytest.mark.parametrize(
+    ("said", "again"), [((0, "COMPLETING\n"), False), ((0, "CANCELLED\n"), False), ((1, ""), True)]
+)
 def test_a_job_that_was_cancelled_does_not_queue_itself_again(stand_ins: StandIns, said, again):
     stand_ins.add("srun", {"": [(75, "")]})
     stand_ins.add("squeue", {"": [said]})
