@@ -10,10 +10,12 @@ disk. What is saved is small beside the LM, and lies whole on every device unles
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +26,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
 from spt_jax.json_text import parse_json
 from spt_jax.parallel.distributed import is_lead, json_told_by_lead, on_host
 from spt_jax.training.checkpoint_arrays import Tree, placed, read_arrays, tree_digest, tree_shapes
-from spt_jax.training.checkpoint_record import METRIC, SHAPES, DamagedCheckpointError, read_record, sealed
+from spt_jax.training.checkpoint_record import (
+    METRIC,
+    METRICS_FILE,
+    SHAPES,
+    DamagedCheckpointError,
+    rated,
+    read_record,
+    sealed,
+)
 
 SMALL_FILES_BYTES = 256 * 1024
 """What a checkpoint takes on the disk beside its arrays: about forty files and folders."""
@@ -168,6 +179,33 @@ class Checkpoints:
         except Exception as error:
             raise self._failed(error) from error
 
+    def rate(self, step: int, perplexity: float) -> None:
+        """Gives a step that was saved without an evaluation its perplexity, as if it had been saved with it.
+
+        The step lies whole on the disk at every moment: all that changes is one folder in it, which appears.
+
+        Args:
+            step: A step on disk, whose own perplexity is None.
+            perplexity: Of the development dialogues.
+
+        Raises:
+            UserError: It could not be written. The step stays as it was.
+        """
+        if self._manager is None:
+            return
+        metrics = self.directory / str(step) / METRICS_FILE
+        try:
+            # Not beside the step: a name that Orbax does not know, in its folder, is its to judge.
+            with tempfile.TemporaryDirectory(dir=self.directory.parent, prefix=".rated-") as place:
+                arriving = Path(place) / metrics.parent.name
+                arriving.mkdir()
+                write_atomically(arriving / metrics.name, json.dumps(rated(self._peek(step), float(perplexity))))
+                arriving.rename(metrics.parent)
+        except Exception as error:
+            raise self._failed(error) from error
+        self._manager.close()  # it read the perplexities when it was made
+        self._manager = self._open()
+
     def _check_space(self, trees: Tree) -> None:
         # A disk that fills up in the middle of a save makes Orbax's threads talk; before it, one sentence is enough.
         needed = sum(np.asarray(leaf).nbytes for leaf in jax.tree.leaves(trees)) + SMALL_FILES_BYTES
@@ -214,7 +252,7 @@ class Checkpoints:
         perplexities = {}
         for step in latest_first:
             try:
-                metrics = parse_json((self.directory / str(step) / "metrics" / "metrics").read_text())
+                metrics = parse_json((self.directory / str(step) / METRICS_FILE).read_text())
                 perplexities[step] = _perplexity(metrics)
             except (OSError, ValueError, KeyError, TypeError, OverflowError):
                 continue

@@ -16,6 +16,7 @@ from spt_jax.errors import UserError
 from spt_jax.parallel.distributed import SharedFlag, is_lead
 from spt_jax.progress import ProgressBar
 from spt_jax.training.checkpoint import Checkpoints
+from spt_jax.training.checkpoint_record import METRIC
 from spt_jax.training.collapse import CollapseAlarm
 from spt_jax.training.signals import StopSignal
 from spt_jax.training.step import Metrics, TrainState
@@ -65,7 +66,7 @@ def save(checkpoints: Checkpoints, state: TrainState, meta: Mapping[str, Any], p
 def evaluation_pending(checkpoints: Checkpoints, step: int) -> bool:
     """Whether a step was saved at a polite stop before the evaluation that was due; False for one that is not saved."""
     meta = checkpoints.meta(str(step)) if step in checkpoints.steps() else None
-    return bool(meta and meta.get(PENDING, False))
+    return bool(meta and meta.get(PENDING, False) and meta.get(METRIC) is None)
 
 
 def train(
@@ -122,6 +123,8 @@ def train(
             if new and (due or stopping or step % options.save_every == 0):
                 watch.finish(bar)  # a step's metrics must be on disk before its checkpoint
                 save(checkpoints, state, {**meta, PENDING: scheduled and not due}, perplexity)
+            elif perplexity is not None:
+                checkpoints.rate(step, perplexity)
             if last or stopping:
                 break
             watch.profile(step - start)

@@ -23,6 +23,7 @@ from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import replicated
 from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.checkpoint_arrays import restore_targets, tree_digest, tree_shapes
+from spt_jax.training.checkpoint_record import DamagedCheckpointError, read_record
 
 
 @pytest.mark.parametrize(
@@ -321,3 +322,30 @@ def test_the_files_beside_the_arrays_are_json(tmp_path):
     meta = json.loads((tmp_path / "1" / "meta" / "metadata").read_text())
     assert meta["digests"] == {name: tree_digest(tree) for name, tree in trees(1).items()}
     assert meta["shapes"] == {"bank/prompts": [3, 2, 5]}
+
+
+def test_a_step_that_is_rated_later_ranks_and_is_kept_as_one_saved_with_its_perplexity(tmp_path):
+    with Checkpoints(tmp_path / "c", keep_latest=1, keep_best=1) as checkpoints:
+        save(checkpoints, 1, None)
+        checkpoints.rate(1, 4.0)
+        assert (checkpoints.meta("1") or {})["perplexity"] == 4.0
+        save(checkpoints, 2, 5.0)
+        save(checkpoints, 3, 6.0)
+        assert checkpoints.steps() == [1, 3]
+        assert_restores(checkpoints, "best", 1)
+    assert names(tmp_path) == {"c"}
+
+
+def test_a_change_in_what_a_step_was_rated_later_is_noticed(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step, None)
+            checkpoints.rate(step, 4.0)
+    step = tmp_path / "c" / "2"
+    path = step / "metrics" / "metrics"
+    path.write_text(path.read_text().replace("4.0", "3.0"))
+    with pytest.raises(DamagedCheckpointError, match=r"its perplexity is 3.0, but None was saved"):
+        read_record(step, ("trainable",))
+    shutil.copyfile(step.with_name("1") / "metrics" / "metrics", path)  # whole, but of another step
+    with pytest.raises(DamagedCheckpointError):
+        read_record(step, ("trainable",))

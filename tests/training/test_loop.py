@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,8 @@ class Run:
         self.stop_at: str = ""
         self.bad_steps: set[int] = set()
         self.on_disk: list[int] = []
+        self.keep_latest = 99
+        self.perplexity: Callable[[int], float] = lambda step: 100.0 - step
 
     def note(self, event: str) -> None:
         self.events.append(event)
@@ -54,7 +56,7 @@ class Run:
     def run(self, state: Any) -> list[tuple[str, float]]:
         step = int(state.step)
         self.note(f"evaluate {step}")
-        return [("development/perplexity", 100.0 - step), ("development/w", float(state.trainable["w"]))]
+        return [("development/perplexity", self.perplexity(step)), ("development/w", float(state.trainable["w"]))]
 
     def log(self, step: int, metrics: Any) -> None:
         self.note(f"log {step}" if "loss/total" in metrics else f"log evaluation {step}")
@@ -93,7 +95,7 @@ class Run:
                 run.note(f"save {step}")
                 super().save(step, *arguments)
 
-        with Noting(self.folder, keep_latest=99) as checkpoints:
+        with Noting(self.folder, keep_latest=self.keep_latest) as checkpoints:
             state = start or init_state({"w": jnp.asarray(50.0)}, optax.sgd(0.1), one_device())
             try:
                 return train(
@@ -231,14 +233,27 @@ def test_the_next_start_makes_up_for_an_evaluation_that_a_stop_did_not_wait_for(
     run = Run(tmp_path)
     run.stop_at = "step 2"
     run.go()
-    for _ in range(2):  # until a later step is saved it is still to come
-        again = Run(tmp_path)
-        again.stop_at = "evaluate 3"
-        assert not again.go(run.restored()).finished
-        assert again.happened("evaluate", "save", "step") == ["evaluate 3"]
+    again = Run(tmp_path)
+    again.stop_at = "evaluate 3"
+    assert not again.go(run.restored()).finished
+    assert again.happened("evaluate", "save", "step") == ["evaluate 3"]
     last = Run(tmp_path)
     assert last.go(run.restored()).finished
-    assert last.happened("evaluate") == ["evaluate 3", "evaluate 6", "evaluate 7"]
+    assert last.happened("evaluate") == ["evaluate 6", "evaluate 7"]
+
+
+def test_a_run_stopped_at_its_best_step_has_the_same_best_as_one_that_was_not(tmp_path):
+    kept = {}
+    for name in ("whole", "stopped"):
+        for stop_at in ("step 2", "") if name == "stopped" else ("",):
+            run = Run(tmp_path / name)
+            run.keep_latest, run.stop_at = 1, stop_at
+            run.perplexity = lambda step: 10.0 + abs(step - 3)
+            run.go(run.restored() if run.folder.exists() else None)
+        with Checkpoints(run.folder, read_only=True) as checkpoints:
+            kept[name] = [(step, (checkpoints.meta(str(step)) or {})["perplexity"]) for step in run.on_disk]
+            assert next(checkpoints.candidates("best")) == 3
+    assert kept["stopped"] == kept["whole"] == [(3, 10.0), (7, 14.0)]
 
 
 def test_a_stop_before_the_first_step_leaves_a_run_to_resume(tmp_path):
