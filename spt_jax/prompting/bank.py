@@ -115,11 +115,12 @@ def from_clusters(
     from scipy.cluster.vq import ClusterError, kmeans2  # half a second that no other start of a bank needs
 
     num_prompts, prompt_length, _ = shape
-    means = np.stack([np.asarray(embedder(np.asarray(ids)), np.float32).mean(axis=0) for ids in personas if len(ids)])
-    if len(means) < num_prompts:
+    found = [np.asarray(embedder(np.asarray(ids)), np.float32).mean(axis=0) for ids in personas if len(ids)]
+    if len(found) < num_prompts:
         raise UserError(
-            f"bank.init is 'clusters', but the training dialogues have {len(means)} personas for {num_prompts} prompts"
+            f"bank.init is 'clusters', but the training dialogues have {len(found)} personas for {num_prompts} prompts"
         )
+    means = np.stack(found)
     seed = int(jax.random.bits(key, dtype=jnp.uint32))
     try:
         centres, labels = kmeans2(means.astype(np.float64), num_prompts, iter=50, minit="++", rng=seed, missing="raise")

@@ -220,6 +220,7 @@ def test_a_process_that_was_given_another_run_ends_all_with_what_differs(argumen
     "mesh",
     [
         ("--config.mesh.fsdp=4",),
+        ("--config.mesh.fsdp=4", "--config.bank.init=clusters"),
         ("--config.mesh.tensor=2",),
         ("--config.mesh.data=1", "--config.mesh.tensor=4"),
         ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.model.quantization=int8"),
