@@ -21,7 +21,7 @@ from spt_jax.parallel.distributed import barrier, is_lead, one_at_a_time
 from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.training import experiment as setup
 from spt_jax.training.absolute_paths import absolute_paths
-from spt_jax.training.agreement import check_same_content, check_same_options
+from spt_jax.training.agreement import check_same_content, check_same_options, check_same_start
 from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.checkpoint_arrays import restore_targets
 from spt_jax.training.description import TEXTUAL, attention_remark, objective_of
@@ -81,7 +81,6 @@ def run_training(
     say = say if is_lead() else _say_nothing
     prepared = _prepare(config, say)
     e = prepared.experiment
-    check_same_content(e.lm, {"training": prepared.splits.train, "development": prepared.splits.development})
     barrier("prepared")  # a folder is claimed when nothing of any process is wrong
     with _undone_unless_begun(workdir):
         if is_lead():
@@ -171,6 +170,8 @@ def _prepare(config: Config, say: Callable[[str], None]) -> _Preparation:
     for sentence in splits.skipped:
         say(f"skipped {sentence}")
     e = setup.open_experiment(config)
+    # Before the first program that all processes run together on what they have read.
+    check_same_content(e.lm, {"training": splits.train, "development": splits.development, "test": splits.test})
     template = setup.template_of(config, e.lm.tokenizer, splits.train)
     pack = partial(setup.pack_dialogues, config, tokenizer=e.lm.tokenizer, template=template)
     rows, development = pack(splits.train, learning=True), pack(splits.development)
@@ -182,7 +183,11 @@ def _prepare(config: Config, say: Callable[[str], None]) -> _Preparation:
         total_steps = 0
     optimizer = make_optimizer(config.optimizer, total_steps)
     first = initial_trainable(config, e.model, e.lm.params, e.lm.tokenizer, splits.train)
-    own = jax.tree.map(lambda x: x.sharding, first) if config.method.kind == "full" else None
+    if config.method.kind == "full":
+        own = jax.tree.map(lambda x: x.sharding, first)
+    else:
+        own = None
+        check_same_start(first)
     state = init_state(first, optimizer, e.mesh, own)
     shardings = state_shardings(first, optimizer, e.mesh, own)
     if config.method.kind == "full":
