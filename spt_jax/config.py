@@ -35,7 +35,7 @@ def default_config() -> Config:
     c.model.dropout = 0.0  # The frozen LM's own dropout in training (OPT was trained with 0.1)
     c.model.remat = "auto"  # What the backward pass recomputes: none, dots (all but products), full; auto: what fits
     c.model.attention = "auto"  # Attention over whole rows: xla, cudnn (GPU), splash (TPU); auto: what can serve
-    c.model.max_logit_rows = 512  # Rows of vocabulary logits that may exist at once; bounds memory, changes no result
+    c.model.max_logit_rows = 512  # Rows of logits that exist at once on a device; bounds memory, changes no result
 
     c.method = ConfigDict()
     c.method.kind = "spt"  # spt, prompt_tuning, prefix_tuning, p_tuning, lora, full, zero_shot or few_shot
