@@ -45,6 +45,7 @@ class _Preparation:
 
     experiment: Experiment
     splits: setup.Splits
+    rows: PackedRows
     development: PackedRows
     loader: DialogueLoader
     optimizer: optax.GradientTransformation
@@ -193,7 +194,7 @@ def _prepare(config: Config, say: Callable[[str], None]) -> _Preparation:
     if config.method.kind == "full":
         # The state holds the weights now; the frozen ones would only take memory beside them.
         e = dataclasses.replace(e, lm=dataclasses.replace(e.lm, params={}))
-    return _Preparation(e, splits, development, loader, optimizer, state, shardings, total_steps)
+    return _Preparation(e, splits, rows, development, loader, optimizer, state, shardings, total_steps)
 
 
 def keeps_initial(config: Config) -> bool:
@@ -205,13 +206,18 @@ def _summary(prepared: _Preparation) -> str:
     e, loader, splits = prepared.experiment, prepared.loader, prepared.splits
     behind = f" behind each of {e.model.num_prompts} prompts" if e.model.num_prompts > 1 else ""
     skipped = f" ({len(splits.skipped)} malformed lines skipped)" if splits.skipped else ""
-    return (
-        f"{e.lm.identity.name} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
-        f"{tree_bytes(e.lm.params) / 1e6:,.0f} MB of frozen weights, "
-        f"{e.config.method.kind}: {tree_bytes(prepared.state.trainable) / 1e6:,.1f} MB to learn\n"
-        f"{len(splits.train)} dialogues to learn from, {len(splits.development)} for development{skipped}\n"
-        f"{prepared.total_steps} steps; about {loader.turns_per_step:.0f} turns and {loader.tokens_per_step:,.0f} "
-        f"tokens a step{behind}, {loader.padding_share:.1%} padding"
+    packed = {"to learn from": prepared.rows, "for development": prepared.development}
+    remarks = [setup.rows_remark(e.config, what, rows) for what, rows in packed.items()]
+    return "\n".join(
+        [
+            f"{e.lm.identity.name} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
+            f"{tree_bytes(e.lm.params) / 1e6:,.0f} MB of frozen weights, "
+            f"{e.config.method.kind}: {tree_bytes(prepared.state.trainable) / 1e6:,.1f} MB to learn",
+            f"{len(splits.train)} dialogues to learn from, {len(splits.development)} for development{skipped}",
+            *filter(None, remarks),
+            f"{prepared.total_steps} steps; about {loader.turns_per_step:.0f} turns and {loader.tokens_per_step:,.0f} "
+            f"tokens a step{behind}, {loader.padding_share:.1%} padding",
+        ]
     )
 
 

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -121,6 +122,15 @@ def test_malformed_lines_are_skipped_counted_and_shown_when_asked(tmp_path, caps
     out = capsys.readouterr().out
     assert f"skipped {tmp_path / 'train.txt'}:5: " in out
     assert "malformed line" in out
+
+
+def test_rows_that_lost_some_of_their_text_are_counted_by_training_and_evaluation(tmp_path, capsys):
+    arguments = train_arguments(tmp_path, workdir=tmp_path / "run")
+    walk(*arguments, "--config.train.steps=1", "--config.data.max_length=90")
+    counted = r"\d+ dialogues became one row a turn, \d+ turns lost their oldest history \(data.max_length = 90\)"
+    assert re.search(rf"^rows to learn from: {counted}$", capsys.readouterr().out, re.MULTILINE)
+    walk("evaluate", f"--workdir={tmp_path / 'run'}", "--nobaselines", "--replies=1")
+    assert re.search(rf"^rows to evaluate on: {counted}$", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_one_prompt_is_plain_prompt_tuning_through_the_doors(tmp_path, capsys):
