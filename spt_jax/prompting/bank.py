@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from safetensors.numpy import load_file
 
 from spt_jax.errors import UserError
 from spt_jax.numpy_files import npz_names, read_npy, read_npz
+from spt_jax.user_paths import expanded
 
 
 def check_bank_shape(prompts: np.ndarray | jax.Array, shape: tuple[int, int, int], origin: str) -> None:
@@ -146,7 +146,7 @@ def from_file(path: str, shape: tuple[int, int, int]) -> jax.Array:
         UserError: The file is missing, unreadable, holds several arrays and none named ``prompts``, no numbers, or
             another shape.
     """
-    file = Path(path)
+    file = expanded(path, "bank.init_file")
     if not file.is_file():
         raise UserError(f"bank.init_file: there is no file {path}")
     try:
