@@ -120,7 +120,8 @@ def check_workdir(workdir: Path, config: Config) -> None:
         raise UserError(f"{workdir} is not empty and holds no run (no {CONFIG_FILE}); choose another --workdir")
     old, new = flatten(from_dict(_read(workdir)["config"])), flatten(config)
     free = set(MAY_CHANGE)
-    if config.optimizer.schedule == "constant":
+    # Neither the rates nor the weights of the losses depend on how far the end is.
+    if config.optimizer.schedule == "constant" and not config.objective.annealing:
         free |= {"train.steps", "train.epochs"}
     if old["data.test"] and new["data.test"]:  # else the test dialogues are cut from the training dialogues
         free |= {"data.test", "data.test_dialogues"}
