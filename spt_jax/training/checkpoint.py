@@ -67,11 +67,13 @@ def _patient() -> ocp.AsyncOptions:
 
 
 def _step_folders(directory: Path) -> list[int]:
-    return (
-        sorted(int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdigit())
-        if directory.is_dir()
-        else []
-    )
+    found = [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
+    return sorted(int(path.name) for path in found if _names_a_step(path.name))
+
+
+def _names_a_step(name: str) -> bool:
+    """Whether it is a number as Orbax writes it: neither 007 nor the digits of other scripts."""
+    return name.isdecimal() and name == str(int(name))
 
 
 class Checkpoints:
@@ -130,7 +132,9 @@ class Checkpoints:
         return read_record(self.directory / str(step), items)
 
     def _set_aside(self, step: int, error: Exception) -> None:
+        logger = logging.getLogger(__name__)
         if self._read_only:
+            logger.warning("%s; it was passed over", error)
             return
         source = self.directory / str(step)
         target = source.with_name(f"{step}.corrupt")
@@ -139,7 +143,7 @@ class Checkpoints:
             count += 1
             target = source.with_name(f"{step}.corrupt{count}")
         source.rename(target)
-        logging.getLogger(__name__).warning("%s; it was set aside as %s", error, target.name)
+        logger.warning("%s; it was set aside as %s", error, target.name)
 
     def save(self, step: int, trainable: Tree, optimizer: Tree, meta: dict[str, Any], perplexity: float | None) -> None:
         """Starts saving a step in the background, after the one before has finished.
@@ -259,15 +263,26 @@ class Checkpoints:
         yield from sorted(perplexities, key=lambda step: (perplexities[step], -step))
         yield from (step for step in latest_first if step not in perplexities)
 
+    def _wanted(self, which: str) -> Iterator[int]:
+        if which in ("latest", "best"):
+            yield from self.candidates(which)
+        elif _names_a_step(which):
+            yield int(which)
+        else:
+            raise UserError(f"the checkpoint is {which!r}; allowed: best, latest or a step's number")
+
     def meta(self, which: str) -> dict[str, Any] | None:
         """The JSON values beside the first readable checkpoint of ``latest``, ``best`` or a step; None without one.
 
         Every process must ask.
+
+        Raises:
+            UserError: `which` is none of these.
         """
         return json_told_by_lead(self._first_record(which) if is_lead() else None)
 
     def _first_record(self, which: str) -> dict[str, Any] | None:
-        for step in [int(which)] if which.isdigit() else self.candidates(which):
+        for step in self._wanted(which):
             try:
                 return self._peek(step)
             except DamagedCheckpointError:
@@ -300,7 +315,7 @@ class Checkpoints:
 
     def _read(self, which: str, targets: dict[str, Tree]) -> tuple[int, dict[str, Tree], dict[str, Any]] | None:
         """What `restore` gives, on the host."""
-        candidates = list(self.candidates(which)) if which in ("latest", "best") else [int(which)]
+        candidates = list(self._wanted(which))
         if not candidates:
             return None
         for step in candidates:

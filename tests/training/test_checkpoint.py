@@ -210,7 +210,9 @@ def test_damage_beside_the_arrays_is_noticed_before_any_array_is_read(tmp_path, 
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_read_only_passes_over_a_damaged_step_and_changes_nothing(tmp_path, damage: Callable[[Path], None]):
+def test_read_only_passes_over_a_damaged_step_says_so_and_changes_nothing(
+    tmp_path, caplog, damage: Callable[[Path], None]
+):
     fill(tmp_path, {1: 5.0, 2: 4.0})
     damage(tmp_path / "2")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -218,6 +220,8 @@ def test_read_only_passes_over_a_damaged_step_and_changes_nothing(tmp_path, dama
         with Checkpoints(tmp_path, read_only=True) as checkpoints:
             assert_restores(checkpoints, which, 1)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {record.message.partition(" is damaged: ")[0] for record in caplog.records} == {"the checkpoint of step 2"}
+    assert all(record.message.endswith("; it was passed over") for record in caplog.records)
 
 
 def test_a_step_damaged_twice_keeps_both_remains(tmp_path):
@@ -349,3 +353,17 @@ def test_a_change_in_what_a_step_was_rated_later_is_noticed(tmp_path):
     shutil.copyfile(step.with_name("1") / "metrics" / "metrics", path)  # whole, but of another step
     with pytest.raises(DamagedCheckpointError):
         read_record(step, ("trainable",))
+
+
+@pytest.mark.parametrize("name", ["²", "٢", "007", "-2"])
+def test_a_folder_whose_name_only_looks_like_a_step_is_none(tmp_path, name):
+    fill(tmp_path, {1: 5.0})
+    (tmp_path / name).mkdir()
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [1]
+        assert_restores(checkpoints, "latest", 1)
+        for ask in (checkpoints.meta, lambda which: checkpoints.restore(which, targets())):
+            with pytest.raises(
+                UserError, match=f"the checkpoint is '{name}'; allowed: best, latest or a step's number"
+            ):
+                ask(name)
