@@ -106,7 +106,8 @@ def mixed_prompts(bank: jax.Array, scores: jax.Array | np.ndarray, temperature: 
     Returns:
         ``[n, P, M]``.
     """
-    return jnp.einsum("nk,kpm->npm", jax.nn.softmax(scores / temperature, axis=-1), bank)
+    shares = jax.nn.softmax(scores / temperature, axis=-1)
+    return jnp.einsum("nk,kpm->npm", shares, bank, precision=jax.lax.Precision.HIGHEST)
 
 
 class TurnScores(NamedTuple):
