@@ -17,7 +17,7 @@ from spt_jax.config import Config
 from spt_jax.data.loader import DialogueLoader
 from spt_jax.data.packing import PackedRows, Row
 from spt_jax.models.quantized import tree_bytes
-from spt_jax.parallel.distributed import barrier, is_lead, one_at_a_time
+from spt_jax.parallel.distributed import barrier, is_lead, json_told_by_lead, one_at_a_time
 from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.training import experiment as setup
 from spt_jax.training.absolute_paths import absolute_paths
@@ -144,7 +144,8 @@ def _step(prepared: _Preparation, state: TrainState, say: Callable[[str], None])
         batch = place_batch(e.mesh, loader.batch(longest))
         policy = fitting_remat(step_of, (state, e.lm.params, batch), limit)
         say(f"model.remat = auto: {policy}, in {limit / 1e9:,.1f} GB a device")
-    return one_at_a_time(step_of(policy))
+    # What fits is asked of a device of each process, and all must run one program.
+    return one_at_a_time(step_of(json_told_by_lead(policy)))
 
 
 @contextlib.contextmanager
@@ -254,6 +255,6 @@ def _loop_options(config: Config, workdir: Path, total_steps: int) -> LoopOption
         evaluate_every=t.evaluate_every,
         save_every=t.save_every,
         max_bad_steps=t.max_bad_steps,
-        profile_steps=t.profile_steps,
+        profile_steps=t.profile_steps if is_lead() else 0,
         profile_dir=str(workdir / "profile"),
     )

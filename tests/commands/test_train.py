@@ -8,7 +8,10 @@ import pytest
 from tiny_run import train_arguments, walk, write_config, write_dialogues, write_llama
 
 from spt_jax.commands.main import main
+from spt_jax.config import default_config
 from spt_jax.evaluation.likelihood import DevelopmentEvaluator
+from spt_jax.training import run_training
+from spt_jax.training.remat import with_remat
 
 
 @pytest.fixture
@@ -146,3 +149,24 @@ def test_one_prompt_is_plain_prompt_tuning_through_the_doors(tmp_path, capsys):
     assert after["usage"] == [1.0]
     assert after["oracle_perplexity"] == pytest.approx(after["perplexity"])
     assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_is_recomputed_is_what_the_first_process_says(tmp_path, monkeypatch):
+    asked = []
+
+    def noted(model, policy):
+        asked.append(policy)
+        return with_remat(model, policy)
+
+    monkeypatch.setattr(run_training, "json_told_by_lead", lambda policy: {"none": "dots"}[policy])
+    monkeypatch.setattr(run_training, "with_remat", noted)
+    walk(*train_arguments(tmp_path, workdir=tmp_path / "run"), "--config.train.steps=1")
+    assert asked == ["dots"]
+
+
+@pytest.mark.parametrize(("lead", "steps"), [(True, 3), (False, 0)])
+def test_the_first_process_alone_writes_a_trace(tmp_path, monkeypatch, lead, steps):
+    config = default_config()
+    config.train.profile_steps = 3
+    monkeypatch.setattr(run_training, "is_lead", lambda: lead)
+    assert run_training._loop_options(config, tmp_path, 9).profile_steps == steps
