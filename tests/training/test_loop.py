@@ -46,6 +46,7 @@ class Run:
         self.bad_steps: set[int] = set()
         self.on_disk: list[int] = []
         self.keep_latest = 99
+        self.evaluation_batches = 1
         self.perplexity: Callable[[int], float] = lambda step: 100.0 - step
 
     def note(self, event: str) -> None:
@@ -53,9 +54,12 @@ class Run:
         if event == self.stop_at:
             self.stop.requested = True
 
-    def run(self, state: Any) -> list[tuple[str, float]]:
+    def run(self, state: Any, between: Callable[[], None]) -> list[tuple[str, float]]:
         step = int(state.step)
         self.note(f"evaluate {step}")
+        for batch in range(1, self.evaluation_batches):
+            between()
+            self.note(f"evaluate {step} further {batch}")
         return [("development/perplexity", self.perplexity(step)), ("development/w", float(state.trainable["w"]))]
 
     def log(self, step: int, metrics: Any) -> None:
@@ -227,6 +231,34 @@ def test_a_stop_does_not_wait_for_an_evaluation(tmp_path):
     run.go()
     assert run.happened("evaluate") == ["evaluate 0"]
     assert run.on_disk[-1] == 3
+
+
+@pytest.mark.parametrize(("step", "saved"), [(0, [0]), (3, [0, 2, 3]), (7, [0, 2, 3, 4, 6, 7])])
+def test_a_stop_in_an_evaluation_saves_at_once_and_the_next_start_makes_up_for_it(tmp_path, step, saved):
+    run = Run(tmp_path)
+    run.evaluation_batches, run.stop_at = 3, f"evaluate {step} further 1"
+    outcome = run.go()
+    assert not outcome.finished and int(outcome.state.step) == step
+    assert run.events[-2:] == [f"evaluate {step} further 1", f"save {step}"]
+    assert run.on_disk == saved
+    again = Run(tmp_path)
+    assert again.go(run.restored()).finished
+    assert again.events[0] == f"evaluate {step}"
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert (checkpoints.meta(str(step)) or {})["perplexity"] == 100.0 - step
+
+
+def test_a_stop_in_an_evaluation_that_is_made_up_for_leaves_it_to_come(tmp_path):
+    run = Run(tmp_path)
+    run.stop_at = "step 2"
+    run.go()
+    again = Run(tmp_path)
+    again.evaluation_batches, again.stop_at = 3, "evaluate 3 further 1"
+    assert not again.go(run.restored()).finished
+    assert again.happened("save", "step", "log") == []
+    last = Run(tmp_path)
+    assert last.go(run.restored()).finished
+    assert last.happened("evaluate") == ["evaluate 3", "evaluate 6", "evaluate 7"]
 
 
 def test_the_next_start_makes_up_for_an_evaluation_that_a_stop_did_not_wait_for(tmp_path):
