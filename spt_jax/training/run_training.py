@@ -63,7 +63,7 @@ def run_training(
     Of several processes the first alone says, shows, and reads and writes the folder, which the others need not see.
 
     Args:
-        config: A validated configuration.
+        config: A validated configuration; its paths of files are made absolute.
         workdir: New, empty, or of the same run.
         make_evaluators: See `MakeEvaluators`; called once.
         say: Takes the lines for the user.
@@ -239,7 +239,8 @@ def _resumed(checkpoints: Checkpoints, prepared: _Preparation, say: Callable[[st
     if not checkpoints.steps():
         return state, -1
     # A first state of a whole LM would else lie beside the restored one until the end of the run.
-    jax.tree.map(lambda x: x.delete(), state)
+    for array in jax.tree.leaves(state):
+        array.delete()
     restored = checkpoints.restore("latest", targets)
     assert restored is not None, "a checkpoint that is there is restored, or refused in a sentence"
     step, trees, _ = restored

@@ -69,7 +69,7 @@ def state_shardings(
     same = replicated(mesh)
     if shardings is None:
         shardings = jax.tree.map(lambda _: same, trainable)
-    moments = optax.tree_map_params(
+    moments = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
         jax.eval_shape(optimizer.init, trainable),
