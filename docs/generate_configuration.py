@@ -80,7 +80,8 @@ _BETWEEN = """\
 {relations}
 - `data.batch` is a multiple of `mesh.data` × `mesh.fsdp` × `optimizer.micro_batches` (checked against the devices).
 - `mesh.data` × `mesh.fsdp` × `mesh.tensor` is the number of devices.
-- `bank.prompt_length` + `data.max_length`, rounded up to a multiple of 8, fits the LM's context.
+- `bank.prompt_length` + `data.max_length`, rounded up to a multiple of 8, + `evaluation.max_new_tokens` fits the LM's
+  context.
 - `data.columns.*` differ from their defaults only where a table is read (see
   [data_and_models.md](data_and_models.md)).
 """

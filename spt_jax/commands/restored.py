@@ -165,9 +165,12 @@ def _fit_mesh(config: Config, devices: int) -> None:
     """A run trained on other hardware is opened with its weights sharded over all the devices that are here."""
     m = config.mesh
     try:
-        mesh_sizes(m.data, m.fsdp, m.tensor, devices)
+        data, _, _ = mesh_sizes(m.data, m.fsdp, m.tensor, devices)
     except UserError:
         m.data, m.fsdp, m.tensor, m.slices = 1, devices, 1, 1
+    else:
+        if data % m.slices:
+            m.slices = 1
 
 
 SPLITS = {"test": "test", "development": "validation", "train": "train"}

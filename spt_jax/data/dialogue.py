@@ -116,7 +116,8 @@ def draw_fraction(dialogues: Sequence[Dialogue], fraction: float, seed: int) -> 
 
 def _smallest_sum_at_least(sizes: list[int], count: int, below: int) -> list[int] | None:
     """Positions whose sizes add up to the smallest reachable sum in [count, below), or None; early positions first."""
-    mask = (1 << below) - 1
+    # The smallest reachable sum that is large enough is one group above `count` at most.
+    mask = (1 << min(below, count + max(sizes, default=0))) - 1
     # reachable[i] has bit s set when sizes[i:] can add up to s.
     reachable = [1]
     for size in reversed(sizes):

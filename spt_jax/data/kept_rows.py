@@ -14,6 +14,9 @@ from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.packing import PackedRows, Row
 from spt_jax.numpy_files import read_npz
 
+PACKAGES = ("spt_jax.data", "spt_jax.models.tokenization")
+"""Whose code makes rows of dialogues."""
+
 _ARRAYS = tuple(field.name for field in dataclasses.fields(Row) if field.name != "dialogue")
 _COUNTS = tuple(field.name for field in dataclasses.fields(PackedRows) if field.name != "rows")
 
@@ -24,10 +27,11 @@ def kept_rows(make: Callable[[], PackedRows], dialogues: Sequence[Dialogue], dep
     Args:
       make: packs `dialogues`.
       dialogues: what the rows are made of; where they come from does not matter.
-      depends_on: what else the rows depend on, but for the code of this package: tokenizer, template, limits.
+      depends_on: what else the rows depend on, but for the code of `PACKAGES`: tokenizer, template, limits.
     """
     said = (repr((d.persona, d.partner_persona, [(t.query, t.response) for t in d.turns])) for d in dialogues)
-    entry = entry_path("rows", key_of(code_digest("spt_jax.data"), str(len(depends_on)), *depends_on, *said))
+    code = (code_digest(package) for package in PACKAGES)
+    entry = entry_path("rows", key_of(*code, str(len(depends_on)), *depends_on, *said))
     if entry is None:
         return make()
     try:

@@ -71,6 +71,17 @@ class PackedRows:
     split_turns: int = 0
     undemonstrated_turns: int = 0
 
+    @property
+    def remark(self) -> str:
+        """What could not be packed as asked, in words; empty where all could."""
+        told = {
+            "dialogues became one row a turn": self.fallbacks,
+            "turns lost their oldest history": self.truncated_turns,
+            "turns lost demonstrations": self.undemonstrated_turns,
+            "turns had context and response encoded apart": self.split_turns,
+        }
+        return ", ".join(f"{count} {what}" for what, count in told.items() if count)
+
 
 @dataclass(frozen=True, slots=True)
 class _Key:

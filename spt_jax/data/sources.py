@@ -17,6 +17,7 @@ from spt_jax.data.problems import Problems
 from spt_jax.data.records import parse_json_lines
 from spt_jax.data.tables import BUILDERS, HUB_PREFIX, read_table
 from spt_jax.errors import UserError, nearest
+from spt_jax.user_paths import expanded
 
 BUILTIN_PREFIX = "builtin:"
 BUILTIN = ("train", "heldout")
@@ -25,6 +26,7 @@ LONGEST_LINE = 1 << 24
 """Bytes of a line at most."""
 MOST_UNPACKED = 200
 """Bytes at most for each of a packed file, beyond the first MiB; text of conversations unpacks to some five."""
+_FILE = "The data file"
 _OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -51,9 +53,9 @@ def read_dialogues(
       The dialogues with the sentences about skipped lines; the set's name is `source`.
 
     Raises:
-      UserError: the source does not exist, is empty or damaged, its format is unknown, a line is longer than
-        `LONGEST_LINE` or malformed (with `on_error="raise"`), a packed file unpacks to more than `MOST_UNPACKED` times
-        its size, or no dialogue is left.
+      UserError: the source does not exist or cannot be looked up, is empty or damaged, its format is unknown, a line is
+        longer than `LONGEST_LINE` or malformed (with `on_error="raise"`), a packed file unpacks to more than
+        `MOST_UNPACKED` times its size, or no dialogue is left.
     """
     problems = Problems(source, on_error)
     kind = _format(source, format)
@@ -89,8 +91,10 @@ def _format(source: str, format: str) -> str:
         return format
     if source.startswith(BUILTIN_PREFIX):
         return "parlai"
-    path = Path(source).expanduser()
-    if source.startswith(HUB_PREFIX) or path.is_dir():
+    if source.startswith(HUB_PREFIX):
+        return "datasets"
+    path = expanded(source, _FILE)
+    if path.is_dir():
         return "datasets"
     suffix = (path.with_suffix("") if path.suffix in _OPENERS else path).suffix
     if suffix == ".jsonl":
@@ -143,9 +147,9 @@ def _lines(stream: IO[bytes], source: str) -> Iterator[bytes]:
 
 
 def _existing(source: str) -> Path:
-    path = Path(source).expanduser()
+    path = expanded(source, _FILE)
     if not path.exists():
         siblings = [str(path.with_name(sibling.name)) for sibling in path.parent.glob("*")]
         builtin = [BUILTIN_PREFIX + name for name in BUILTIN]
-        raise UserError(f"The data file {source} does not exist.{nearest(source, siblings + builtin)}")
+        raise UserError(f"{_FILE} {source} does not exist.{nearest(source, siblings + builtin)}")
     return path

@@ -51,7 +51,8 @@ def read_table(source: str, problems: Problems, columns: Mapping[str, str] | Non
         )
 
     def rows() -> Iterator[dict[str, Any]]:
-        for row in table:
+        # Of a row that is taken every column is decoded, pictures too.
+        for row in table.select_columns(sorted(set(names.values()))):
             yield {field: row[column] for field, column in names.items()}
 
     return parse_rows(rows(), problems)

@@ -88,6 +88,7 @@ def score_rows(
     pad_id: int,
     max_buckets: int = 4,
     on_batch: Callable[[int, int], None] | None = None,
+    between: Callable[[], None] | None = None,
 ) -> Likelihoods:
     """Scores every turn of packed rows, forward only.
 
@@ -102,6 +103,7 @@ def score_rows(
         pad_id: Fills rows up to their bucket.
         max_buckets: Length buckets; each is a compilation.
         on_batch: Called with (turns done, tokens done) after each batch.
+        between: Called before each batch but the first; what it raises ends the scoring.
 
     Returns:
         See `Likelihoods`.
@@ -119,6 +121,8 @@ def score_rows(
     batch_size = batch_size if model.official else -(-min(batch_size, len(rows)) // devices) * devices
     parts: list[tuple[np.ndarray, ...]] = []
     for batch, _ in batches(rows, batch_size=batch_size, pad_id=pad_id, max_buckets=max_buckets):
+        if parts and between is not None:
+            between()
         placed = place_whole_batch(mesh, batch)
         nll, scores, tokens = jax.device_get(_compiled(mesh)(model, params, trainable, placed))
         present = batch["turn_mask"] > 0
@@ -144,9 +148,10 @@ class DevelopmentEvaluator:
     def __init__(self, model: SelectiveLM, params: FrozenTree, rows: Sequence[Row], **options: Any) -> None:
         self._model, self._params, self._rows, self._options = model, params, rows, options
 
-    def run(self, state: Any) -> Iterable[tuple[str, float]]:
+    def run(self, state: Any, between: Callable[[], None] | None = None) -> Iterable[tuple[str, float]]:
         """Perplexity of the selected and of the best prompt, and the share of turns that select each."""
-        likelihoods = score_rows(self._model, self._params, state.trainable, self._rows, **self._options)
+        options = {**self._options, "between": between}
+        likelihoods = score_rows(self._model, self._params, state.trainable, self._rows, **options)
         yield "development/perplexity", likelihoods.perplexity
         yield "development/oracle_perplexity", likelihoods.oracle_perplexity
         for k, share in enumerate(likelihoods.usage):

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import platform
+import sys
 from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
@@ -31,7 +32,7 @@ from spt_jax.parallel.distributed import is_lead
 from spt_jax.progress import ProgressBar
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.prompting.selective_lm import inference_conditions, without_prompt
-from spt_jax.training.experiment import Experiment, pack_dialogues, pad_id_of
+from spt_jax.training.experiment import Experiment, pack_dialogues, pad_id_of, rows_remark
 from spt_jax.training.tracking import METRICS_FILE, logged_rows
 from spt_jax.training.workdir import write_json
 
@@ -92,7 +93,10 @@ def evaluate_run(
     config, model = experiment.config, experiment.model
     options = config.evaluation
     template = template or PlainTemplate()
-    rows = pack_dialogues(config, dialogues, experiment.lm.tokenizer, template).rows
+    packed = pack_dialogues(config, dialogues, experiment.lm.tokenizer, template)
+    if is_lead() and (remark := rows_remark(config, "to evaluate on", packed)):
+        print(remark, file=sys.stderr)
+    rows = packed.rows
     how = ColumnOptions(
         batch_size=options.batch,
         max_buckets=config.data.max_buckets,

@@ -59,14 +59,13 @@ def estimated_memory(step: TrainStep) -> Memory:
     width = decoder.jax_dtype.dtype.itemsize
     inputs, products, between = _activations(decoder, tensor)
     kept = {"full": inputs, "dots": inputs + products, "none": inputs + products + between}[step.remat]
-    rows_of_logits = step.config.model.max_logit_rows / row_devices(step.mesh)
     return Memory(
         frozen=device_bytes(step.frozen),
         learned=device_bytes((step.state, step.state.trainable, step.batch)),
         kept=tokens * kept * width * decoder.num_layers,
         layer=2 * tokens * (inputs + products + between) * width,
         kernels=_kernels(decoder, tensor),
-        head=3 * 4 * rows_of_logits * decoder.vocab_size / tensor,
+        head=3 * 4 * step.config.model.max_logit_rows * decoder.vocab_size / tensor,
     )
 
 

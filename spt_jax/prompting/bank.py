@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -18,6 +17,7 @@ from safetensors.numpy import load_file
 
 from spt_jax.errors import UserError
 from spt_jax.numpy_files import npz_names, read_npy, read_npz
+from spt_jax.user_paths import expanded
 
 
 def check_bank_shape(prompts: np.ndarray | jax.Array, shape: tuple[int, int, int], origin: str) -> None:
@@ -115,11 +115,12 @@ def from_clusters(
     from scipy.cluster.vq import ClusterError, kmeans2  # half a second that no other start of a bank needs
 
     num_prompts, prompt_length, _ = shape
-    means = np.stack([np.asarray(embedder(np.asarray(ids)), np.float32).mean(axis=0) for ids in personas if len(ids)])
-    if len(means) < num_prompts:
+    found = [np.asarray(embedder(np.asarray(ids)), np.float32).mean(axis=0) for ids in personas if len(ids)]
+    if len(found) < num_prompts:
         raise UserError(
-            f"bank.init is 'clusters', but the training dialogues have {len(means)} personas for {num_prompts} prompts"
+            f"bank.init is 'clusters', but the training dialogues have {len(found)} personas for {num_prompts} prompts"
         )
+    means = np.stack(found)
     seed = int(jax.random.bits(key, dtype=jnp.uint32))
     try:
         centres, labels = kmeans2(means.astype(np.float64), num_prompts, iter=50, minit="++", rng=seed, missing="raise")
@@ -145,7 +146,7 @@ def from_file(path: str, shape: tuple[int, int, int]) -> jax.Array:
         UserError: The file is missing, unreadable, holds several arrays and none named ``prompts``, no numbers, or
             another shape.
     """
-    file = Path(path)
+    file = expanded(path, "bank.init_file")
     if not file.is_file():
         raise UserError(f"bank.init_file: there is no file {path}")
     try:

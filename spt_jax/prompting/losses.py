@@ -57,12 +57,12 @@ def _chunk_losses(logits: jax.Array, scores: jax.Array | None, targets: jax.Arra
 
 
 def chunk_size(rows: int, num_prompts: int, positions: int, max_logit_rows: int, groups: int = 1) -> int:
-    """Target positions of each group of rows whose logits exist at once: ``groups · chunk · K <= max_logit_rows``.
+    """Target positions of each group of rows whose logits exist at once: ``chunk · K <= max_logit_rows``.
 
     At least 1, and so that the chunks of all positions are of nearly equal size.
     """
     flat = rows // groups * positions
-    most = max(1, min(flat, max_logit_rows // (num_prompts * groups)))
+    most = max(1, min(flat, max_logit_rows // num_prompts))
     return -(-flat // -(-flat // most))
 
 

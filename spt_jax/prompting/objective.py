@@ -323,7 +323,7 @@ def _over_turns(
     entropy = -jnp.sum(jnp.exp(log_probabilities) * log_probabilities, axis=-1)
     selected = jax.nn.one_hot(select(scores), scores.shape[-1])
     named |= {
-        "usage": jnp.einsum("dnk,dn->k", selected, turn_weights),
+        "usage": jnp.einsum("dnk,dn->k", selected, turn_weights, precision=jax.lax.Precision.HIGHEST),
         "selection_entropy": jnp.sum(entropy * turn_weights),
     }
     return total, named, gradient

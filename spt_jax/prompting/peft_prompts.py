@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from spt_jax.json_text import json_object
 from spt_jax.models.files.safetensors_file import SAFETENSORS_FILE, SafetensorsFolder
 from spt_jax.models.files.torch_file import TORCH_FILE, TorchFolder
 from spt_jax.prompting.bank import check_bank_shape
+from spt_jax.user_paths import expanded
 
 ADAPTER_CONFIG = "adapter_config.json"
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
@@ -93,8 +95,10 @@ def absolute_source(source: str) -> str:
 
 
 def _parts(source: str) -> list[Path]:
-    whole = Path(source).expanduser()
-    return [whole] if whole.is_dir() else [Path(part.strip()).expanduser() for part in source.split(",")]
+    with contextlib.suppress(UserError):  # several folders together may be too long for one name
+        if (whole := expanded(source, _OPTION)).is_dir():
+            return [whole]
+    return [expanded(part.strip(), _OPTION) for part in source.split(",")]
 
 
 def _number(name: str) -> int | None:

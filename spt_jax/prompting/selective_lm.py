@@ -32,7 +32,7 @@ class SelectiveLM:
         decoder: The frozen LM.
         adapter: What is learned and how it conditions the LM.
         retriever_config: What chooses among the K conditions; None where there is one alone.
-        max_logit_rows: How many rows of V logits may exist at once; bounds memory, changes no result.
+        max_logit_rows: How many rows of V logits may exist at once on a device; bounds memory, changes no result.
         dropout: The LM's own dropout in training.
         row_sharding: How the first axis of activations is laid out; None leaves it to the compiler, which would follow
             the embedding table where that is sharded along M, and give every device all rows.
@@ -106,7 +106,8 @@ def mixed_prompts(bank: jax.Array, scores: jax.Array | np.ndarray, temperature: 
     Returns:
         ``[n, P, M]``.
     """
-    return jnp.einsum("nk,kpm->npm", jax.nn.softmax(scores / temperature, axis=-1), bank)
+    shares = jax.nn.softmax(scores / temperature, axis=-1)
+    return jnp.einsum("nk,kpm->npm", shares, bank, precision=jax.lax.Precision.HIGHEST)
 
 
 class TurnScores(NamedTuple):

@@ -58,7 +58,7 @@ def draw_subset(scores: jax.Array, present: jax.Array, size: int, key: jax.Array
     if size in (0, num_prompts):
         return Subset()
     assert key is not None, "a subset needs a key"
-    mean = jax.lax.stop_gradient(jnp.einsum("dnk,dn->dk", scores, present))
+    mean = jax.lax.stop_gradient(jnp.einsum("dnk,dn->dk", scores, present, precision=jax.lax.Precision.HIGHEST))
     order = jax.random.uniform(key, (rows, num_prompts))
     # Uniform numbers are below 1, so the favourite stands first and the others in a random order behind it.
     order = jnp.where(jax.nn.one_hot(jnp.argmax(mean, axis=-1), num_prompts, dtype=bool), 1.0, order)

@@ -15,6 +15,8 @@ from spt_jax.data.dialogue import Dialogue
 from spt_jax.errors import UserError
 from spt_jax.models.loading import LanguageModel
 from spt_jax.parallel.distributed import json_told_by_lead
+from spt_jax.prompting.adapters import Trainable
+from spt_jax.training.checkpoint_arrays import tree_digest
 
 PLACES = ("model.source", "data.train", "data.development", "data.test", "bank.init_file")
 """Options that name files, which may lie elsewhere on another host; what is in them is compared."""
@@ -28,8 +30,8 @@ def check_same_options(config: Config) -> None:
     """
     if jax.process_count() == 1:
         return
-    free = (*PLACES, "tracking.")
-    options = {name: value for name, value in flatten(config).items() if not name.startswith(free)}
+    given = flatten(config).items()
+    options = {name: value for name, value in given if name not in PLACES and not name.startswith("tracking.")}
     _check({"the version of spt_jax": spt_jax.__version__, "the version of jax": jax.__version__, **options})
 
 
@@ -47,6 +49,19 @@ def check_same_content(lm: LanguageModel, dialogues: Mapping[str, Sequence[Dialo
         return
     told = {f"the {part} dialogues": _digest(found) for part, found in dialogues.items()}
     _check({"the LM's weights": lm.identity.sha256, "the tokenizer": lm.tokenizer.fingerprint, **told})
+
+
+def check_same_start(trainable: Trainable) -> None:
+    """Refuses first values, of a bank from a file for instance, other than the first process's; every process must ask.
+
+    Args:
+        trainable: The tree before the first step, on the host.
+
+    Raises:
+        UserError: They differ.
+    """
+    if jax.process_count() > 1:
+        _check({"what is learned, before the first step (bank.init_file)": tree_digest(trainable)})
 
 
 def _digest(dialogues: Sequence[Dialogue]) -> str:

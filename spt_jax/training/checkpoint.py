@@ -10,10 +10,12 @@ disk. What is saved is small beside the LM, and lies whole on every device unles
 from __future__ import annotations
 
 import errno
+import json
 import logging
 import math
 import os
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
@@ -24,11 +26,20 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint.checkpoint_managers import preservation_policy
 
+from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
 from spt_jax.json_text import parse_json
 from spt_jax.parallel.distributed import is_lead, json_told_by_lead, on_host
 from spt_jax.training.checkpoint_arrays import Tree, placed, read_arrays, tree_digest, tree_shapes
-from spt_jax.training.checkpoint_record import METRIC, SHAPES, DamagedCheckpointError, read_record, sealed
+from spt_jax.training.checkpoint_record import (
+    METRIC,
+    METRICS_FILE,
+    SHAPES,
+    DamagedCheckpointError,
+    rated,
+    read_record,
+    sealed,
+)
 
 SMALL_FILES_BYTES = 256 * 1024
 """What a checkpoint takes on the disk beside its arrays: about forty files and folders."""
@@ -56,11 +67,13 @@ def _patient() -> ocp.AsyncOptions:
 
 
 def _step_folders(directory: Path) -> list[int]:
-    return (
-        sorted(int(p.name) for p in directory.iterdir() if p.is_dir() and p.name.isdigit())
-        if directory.is_dir()
-        else []
-    )
+    found = [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
+    return sorted(int(path.name) for path in found if _names_a_step(path.name))
+
+
+def _names_a_step(name: str) -> bool:
+    """Whether it is a number as Orbax writes it: neither 007 nor the digits of other scripts."""
+    return name.isdecimal() and name == str(int(name))
 
 
 class Checkpoints:
@@ -119,7 +132,9 @@ class Checkpoints:
         return read_record(self.directory / str(step), items)
 
     def _set_aside(self, step: int, error: Exception) -> None:
+        logger = logging.getLogger(__name__)
         if self._read_only:
+            logger.warning("%s; it was passed over", error)
             return
         source = self.directory / str(step)
         target = source.with_name(f"{step}.corrupt")
@@ -128,7 +143,7 @@ class Checkpoints:
             count += 1
             target = source.with_name(f"{step}.corrupt{count}")
         source.rename(target)
-        logging.getLogger(__name__).warning("%s; it was set aside as %s", error, target.name)
+        logger.warning("%s; it was set aside as %s", error, target.name)
 
     def save(self, step: int, trainable: Tree, optimizer: Tree, meta: dict[str, Any], perplexity: float | None) -> None:
         """Starts saving a step in the background, after the one before has finished.
@@ -167,6 +182,33 @@ class Checkpoints:
             )
         except Exception as error:
             raise self._failed(error) from error
+
+    def rate(self, step: int, perplexity: float) -> None:
+        """Gives a step that was saved without an evaluation its perplexity, as if it had been saved with it.
+
+        The step lies whole on the disk at every moment: all that changes is one folder in it, which appears.
+
+        Args:
+            step: A step on disk, whose own perplexity is None.
+            perplexity: Of the development dialogues.
+
+        Raises:
+            UserError: It could not be written. The step stays as it was.
+        """
+        if self._manager is None:
+            return
+        metrics = self.directory / str(step) / METRICS_FILE
+        try:
+            # Not beside the step: a name that Orbax does not know, in its folder, is its to judge.
+            with tempfile.TemporaryDirectory(dir=self.directory.parent, prefix=".rated-") as place:
+                arriving = Path(place) / metrics.parent.name
+                arriving.mkdir()
+                write_atomically(arriving / metrics.name, json.dumps(rated(self._peek(step), float(perplexity))))
+                arriving.rename(metrics.parent)
+        except Exception as error:
+            raise self._failed(error) from error
+        self._manager.close()  # it read the perplexities when it was made
+        self._manager = self._open()
 
     def _check_space(self, trees: Tree) -> None:
         # A disk that fills up in the middle of a save makes Orbax's threads talk; before it, one sentence is enough.
@@ -214,22 +256,33 @@ class Checkpoints:
         perplexities = {}
         for step in latest_first:
             try:
-                metrics = parse_json((self.directory / str(step) / "metrics" / "metrics").read_text())
+                metrics = parse_json((self.directory / str(step) / METRICS_FILE).read_text())
                 perplexities[step] = _perplexity(metrics)
             except (OSError, ValueError, KeyError, TypeError, OverflowError):
                 continue
         yield from sorted(perplexities, key=lambda step: (perplexities[step], -step))
         yield from (step for step in latest_first if step not in perplexities)
 
+    def _wanted(self, which: str) -> Iterator[int]:
+        if which in ("latest", "best"):
+            yield from self.candidates(which)
+        elif _names_a_step(which):
+            yield int(which)
+        else:
+            raise UserError(f"the checkpoint is {which!r}; allowed: best, latest or a step's number")
+
     def meta(self, which: str) -> dict[str, Any] | None:
         """The JSON values beside the first readable checkpoint of ``latest``, ``best`` or a step; None without one.
 
         Every process must ask.
+
+        Raises:
+            UserError: `which` is none of these.
         """
         return json_told_by_lead(self._first_record(which) if is_lead() else None)
 
     def _first_record(self, which: str) -> dict[str, Any] | None:
-        for step in [int(which)] if which.isdigit() else self.candidates(which):
+        for step in self._wanted(which):
             try:
                 return self._peek(step)
             except DamagedCheckpointError:
@@ -262,7 +315,7 @@ class Checkpoints:
 
     def _read(self, which: str, targets: dict[str, Tree]) -> tuple[int, dict[str, Tree], dict[str, Any]] | None:
         """What `restore` gives, on the host."""
-        candidates = list(self.candidates(which)) if which in ("latest", "best") else [int(which)]
+        candidates = list(self._wanted(which))
         if not candidates:
             return None
         for step in candidates:

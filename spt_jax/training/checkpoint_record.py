@@ -12,6 +12,9 @@ from pathlib import Path
 from typing import Any
 
 METRIC = "perplexity"
+METRICS_FILE = Path("metrics", "metrics")
+"""Where Orbax keeps the perplexity below a step's folder."""
+
 SEAL = "sha256"
 SHAPES = {"trainable": "shapes", "optimizer": "optimizer_shapes"}
 """Under which name the record has the shapes of a tree's arrays."""
@@ -30,6 +33,16 @@ def sealed(record: Mapping[str, Any], perplexity: float | None) -> dict[str, Any
     return {**record, SEAL: _digest(record)}
 
 
+def rated(record: Mapping[str, Any], perplexity: float) -> dict[str, Any]:
+    """What `METRICS_FILE` holds of a step that was evaluated after it had been saved: sealed together with its record.
+
+    Args:
+        record: Of the step, as `read_record` gives it.
+        perplexity: Of the development dialogues.
+    """
+    return {METRIC: perplexity, SEAL: _digest({"record": record.get(SEAL), METRIC: perplexity})}
+
+
 def _digest(record: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
@@ -42,7 +55,8 @@ def read_record(step_folder: Path, items: Iterable[str]) -> dict[str, Any]:
         items: The trees that must be there.
 
     Returns:
-        What was `sealed`; a record of before there were seals is taken as it is.
+        What was `sealed`, with the perplexity of a step that was `rated` later; a record of before there were seals is
+        taken as it is.
 
     Raises:
         DamagedCheckpointError: A file is missing, or not as it was written.
@@ -51,9 +65,9 @@ def read_record(step_folder: Path, items: Iterable[str]) -> dict[str, Any]:
         record = json.loads((step_folder / "meta" / "metadata").read_text())
         if not isinstance(record, dict) or "digests" not in record:
             raise ValueError("its metadata holds no digests")
-        perplexity = _read_perplexity(step_folder / "metrics" / "metrics")
         if SEAL in record:
-            _check_seal(record, perplexity)
+            _check_seal(record)
+        record[METRIC] = _checked_perplexity(step_folder / METRICS_FILE, record)
         for item in items:
             _check_item(step_folder / item, record.get(SHAPES[item]))
     except Exception as error:
@@ -61,16 +75,24 @@ def read_record(step_folder: Path, items: Iterable[str]) -> dict[str, Any]:
     return record
 
 
-def _read_perplexity(metrics: Path) -> float | None:
-    return float(json.loads(metrics.read_text())[METRIC]) if metrics.exists() else None
-
-
-def _check_seal(record: Mapping[str, Any], perplexity: float | None) -> None:
+def _check_seal(record: Mapping[str, Any]) -> None:
     if record[SEAL] != _digest({name: value for name, value in record.items() if name != SEAL}):
         raise ValueError("its metadata is not what was saved")
+
+
+def _checked_perplexity(file: Path, record: Mapping[str, Any]) -> float | None:
+    perplexity, seal = None, None
+    if file.exists():
+        metrics = json.loads(file.read_text())
+        perplexity, seal = float(metrics[METRIC]), metrics.get(SEAL)
+    if SEAL not in record:
+        return perplexity
+    if perplexity is not None and record[METRIC] is None and seal == rated(record, perplexity)[SEAL]:
+        return perplexity
     # Text, because what is not a number is not equal to itself.
     if json.dumps(record[METRIC]) != json.dumps(perplexity):
         raise ValueError(f"its perplexity is {perplexity}, but {record[METRIC]} was saved")
+    return perplexity
 
 
 def _check_item(folder: Path, shapes: Mapping[str, list[int]] | None) -> None:

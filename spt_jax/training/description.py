@@ -141,7 +141,15 @@ def retriever_of(config: Config) -> RetrieverConfig:
     """The section ``retriever``."""
     r = config.retriever
     return RetrieverConfig(
-        r.kind, r.sides, r.share, r.activation, r.context, r.layers, r.heads, r.feed_forward, r.dropout
+        kind=r.kind,
+        sides=r.sides,
+        share=r.share,
+        activation=r.activation,
+        context=r.context,
+        layers=r.layers,
+        heads=r.heads,
+        feed_forward=r.feed_forward,
+        dropout=r.dropout,
     )
 
 

@@ -231,6 +231,11 @@ def pack_dialogues(
     return kept_rows(make, dialogues, [tokenizer.content_digest, *versions, repr(limits)])
 
 
+def rows_remark(config: Config, what: str, packed: PackedRows) -> str:
+    """A sentence on the rows of `what` that could not be packed as asked; empty where all could."""
+    return f"rows {what}: {packed.remark} (data.max_length = {config.data.max_length})" if packed.remark else ""
+
+
 def _official(dialogues: Sequence[Dialogue], tokenizer: Tokenizer, **limits: Any) -> PackedRows:
     return PackedRows(official_rows(dialogues, tokenizer, **limits), 0, 0)
 

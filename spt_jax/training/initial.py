@@ -51,7 +51,8 @@ def initial_trainable(
 
 
 def _embedder(model: SelectiveLM, params: FrozenTree) -> Callable[[Any], jax.Array]:
-    return lambda tokens: embed(model.decoder, params, jnp.asarray(tokens, jnp.int32))
+    # Where the table is spread over hosts, no process could read what it takes from it.
+    return lambda tokens: jnp.asarray(on_host(embed(model.decoder, params, jnp.asarray(tokens, jnp.int32))))
 
 
 def _prompts(

@@ -16,6 +16,7 @@ from spt_jax.errors import UserError
 from spt_jax.parallel.distributed import SharedFlag, is_lead
 from spt_jax.progress import ProgressBar
 from spt_jax.training.checkpoint import Checkpoints
+from spt_jax.training.checkpoint_record import METRIC
 from spt_jax.training.collapse import CollapseAlarm
 from spt_jax.training.signals import StopSignal
 from spt_jax.training.step import Metrics, TrainState
@@ -29,9 +30,18 @@ PENDING = "evaluation_pending"
 class Evaluator(Protocol):
     """Measures a state; the loop knows nothing else of evaluation."""
 
-    def run(self, state: TrainState) -> Iterable[tuple[str, float]]:
-        """Named figures; ``development/perplexity`` decides which checkpoint is best."""
+    def run(self, state: TrainState, between: Callable[[], None]) -> Iterable[tuple[str, float]]:
+        """Named figures; ``development/perplexity`` decides which checkpoint is best.
+
+        Args:
+            state: What is measured.
+            between: Called between two batches, on every process; raises where the run was asked to stop.
+        """
         ...
+
+
+class _StoppedError(Exception):
+    """The run was asked to stop in the middle of an evaluation."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,7 +59,7 @@ class LoopOptions:
 
 @dataclasses.dataclass(frozen=True)
 class Outcome:
-    """How the loop ended: the last state and whether every step was done (False after a stop signal)."""
+    """How the loop ended: the last state and whether every step and evaluation was done (False after a stop signal)."""
 
     state: TrainState
     finished: bool
@@ -65,7 +75,7 @@ def save(checkpoints: Checkpoints, state: TrainState, meta: Mapping[str, Any], p
 def evaluation_pending(checkpoints: Checkpoints, step: int) -> bool:
     """Whether a step was saved at a polite stop before the evaluation that was due; False for one that is not saved."""
     meta = checkpoints.meta(str(step)) if step in checkpoints.steps() else None
-    return bool(meta and meta.get(PENDING, False))
+    return bool(meta and meta.get(PENDING, False) and meta.get(METRIC) is None)
 
 
 def train(
@@ -95,7 +105,7 @@ def train(
         trackers: Where metrics go.
         evaluators: What is measured every ``evaluate_every`` steps, before the first and after the last.
         meta: JSON values kept beside each checkpoint.
-        stop: Asked before every step.
+        stop: Asked before every step, and between the batches of an evaluation.
 
     Raises:
         UserError: ``max_bad_steps`` updates in a row were not finite, or a checkpoint could not be written.
@@ -105,6 +115,12 @@ def train(
     bar = ProgressBar("training", options.total_steps, start, shown=is_lead())
     asked = SharedFlag()
     pending = evaluation_pending(checkpoints, start)
+    interrupted = False
+
+    def between() -> None:
+        if asked.ask(stop.requested):
+            raise _StoppedError
+
     with bar, _Watch(options, trackers) as watch:
         steps = batches(start, options.total_steps)
         for step in range(start, options.total_steps + 1):
@@ -117,11 +133,16 @@ def train(
             new = step > start or step not in checkpoints.steps()
             if due and (new or pending):
                 watch.finish(bar)
-                perplexity = _evaluate(state, evaluators, trackers, step, bar, alarm)
-                stopping = asked.ask(stop.requested)
+                try:
+                    perplexity = _evaluate(state, evaluators, trackers, step, bar, alarm, between)
+                    stopping = asked.ask(stop.requested)
+                except _StoppedError:
+                    due, stopping, interrupted = False, True, True
             if new and (due or stopping or step % options.save_every == 0):
                 watch.finish(bar)  # a step's metrics must be on disk before its checkpoint
                 save(checkpoints, state, {**meta, PENDING: scheduled and not due}, perplexity)
+            elif perplexity is not None:
+                checkpoints.rate(step, perplexity)
             if last or stopping:
                 break
             watch.profile(step - start)
@@ -130,7 +151,7 @@ def train(
             watch.submitted(step + 1, metrics, bar)
         watch.finish(bar)
         checkpoints.wait()
-    return Outcome(state, finished=int(state.step) >= options.total_steps)
+    return Outcome(state, finished=int(state.step) >= options.total_steps and not interrupted)
 
 
 def _evaluate(
@@ -140,8 +161,9 @@ def _evaluate(
     step: int,
     bar: ProgressBar,
     alarm: CollapseAlarm,
+    between: Callable[[], None],
 ) -> float | None:
-    figures = {name: value for evaluator in evaluators for name, value in evaluator.run(state)}
+    figures = {name: value for evaluator in evaluators for name, value in evaluator.run(state, between)}
     for tracker in trackers:
         tracker.log(step, figures)
     if PERPLEXITY in figures:

@@ -17,11 +17,11 @@ from spt_jax.config import Config
 from spt_jax.data.loader import DialogueLoader
 from spt_jax.data.packing import PackedRows, Row
 from spt_jax.models.quantized import tree_bytes
-from spt_jax.parallel.distributed import barrier, is_lead, one_at_a_time
+from spt_jax.parallel.distributed import barrier, is_lead, json_told_by_lead, one_at_a_time
 from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.training import experiment as setup
 from spt_jax.training.absolute_paths import absolute_paths
-from spt_jax.training.agreement import check_same_content, check_same_options
+from spt_jax.training.agreement import check_same_content, check_same_options, check_same_start
 from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.checkpoint_arrays import restore_targets
 from spt_jax.training.description import TEXTUAL, attention_remark, objective_of
@@ -45,6 +45,7 @@ class _Preparation:
 
     experiment: Experiment
     splits: setup.Splits
+    rows: PackedRows
     development: PackedRows
     loader: DialogueLoader
     optimizer: optax.GradientTransformation
@@ -62,7 +63,7 @@ def run_training(
     Of several processes the first alone says, shows, and reads and writes the folder, which the others need not see.
 
     Args:
-        config: A validated configuration.
+        config: A validated configuration; its paths of files are made absolute.
         workdir: New, empty, or of the same run.
         make_evaluators: See `MakeEvaluators`; called once.
         say: Takes the lines for the user.
@@ -81,7 +82,6 @@ def run_training(
     say = say if is_lead() else _say_nothing
     prepared = _prepare(config, say)
     e = prepared.experiment
-    check_same_content(e.lm, {"training": prepared.splits.train, "development": prepared.splits.development})
     barrier("prepared")  # a folder is claimed when nothing of any process is wrong
     with _undone_unless_begun(workdir):
         if is_lead():
@@ -144,7 +144,8 @@ def _step(prepared: _Preparation, state: TrainState, say: Callable[[str], None])
         batch = place_batch(e.mesh, loader.batch(longest))
         policy = fitting_remat(step_of, (state, e.lm.params, batch), limit)
         say(f"model.remat = auto: {policy}, in {limit / 1e9:,.1f} GB a device")
-    return one_at_a_time(step_of(policy))
+    # What fits is asked of a device of each process, and all must run one program.
+    return one_at_a_time(step_of(json_told_by_lead(policy)))
 
 
 @contextlib.contextmanager
@@ -171,6 +172,8 @@ def _prepare(config: Config, say: Callable[[str], None]) -> _Preparation:
     for sentence in splits.skipped:
         say(f"skipped {sentence}")
     e = setup.open_experiment(config)
+    # Before the first program that all processes run together on what they have read.
+    check_same_content(e.lm, {"training": splits.train, "development": splits.development, "test": splits.test})
     template = setup.template_of(config, e.lm.tokenizer, splits.train)
     pack = partial(setup.pack_dialogues, config, tokenizer=e.lm.tokenizer, template=template)
     rows, development = pack(splits.train, learning=True), pack(splits.development)
@@ -182,13 +185,17 @@ def _prepare(config: Config, say: Callable[[str], None]) -> _Preparation:
         total_steps = 0
     optimizer = make_optimizer(config.optimizer, total_steps)
     first = initial_trainable(config, e.model, e.lm.params, e.lm.tokenizer, splits.train)
-    own = jax.tree.map(lambda x: x.sharding, first) if config.method.kind == "full" else None
+    if config.method.kind == "full":
+        own = jax.tree.map(lambda x: x.sharding, first)
+    else:
+        own = None
+        check_same_start(first)
     state = init_state(first, optimizer, e.mesh, own)
     shardings = state_shardings(first, optimizer, e.mesh, own)
     if config.method.kind == "full":
         # The state holds the weights now; the frozen ones would only take memory beside them.
         e = dataclasses.replace(e, lm=dataclasses.replace(e.lm, params={}))
-    return _Preparation(e, splits, development, loader, optimizer, state, shardings, total_steps)
+    return _Preparation(e, splits, rows, development, loader, optimizer, state, shardings, total_steps)
 
 
 def keeps_initial(config: Config) -> bool:
@@ -200,13 +207,18 @@ def _summary(prepared: _Preparation) -> str:
     e, loader, splits = prepared.experiment, prepared.loader, prepared.splits
     behind = f" behind each of {e.model.num_prompts} prompts" if e.model.num_prompts > 1 else ""
     skipped = f" ({len(splits.skipped)} malformed lines skipped)" if splits.skipped else ""
-    return (
-        f"{e.lm.identity.name} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
-        f"{tree_bytes(e.lm.params) / 1e6:,.0f} MB of frozen weights, "
-        f"{e.config.method.kind}: {tree_bytes(prepared.state.trainable) / 1e6:,.1f} MB to learn\n"
-        f"{len(splits.train)} dialogues to learn from, {len(splits.development)} for development{skipped}\n"
-        f"{prepared.total_steps} steps; about {loader.turns_per_step:.0f} turns and {loader.tokens_per_step:,.0f} "
-        f"tokens a step{behind}, {loader.padding_share:.1%} padding"
+    packed = {"to learn from": prepared.rows, "for development": prepared.development}
+    remarks = [setup.rows_remark(e.config, what, rows) for what, rows in packed.items()]
+    return "\n".join(
+        [
+            f"{e.lm.identity.name} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
+            f"{tree_bytes(e.lm.params) / 1e6:,.0f} MB of frozen weights, "
+            f"{e.config.method.kind}: {tree_bytes(prepared.state.trainable) / 1e6:,.1f} MB to learn",
+            f"{len(splits.train)} dialogues to learn from, {len(splits.development)} for development{skipped}",
+            *filter(None, remarks),
+            f"{prepared.total_steps} steps; about {loader.turns_per_step:.0f} turns and {loader.tokens_per_step:,.0f} "
+            f"tokens a step{behind}, {loader.padding_share:.1%} padding",
+        ]
     )
 
 
@@ -227,7 +239,8 @@ def _resumed(checkpoints: Checkpoints, prepared: _Preparation, say: Callable[[st
     if not checkpoints.steps():
         return state, -1
     # A first state of a whole LM would else lie beside the restored one until the end of the run.
-    jax.tree.map(lambda x: x.delete(), state)
+    for array in jax.tree.leaves(state):
+        array.delete()
     restored = checkpoints.restore("latest", targets)
     assert restored is not None, "a checkpoint that is there is restored, or refused in a sentence"
     step, trees, _ = restored
@@ -243,6 +256,6 @@ def _loop_options(config: Config, workdir: Path, total_steps: int) -> LoopOption
         evaluate_every=t.evaluate_every,
         save_every=t.save_every,
         max_bad_steps=t.max_bad_steps,
-        profile_steps=t.profile_steps,
+        profile_steps=t.profile_steps if is_lead() else 0,
         profile_dir=str(workdir / "profile"),
     )

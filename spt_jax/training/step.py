@@ -8,7 +8,6 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.sharding import Mesh
 
@@ -52,11 +51,15 @@ def init_state(
         shardings: A tree of shardings like `trainable`; None replicates it. The optimizer's moments lie as it does.
     """
     layout = state_shardings(trainable, optimizer, mesh, shardings)
-    trainable = jax.device_put(trainable, layout.trainable)
-    zero = jax.device_put(np.zeros((), np.int32), layout.step)
-    state = TrainState(trainable, jax.jit(optimizer.init, out_shardings=layout.optimizer)(trainable), zero, zero, zero)
-    # device_put may alias equal buffers, and a donated buffer must not appear twice.
-    return jax.jit(lambda state: jax.tree.map(jnp.copy, state), out_shardings=layout)(state)
+
+    def first(trainable: Trainable) -> TrainState:
+        step, skipped, bad_in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))
+        # A donated buffer must not be the caller's.
+        copied = jax.tree.map(jnp.copy, trainable)
+        return TrainState(copied, optimizer.init(trainable), step, skipped, bad_in_a_row)
+
+    # One program, so that nothing of the state exists twice.
+    return jax.jit(first, out_shardings=layout)(jax.device_put(trainable, layout.trainable))
 
 
 def state_shardings(
@@ -66,7 +69,7 @@ def state_shardings(
     same = replicated(mesh)
     if shardings is None:
         shardings = jax.tree.map(lambda _: same, trainable)
-    moments = optax.tree_map_params(
+    moments = optax.tree.map_params(
         optimizer,
         lambda _, sharding: sharding,
         jax.eval_shape(optimizer.init, trainable),

@@ -19,6 +19,7 @@ from spt_jax.json_text import json_object
 from spt_jax.models.loading import LMIdentity
 from spt_jax.parallel.distributed import is_lead, json_told_by_lead, told_by_lead
 from spt_jax.prompting.adapters import Trainable
+from spt_jax.user_paths import present
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -50,7 +51,7 @@ def write_json(path: Path, value: Any) -> None:
 
 def _read(workdir: Path) -> dict[str, Any]:
     path = workdir / CONFIG_FILE
-    if not path.exists():
+    if not present(path, "--workdir"):
         raise UserError(f"{workdir} is not the working directory of a run: it has no {CONFIG_FILE}")
     try:
         record = json_object(path)
@@ -108,9 +109,9 @@ def check_workdir(workdir: Path, config: Config) -> None:
     """Refuses a folder that holds another run, or something else, before any weight is loaded.
 
     Raises:
-        UserError: Names the options that differ, with both values.
+        UserError: Names the options that differ, with both values; or the folder cannot be looked up.
     """
-    if workdir.exists() and not workdir.is_dir():
+    if present(workdir, "--workdir") and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; allowed: a folder, new or of the same run")
     # A start that was killed while it wrote its first file leaves a temporary one behind.
     if not workdir.is_dir() or all(path.name.startswith(f".{CONFIG_FILE}.") for path in workdir.iterdir()):
@@ -119,7 +120,8 @@ def check_workdir(workdir: Path, config: Config) -> None:
         raise UserError(f"{workdir} is not empty and holds no run (no {CONFIG_FILE}); choose another --workdir")
     old, new = flatten(from_dict(_read(workdir)["config"])), flatten(config)
     free = set(MAY_CHANGE)
-    if config.optimizer.schedule == "constant":
+    # Neither the rates nor the weights of the losses depend on how far the end is.
+    if config.optimizer.schedule == "constant" and not config.objective.annealing:
         free |= {"train.steps", "train.epochs"}
     if old["data.test"] and new["data.test"]:  # else the test dialogues are cut from the training dialogues
         free |= {"data.test", "data.test_dialogues"}

@@ -5,6 +5,7 @@ import re
 import shutil
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tiny_run import TALK, walk, write_dialogues
 from tiny_wordnet import readers_closed, write_wordnet
 
 from spt_jax.commands.main import main
+from spt_jax.commands.restored import open_run
 from spt_jax.data.template import PlainTemplate
 from spt_jax.models.decoder import decode, embed, vocabulary_logits
 from spt_jax.models.loading import load_lm
@@ -145,6 +147,13 @@ def test_a_run_without_test_dialogues_is_measured_on_those_cut_from_its_training
     (copy_of / "config.json").write_text(json.dumps(record))
     walk("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=1")
     assert results_of(copy_of)["data"].endswith("train.txt (held out)")
+
+
+def test_a_run_opens_where_its_slices_do_not_divide_the_devices(copy_of):
+    record = json.loads((copy_of / "config.json").read_text())
+    record["config"]["mesh"]["slices"] = 3
+    (copy_of / "config.json").write_text(json.dumps(record))
+    assert open_run(str(copy_of)).experiment.mesh.shape["data"] == jax.device_count()
 
 
 def test_split_chooses_a_part_of_the_runs_data(copy_of):

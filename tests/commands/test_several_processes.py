@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from several_processes import Job, start
 from tiny_run import TALK, train_arguments, write_dialogues
@@ -198,14 +199,20 @@ def test_a_run_of_two_in_a_bucket_goes_on_from_it_on_other_hosts(arguments, two,
     [
         (("--config.optimizer.learning_rate=0.02",), "optimizer.learning_rate (0.01 there, 0.02 here)"),
         (("--config.data.development={other}",), "the development dialogues ("),
+        (("--config.data.test={other}",), "the test dialogues ("),
+        (("--config.bank.init_file={bank}",), "what is learned, before the first step (bank.init_file) ("),
     ],
-    ids=["options", "dialogues"],
+    ids=["options", "dialogues", "test", "bank"],
 )
 def test_a_process_that_was_given_another_run_ends_all_with_what_differs(arguments, tmp_path, other, named):
     own = write_dialogues(tmp_path / "own.txt", TALK[:2])
-    other = [flag.format(other=write_dialogues(tmp_path / "other.txt", TALK[1:3])) for flag in other]
+    places = {"other": write_dialogues(tmp_path / "other.txt", TALK[1:3]), "bank": tmp_path / "other.npy"}
+    for number, name in enumerate(("own.npy", "other.npy")):
+        np.save(tmp_path / name, np.full((3, 4, 16), number))
+    other = [flag.format(**places) for flag in other]
     workdir = tmp_path / "run"
     given = [*arguments, f"--workdir={workdir}", f"--config.data.development={own}"]
+    given += ["--config.bank.init=file", f"--config.bank.init_file={tmp_path / 'own.npy'}"]
     job = start(given, 2, 2, each=[[], other])
     assert job.wait() == [2, 2], job.err
     said = "".join(job.err)
@@ -220,6 +227,7 @@ def test_a_process_that_was_given_another_run_ends_all_with_what_differs(argumen
     "mesh",
     [
         ("--config.mesh.fsdp=4",),
+        ("--config.mesh.fsdp=4", "--config.bank.init=clusters"),
         ("--config.mesh.tensor=2",),
         ("--config.mesh.data=1", "--config.mesh.tensor=4"),
         ("--config.mesh.fsdp=2", "--config.mesh.tensor=2", "--config.model.quantization=int8"),

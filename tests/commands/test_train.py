@@ -1,13 +1,17 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
 from tiny_run import train_arguments, walk, write_config, write_dialogues, write_llama
 
 from spt_jax.commands.main import main
+from spt_jax.config import default_config
 from spt_jax.evaluation.likelihood import DevelopmentEvaluator
+from spt_jax.training import run_training
+from spt_jax.training.remat import with_remat
 
 
 @pytest.fixture
@@ -123,6 +127,15 @@ def test_malformed_lines_are_skipped_counted_and_shown_when_asked(tmp_path, caps
     assert "malformed line" in out
 
 
+def test_rows_that_lost_some_of_their_text_are_counted_by_training_and_evaluation(tmp_path, capsys):
+    arguments = train_arguments(tmp_path, workdir=tmp_path / "run")
+    walk(*arguments, "--config.train.steps=1", "--config.data.max_length=90")
+    counted = r"\d+ dialogues became one row a turn, \d+ turns lost their oldest history \(data.max_length = 90\)"
+    assert re.search(rf"^rows to learn from: {counted}$", capsys.readouterr().out, re.MULTILINE)
+    walk("evaluate", f"--workdir={tmp_path / 'run'}", "--nobaselines", "--replies=1")
+    assert re.search(rf"^rows to evaluate on: {counted}$", capsys.readouterr().err, re.MULTILINE)
+
+
 def test_one_prompt_is_plain_prompt_tuning_through_the_doors(tmp_path, capsys):
     model = write_llama(tmp_path / "lm")
     data = write_dialogues(tmp_path / "train.txt")
@@ -136,3 +149,24 @@ def test_one_prompt_is_plain_prompt_tuning_through_the_doors(tmp_path, capsys):
     assert after["usage"] == [1.0]
     assert after["oracle_perplexity"] == pytest.approx(after["perplexity"])
     assert "<svg" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_what_is_recomputed_is_what_the_first_process_says(tmp_path, monkeypatch):
+    asked = []
+
+    def noted(model, policy):
+        asked.append(policy)
+        return with_remat(model, policy)
+
+    monkeypatch.setattr(run_training, "json_told_by_lead", lambda policy: {"none": "dots"}[policy])
+    monkeypatch.setattr(run_training, "with_remat", noted)
+    walk(*train_arguments(tmp_path, workdir=tmp_path / "run"), "--config.train.steps=1")
+    assert asked == ["dots"]
+
+
+@pytest.mark.parametrize(("lead", "steps"), [(True, 3), (False, 0)])
+def test_the_first_process_alone_writes_a_trace(tmp_path, monkeypatch, lead, steps):
+    config = default_config()
+    config.train.profile_steps = 3
+    monkeypatch.setattr(run_training, "is_lead", lambda: lead)
+    assert run_training._loop_options(config, tmp_path, 9).profile_steps == steps

@@ -1,13 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import tracemalloc
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from spt_jax.data import Dialogue, Turn, persona_key, split_by_persona
-from spt_jax.data.dialogue import draw_fraction
+from spt_jax.data.dialogue import _smallest_sum_at_least, draw_fraction
 from spt_jax.errors import UserError
 
 
@@ -86,3 +87,29 @@ def test_split_of_the_real_training_file_holds_out_exactly_what_is_asked(train_s
     rest, held = split_by_persona(train_set.dialogues, 100, 0)
     assert len(held) == 100 and len(rest) == len(train_set) - 100
     assert not {persona_key(d.persona) for d in rest} & {persona_key(d.persona) for d in held}
+
+
+@given(st.lists(st.integers(1, 9), max_size=12), st.integers(1, 40), st.integers(1, 60))
+def test_the_groups_that_are_held_out_are_the_first_of_the_smallest_sum(sizes, count, below):
+    found = _smallest_sum_at_least(sizes, count, below)
+    parts = [part for n in range(len(sizes) + 1) for part in itertools.combinations(range(len(sizes)), n)]
+    sums = {part: sum(sizes[i] for i in part) for part in parts}
+    fitting = [part for part in parts if count <= sums[part] < below]
+    if not fitting:
+        assert found is None
+        return
+    smallest = min(sums[part] for part in fitting)
+    # Early positions first: a part is before another when it has the first position in which they differ.
+    expected = max(
+        (part for part in fitting if sums[part] == smallest), key=lambda part: [i in part for i in range(12)]
+    )
+    assert found == list(expected)
+
+
+def test_memory_grows_with_what_is_held_out_and_not_with_the_square_of_the_groups():
+    tracemalloc.start()
+    found = _smallest_sum_at_least([1] * 20_000, 5, below=20_000)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert found == [0, 1, 2, 3, 4]
+    assert peak < 20_000 * 200

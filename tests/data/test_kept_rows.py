@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from toy_encoders import CharacterEncoder, MergingEncoder
 
+from spt_jax.cache_folder import code_digest
 from spt_jax.data.dialogue import Dialogue, Turn
 from spt_jax.data.kept_rows import kept_rows, rows_from_bytes, rows_to_bytes
 from spt_jax.data.packing import PackedRows, Row, pack
@@ -124,3 +125,18 @@ def test_without_a_cache_folder_rows_are_packed(cache_home: Path, monkeypatch: p
     for _ in range(2):
         assert_same(kept_rows(lambda: packed, DIALOGUES, []), packed)
     assert kept(cache_home) == []
+
+
+@pytest.mark.parametrize("changed", ["spt_jax.data", "spt_jax.models.tokenization"])
+def test_rows_that_another_version_packed_are_packed_anew(
+    cache_home: Path, monkeypatch: pytest.MonkeyPatch, changed: str
+) -> None:
+    packed = pack(DIALOGUES, CharacterEncoder(), layout="turn", max_length=300)
+    kept_rows(lambda: packed, DIALOGUES, [])
+
+    def of_another_version(package: str) -> str:
+        return "another" if package == changed else code_digest(package)
+
+    monkeypatch.setattr("spt_jax.data.kept_rows.code_digest", of_another_version)
+    with pytest.raises(AssertionError, match="were packed"):
+        kept_rows(never, DIALOGUES, [])

@@ -114,7 +114,9 @@ def test_a_long_dialogue_falls_back_and_drops_its_oldest_pairs_but_not_the_perso
     last = " ".join(words[token] for token in packed.rows[-1].tokens)
     assert last == "<bos> given persona: i run .; context: Q: query 4 R: reply 4 Q: query 5 R: reply 5"
     assert packed.truncated_turns == 4
-    assert pack([dialogue], encoder, layout="dialogue", max_length=44).fallbacks == 0
+    assert packed.remark == "1 dialogues became one row a turn, 4 turns lost their oldest history"
+    whole = pack([dialogue], encoder, layout="dialogue", max_length=44)
+    assert whole.fallbacks == 0 and not whole.remark
     assert pack([dialogue], encoder, layout="dialogue", max_length=42).fallbacks == 1
 
 

@@ -100,3 +100,9 @@ def test_what_a_table_lacks_is_one_sentence(tmp_path: Path):
     (tmp_path / "notes.docx").write_bytes(b"x")
     with pytest.raises(UserError, match=r"must end in one of \.parquet, .*, not '\.docx'"):
         read_dialogues(str(tmp_path / "notes.docx"), format="datasets")
+
+
+def test_columns_that_are_not_asked_for_are_not_decoded(tmp_path: Path):
+    rows = [row | {"picture": {"bytes": b"no picture", "path": None}} for row in ROWS]
+    datasets.Dataset.from_list(rows).cast_column("picture", datasets.Image()).save_to_disk(tmp_path / "saved")
+    assert [d.turns for d in read_dialogues(str(tmp_path / "saved"), columns=COLUMNS).dialogues] == EXPECTED

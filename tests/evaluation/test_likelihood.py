@@ -124,3 +124,19 @@ def test_the_development_evaluator_tells_the_figures_of_its_rows():
     assert figures["development/oracle_perplexity"] == pytest.approx(found.oracle_perplexity)
     assert [figures[f"development/usage/{k}"] for k in range(3)] == found.usage.tolist()
     assert len(figures) == 5
+
+
+def test_an_evaluation_may_be_left_between_its_batches_and_only_there():
+    rows, asked = tiny.packed("dialogue").rows[:3], []
+    whole = scored(rows=rows)
+    assert scored(rows=rows, batch_size=1, between=lambda: asked.append(1)).perplexity == pytest.approx(
+        whole.perplexity
+    )
+    assert len(asked) == len(rows) - 1
+
+    def leave() -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        scored(rows=rows, batch_size=1, between=leave)
+    assert scored(rows=rows, batch_size=3, between=leave).perplexity == pytest.approx(whole.perplexity)

@@ -152,6 +152,32 @@ def test_rows_are_split_over_data_and_fsdp_alone(shape, parts):
     assert row_devices(mesh_of(*shape)) == parts
 
 
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 2, 2)])
+def test_every_array_of_a_new_state_lies_in_memory_of_its_own(shape):
+    mesh = mesh_of(*shape)
+    given = jax.device_put(tiny.trainable(), replicated(mesh))
+    state = init_state(given, optax.adam(RATE), mesh)
+    arrays = [shard.data for x in jax.tree.leaves((given, state)) for shard in x.addressable_shards]
+    assert len({array.unsafe_buffer_pointer() for array in arrays}) == len(arrays)
+
+
+def test_a_new_state_is_made_by_one_program_that_holds_nothing_else(monkeypatch):
+    compiled = []
+    jit = jax.jit
+
+    def noted(function, **options):
+        def measured(*arguments):
+            memory = jit(function, **options).lower(*arguments).compile().memory_analysis()
+            compiled.append(memory.temp_size_in_bytes)
+            return jit(function, **options)(*arguments)
+
+        return measured
+
+    monkeypatch.setattr(jax, "jit", noted)
+    state = init_state({"w": np.ones((256, 256), np.float32)}, optax.adam(RATE), mesh_of(1, 1, 1))
+    assert len(compiled) == 1 and compiled[0] < state.trainable["w"].nbytes
+
+
 def test_the_frozen_lm_is_an_argument_and_the_state_is_donated():
     mesh = mesh_of(2, 2, 2)
     step = make_train_step(tiny.MODEL, OBJECTIVE, optax.sgd(RATE), mesh)

@@ -224,9 +224,9 @@ def test_chunks_without_a_target_are_not_projected(chunk, groups, calls):
 
 @pytest.mark.parametrize(
     ("rows", "most", "groups", "size"),
-    [(8, 512, 1, 128), (8, 512, 4, 32), (8, 1, 1, 1), (8, 10**6, 1, 1024), (3, 512, 1, 128)],
+    [(8, 512, 1, 128), (8, 512, 4, 128), (8, 1, 1, 1), (8, 10**6, 1, 1024), (3, 512, 1, 128)],
 )
-def test_a_chunk_holds_no_more_logits_than_allowed(rows, most, groups, size):
+def test_a_device_holds_no_more_logits_than_allowed_however_many_there_are(rows, most, groups, size):
     assert chunk_size(rows, 4, 128, most, groups) == size
 
 

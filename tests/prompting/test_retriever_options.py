@@ -117,7 +117,8 @@ def test_a_prompt_a_persona_holds_each_persona_once():
     np.testing.assert_array_equal(prompts[:, 0], prompts[:, 3])
 
 
-def test_fewer_personas_than_prompts_are_refused():
-    people = [Dialogue((word,), (Turn("hi", "ho"),)) for word in ("a", "b", "b")]
-    with pytest.raises(UserError, match=r"clusters.*have 2 personas for 4 prompts"):
+@pytest.mark.parametrize(("personas", "count"), [((("a",), ("b",), ("b",)), 2), (((), ()), 0)])
+def test_fewer_personas_than_prompts_are_refused(personas, count):
+    people = [Dialogue(persona, (Turn("hi", "ho"),)) for persona in personas]
+    with pytest.raises(UserError, match=rf"clusters.*have {count} personas for 4 prompts"):
         clustered(0, people)

@@ -17,7 +17,7 @@ from spt_jax.errors import UserError
 from spt_jax.prompting import objective as objective_module
 from spt_jax.prompting.adapters import SoftPrompts
 from spt_jax.prompting.objective import LM_ALONE, Objective, losses_and_gradients
-from spt_jax.prompting.selective_lm import SelectiveLM, target_turn_onehot
+from spt_jax.prompting.selective_lm import SelectiveLM, mixed_prompts, target_turn_onehot
 from spt_jax.prompting.subset import Subset, draw_subset
 
 K, SIZE = 5, 3
@@ -183,3 +183,15 @@ def test_a_size_of_two_or_more_is_allowed(num_prompts, size):
     config = default_config()
     config.bank.num_prompts, config.objective.prompts_per_step = num_prompts, size
     validate(config)
+
+
+def test_no_sum_over_scores_is_rounded_to_bfloat16():
+    summed = {
+        "subset": lambda s: draw_subset(s, PRESENT, SIZE, jax.random.key(0)),
+        "mixture": lambda s: mixed_prompts(jnp.ones((K, 2, 3)), s[0], 1.0),
+        "usage": lambda s: objective_module._over_turns(Objective(), s, s, {"turn_mask": PRESENT}, Subset(), None),
+    }
+    for name, compute in summed.items():
+        program = jax.jit(compute).lower(SCORES).as_text()
+        products = [line for line in program.splitlines() if "dot_general" in line]
+        assert products and all("precision = [HIGHEST, HIGHEST]" in line for line in products), name

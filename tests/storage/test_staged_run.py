@@ -227,3 +227,16 @@ def test_temporary_and_damaged_files_stay_here():
         "metrics.jsonl",
         "run_id",
     }
+
+
+def test_a_step_that_is_rated_after_it_was_copied_is_copied_again():
+    url = new_url()
+    with staged(url) as run:
+        begin(run.folder, 0)
+        step = run.folder / "checkpoints" / "0"
+        (step / "metrics").rename(run.folder / ".rated")
+    assert "checkpoints/0/metrics/metrics" not in open_bucket(url).files()
+    with staged(url) as run:
+        (run.folder / ".rated").rename(step / "metrics")
+    assert complete_steps(open_bucket(url))[0] == manifest_of(step)
+    assert "checkpoints/0/metrics/metrics" in open_bucket(url).files()

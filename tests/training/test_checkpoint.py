@@ -23,6 +23,7 @@ from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import replicated
 from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.checkpoint_arrays import restore_targets, tree_digest, tree_shapes
+from spt_jax.training.checkpoint_record import DamagedCheckpointError, read_record
 
 
 @pytest.mark.parametrize(
@@ -209,7 +210,9 @@ def test_damage_beside_the_arrays_is_noticed_before_any_array_is_read(tmp_path, 
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_read_only_passes_over_a_damaged_step_and_changes_nothing(tmp_path, damage: Callable[[Path], None]):
+def test_read_only_passes_over_a_damaged_step_says_so_and_changes_nothing(
+    tmp_path, caplog, damage: Callable[[Path], None]
+):
     fill(tmp_path, {1: 5.0, 2: 4.0})
     damage(tmp_path / "2")
     before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -217,6 +220,8 @@ def test_read_only_passes_over_a_damaged_step_and_changes_nothing(tmp_path, dama
         with Checkpoints(tmp_path, read_only=True) as checkpoints:
             assert_restores(checkpoints, which, 1)
     assert {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")} == before
+    assert {record.message.partition(" is damaged: ")[0] for record in caplog.records} == {"the checkpoint of step 2"}
+    assert all(record.message.endswith("; it was passed over") for record in caplog.records)
 
 
 def test_a_step_damaged_twice_keeps_both_remains(tmp_path):
@@ -321,3 +326,44 @@ def test_the_files_beside_the_arrays_are_json(tmp_path):
     meta = json.loads((tmp_path / "1" / "meta" / "metadata").read_text())
     assert meta["digests"] == {name: tree_digest(tree) for name, tree in trees(1).items()}
     assert meta["shapes"] == {"bank/prompts": [3, 2, 5]}
+
+
+def test_a_step_that_is_rated_later_ranks_and_is_kept_as_one_saved_with_its_perplexity(tmp_path):
+    with Checkpoints(tmp_path / "c", keep_latest=1, keep_best=1) as checkpoints:
+        save(checkpoints, 1, None)
+        checkpoints.rate(1, 4.0)
+        assert (checkpoints.meta("1") or {})["perplexity"] == 4.0
+        save(checkpoints, 2, 5.0)
+        save(checkpoints, 3, 6.0)
+        assert checkpoints.steps() == [1, 3]
+        assert_restores(checkpoints, "best", 1)
+    assert names(tmp_path) == {"c"}
+
+
+def test_a_change_in_what_a_step_was_rated_later_is_noticed(tmp_path):
+    with Checkpoints(tmp_path / "c") as checkpoints:
+        for step in (1, 2):
+            save(checkpoints, step, None)
+            checkpoints.rate(step, 4.0)
+    step = tmp_path / "c" / "2"
+    path = step / "metrics" / "metrics"
+    path.write_text(path.read_text().replace("4.0", "3.0"))
+    with pytest.raises(DamagedCheckpointError, match=r"its perplexity is 3.0, but None was saved"):
+        read_record(step, ("trainable",))
+    shutil.copyfile(step.with_name("1") / "metrics" / "metrics", path)  # whole, but of another step
+    with pytest.raises(DamagedCheckpointError):
+        read_record(step, ("trainable",))
+
+
+@pytest.mark.parametrize("name", ["²", "٢", "007", "-2"])
+def test_a_folder_whose_name_only_looks_like_a_step_is_none(tmp_path, name):
+    fill(tmp_path, {1: 5.0})
+    (tmp_path / name).mkdir()
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert checkpoints.steps() == [1]
+        assert_restores(checkpoints, "latest", 1)
+        for ask in (checkpoints.meta, lambda which: checkpoints.restore(which, targets())):
+            with pytest.raises(
+                UserError, match=f"the checkpoint is '{name}'; allowed: best, latest or a step's number"
+            ):
+                ask(name)

@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -45,16 +45,22 @@ class Run:
         self.stop_at: str = ""
         self.bad_steps: set[int] = set()
         self.on_disk: list[int] = []
+        self.keep_latest = 99
+        self.evaluation_batches = 1
+        self.perplexity: Callable[[int], float] = lambda step: 100.0 - step
 
     def note(self, event: str) -> None:
         self.events.append(event)
         if event == self.stop_at:
             self.stop.requested = True
 
-    def run(self, state: Any) -> list[tuple[str, float]]:
+    def run(self, state: Any, between: Callable[[], None]) -> list[tuple[str, float]]:
         step = int(state.step)
         self.note(f"evaluate {step}")
-        return [("development/perplexity", 100.0 - step), ("development/w", float(state.trainable["w"]))]
+        for batch in range(1, self.evaluation_batches):
+            between()
+            self.note(f"evaluate {step} further {batch}")
+        return [("development/perplexity", self.perplexity(step)), ("development/w", float(state.trainable["w"]))]
 
     def log(self, step: int, metrics: Any) -> None:
         self.note(f"log {step}" if "loss/total" in metrics else f"log evaluation {step}")
@@ -93,7 +99,7 @@ class Run:
                 run.note(f"save {step}")
                 super().save(step, *arguments)
 
-        with Noting(self.folder, keep_latest=99) as checkpoints:
+        with Noting(self.folder, keep_latest=self.keep_latest) as checkpoints:
             state = start or init_state({"w": jnp.asarray(50.0)}, optax.sgd(0.1), one_device())
             try:
                 return train(
@@ -227,18 +233,59 @@ def test_a_stop_does_not_wait_for_an_evaluation(tmp_path):
     assert run.on_disk[-1] == 3
 
 
+@pytest.mark.parametrize(("step", "saved"), [(0, [0]), (3, [0, 2, 3]), (7, [0, 2, 3, 4, 6, 7])])
+def test_a_stop_in_an_evaluation_saves_at_once_and_the_next_start_makes_up_for_it(tmp_path, step, saved):
+    run = Run(tmp_path)
+    run.evaluation_batches, run.stop_at = 3, f"evaluate {step} further 1"
+    outcome = run.go()
+    assert not outcome.finished and int(outcome.state.step) == step
+    assert run.events[-2:] == [f"evaluate {step} further 1", f"save {step}"]
+    assert run.on_disk == saved
+    again = Run(tmp_path)
+    assert again.go(run.restored()).finished
+    assert again.events[0] == f"evaluate {step}"
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert (checkpoints.meta(str(step)) or {})["perplexity"] == 100.0 - step
+
+
+def test_a_stop_in_an_evaluation_that_is_made_up_for_leaves_it_to_come(tmp_path):
+    run = Run(tmp_path)
+    run.stop_at = "step 2"
+    run.go()
+    again = Run(tmp_path)
+    again.evaluation_batches, again.stop_at = 3, "evaluate 3 further 1"
+    assert not again.go(run.restored()).finished
+    assert again.happened("save", "step", "log") == []
+    last = Run(tmp_path)
+    assert last.go(run.restored()).finished
+    assert last.happened("evaluate") == ["evaluate 3", "evaluate 6", "evaluate 7"]
+
+
 def test_the_next_start_makes_up_for_an_evaluation_that_a_stop_did_not_wait_for(tmp_path):
     run = Run(tmp_path)
     run.stop_at = "step 2"
     run.go()
-    for _ in range(2):  # until a later step is saved it is still to come
-        again = Run(tmp_path)
-        again.stop_at = "evaluate 3"
-        assert not again.go(run.restored()).finished
-        assert again.happened("evaluate", "save", "step") == ["evaluate 3"]
+    again = Run(tmp_path)
+    again.stop_at = "evaluate 3"
+    assert not again.go(run.restored()).finished
+    assert again.happened("evaluate", "save", "step") == ["evaluate 3"]
     last = Run(tmp_path)
     assert last.go(run.restored()).finished
-    assert last.happened("evaluate") == ["evaluate 3", "evaluate 6", "evaluate 7"]
+    assert last.happened("evaluate") == ["evaluate 6", "evaluate 7"]
+
+
+def test_a_run_stopped_at_its_best_step_has_the_same_best_as_one_that_was_not(tmp_path):
+    kept = {}
+    for name in ("whole", "stopped"):
+        for stop_at in ("step 2", "") if name == "stopped" else ("",):
+            run = Run(tmp_path / name)
+            run.keep_latest, run.stop_at = 1, stop_at
+            run.perplexity = lambda step: 10.0 + abs(step - 3)
+            run.go(run.restored() if run.folder.exists() else None)
+        with Checkpoints(run.folder, read_only=True) as checkpoints:
+            kept[name] = [(step, (checkpoints.meta(str(step)) or {})["perplexity"]) for step in run.on_disk]
+            assert next(checkpoints.candidates("best")) == 3
+    assert kept["stopped"] == kept["whole"] == [(3, 10.0), (7, 14.0)]
 
 
 def test_a_stop_before_the_first_step_leaves_a_run_to_resume(tmp_path):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +83,7 @@ class Census:
         self.counts: list[int] = []
         self.shares: list[float] = []
 
-    def run(self, state: Any) -> Iterator[tuple[str, float]]:
+    def run(self, state: Any, between: Callable[[], None]) -> Iterator[tuple[str, float]]:
         gc.collect()
         alive = [x for x in jax.live_arrays() if x.shape == (1, WIDTH, INNER)]
         self.counts.append(len(alive))

@@ -105,13 +105,17 @@ def test_another_run_is_refused_with_the_option_and_both_values(tmp_path, name, 
     assert f"holds another run: {name} ({old!r} there, {value!r} here); choose another --workdir" in str(told.value)
 
 
-def test_a_constant_schedule_may_be_prolonged_and_a_cosine_may_not(tmp_path):
-    check_workdir(claimed(tmp_path / "constant"), changed("train.epochs", 5))
-    cosine = changed("optimizer.schedule", "cosine")
-    claimed(tmp_path / "cosine", cosine)
-    set_option(cosine, "train.epochs", 5)
+def test_a_constant_schedule_may_be_prolonged(tmp_path):
+    check_workdir(claimed(tmp_path), changed("train.epochs", 5))
+
+
+@pytest.mark.parametrize(("name", "value"), [("optimizer.schedule", "cosine"), ("objective.annealing", 2.0)])
+def test_a_run_whose_steps_depend_on_how_far_its_end_is_may_not_be_prolonged(tmp_path, name, value):
+    config = changed(name, value)
+    claimed(tmp_path, config)
+    set_option(config, "train.epochs", 5)
     with pytest.raises(UserError, match=r"train\.epochs \(1 there, 5 here\)"):
-        check_workdir(tmp_path / "cosine", cosine)
+        check_workdir(tmp_path, config)
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):
