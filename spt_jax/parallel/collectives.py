@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from spt_jax.parallel.hlo_text import Instruction, Module, arrays_of, read_module
+from spt_jax.parallel.hlo_text import Instruction, Module, arrays_of, read_module, starts_chain
 
 KINDS = (
     "all-gather",
@@ -70,7 +70,7 @@ class Collective:
 def collectives(compiled_text: str, unknown_trips: int = 1) -> list[Collective]:
     """The collectives of a program, those of the entry computation and of all that it calls, in the text's order.
 
-    An asynchronous pair (``all-gather-start``, ``all-gather-done``) is one.
+    An asynchronous pair (``all-gather-start``, ``all-gather-done``) is one; so is a chain of fusions that carry it on.
 
     Args:
         compiled_text: What ``jitted.lower(...).compile().as_text()`` gives.
@@ -87,7 +87,7 @@ def collectives(compiled_text: str, unknown_trips: int = 1) -> list[Collective]:
         if name in runs
         for instruction in body.values()
         for kind in KINDS
-        if instruction.opcode in (kind, f"{kind}-start")
+        if instruction.opcode in (kind, f"{kind}-start") and (not instruction.chained or starts_chain(body))
     ]
 
 

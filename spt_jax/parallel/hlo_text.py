@@ -66,10 +66,23 @@ class Instruction:
     rest: str
     root: bool
 
+    @property
+    def chained(self) -> bool:
+        """Whether it is a part of a collective that a TPU's compiler carries on in several fusions beside their work.
+
+        Each of them names the collective; that of the first has an ``AsyncCollectiveStart`` (`starts_chain`).
+        """
+        return 'chain_id="' in self.rest
+
     def called(self) -> Iterator[tuple[str, str]]:
         """What it calls: in which part (``body``, ``condition``, ``calls``, …), and the computation's name."""
         for part, names in _CALLED.findall(self.rest):
             yield from ((part, name.strip().lstrip("%")) for name in names.strip("{}").split(",") if name.strip())
+
+
+def starts_chain(computation: Mapping[str, Instruction]) -> bool:
+    """Whether a chained collective begins in a fusion's computation; see `Instruction.chained`."""
+    return any('"AsyncCollectiveStart"' in each.rest for each in computation.values() if each.opcode == "custom-call")
 
 
 class Module(NamedTuple):

@@ -11,10 +11,10 @@ import dataclasses
 import functools
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from spt_jax.parallel.collectives import Collective, collectives
-from spt_jax.parallel.hlo_text import Array, Instruction, Module, arrays_of, read_module
+from spt_jax.parallel.hlo_text import Array, Instruction, Module, arrays_of, read_module, starts_chain
 
 _SPACE = re.compile(r"S\(\d+\)")
 _NUMBER = re.compile(r"(\d+)\)")
@@ -111,18 +111,27 @@ class _Bytes:
         return written + read
 
     def _fusion(self, it: Instruction, body: Mapping[str, Instruction], inner: Mapping[str, Instruction]) -> float:
-        """A fusion reads of an operand what it slices from it, and writes of an updated operand the update."""
+        """A fusion reads of an operand what it slices from it, and writes of an updated operand the update.
+
+        What a chained collective takes and gives is passed through its fusions in place, and counts at its start alone.
+        """
         parameters = _parameters(inner)
         total, updated = 0.0, 0.0
+        chained = [array for each in inner.values() if each.chained for array in _ends(each, inner)]
+        passed = {(array.dtype, array.shape) for array in chained}
+        if chained and starts_chain(inner):
+            total += sum(map(_in_hbm, chained))
         for number, name in enumerate(it.operands):
             if name not in body or not (whole := _hbm(body[name].type)):
+                continue
+            if chained and _is_passed(inner, parameters[number]):
                 continue
             parts = self._slices(inner, parameters[number]) if number in parameters else None
             total += whole if parts is None else min(whole, parts)
         for each in inner.values():
             if each.opcode == "dynamic-update-slice" and _hbm(each.type) == _hbm(it.type) and _hbm(it.type):
                 updated = _size(inner[each.operands[1]].type)
-        return total + (updated or _hbm(it.type))
+        return total + (updated or _hbm(it.type, passed))
 
     def _slices(self, inner: Mapping[str, Instruction], name: str) -> float | None:
         """Bytes that a computation takes of a parameter through slices, and updates in place; None for all of it."""
@@ -160,9 +169,19 @@ def _size(type_: str) -> float:
     return float(sum(array.bytes for array in arrays_of(type_)))
 
 
-def _hbm(type_: str) -> float:
-    """Bytes of those of them that lie in HBM."""
-    return float(sum(map(_in_hbm, arrays_of(type_))))
+def _hbm(type_: str, besides: Collection[tuple[str, tuple[int, ...]]] = ()) -> float:
+    """Bytes of those of them that lie in HBM, without those of some types and shapes."""
+    return float(sum(_in_hbm(array) for array in arrays_of(type_) if (array.dtype, array.shape) not in besides))
+
+
+def _is_passed(inner: Mapping[str, Instruction], parameter: str) -> bool:
+    """Whether a fusion hands a parameter on, to the next one or to a chained collective, and does nothing with it."""
+    return all(each.chained or each.root for each in inner.values() if parameter in each.operands)
+
+
+def _ends(it: Instruction, body: Mapping[str, Instruction]) -> list[Array]:
+    """What an instruction takes and gives."""
+    return [array for type_ in (*(body[name].type for name in it.operands), it.type) for array in arrays_of(type_)]
 
 
 def _in_hbm(array: Array) -> int:

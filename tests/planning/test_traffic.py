@@ -76,6 +76,66 @@ def test_a_loop_counts_as_often_as_it_runs_and_slices_count_what_they_take(limit
     assert gather.sent == times * LAYER
 
 
+# As the TPU's compiler gathers weights while other fusions work.
+CHAIN = """HloModule jit_g, is_scheduled=true
+
+%begun (shard: @shard) -> (@shard, @whole, @state) {
+  %shard = @shard parameter(0)
+  %ag.0 = @whole all-gather(%shard), @how
+  ROOT %started = (@shard, @whole, @state) custom-call(%ag.0), custom_call_target="AsyncCollectiveStart"
+}
+
+%carried_on (p0: @shard, p1: @whole, p2: @state, p3: @whole) -> (@work, @shard, @whole, @whole, @state) {
+  %p0 = @shard parameter(0)
+  %p1 = @whole parameter(1)
+  %p2 = @state parameter(2)
+  %p3 = @whole parameter(3)
+  %ag.1 = @whole all-gather(%p0), @how
+  %work = @work custom-call(%p3), custom_call_target="tpu_custom_call"
+  ROOT %parts = (@work, @shard, @whole, @whole, @state) tuple(%work, %p0, %p1, %ag.1, %p2)
+}
+
+%ended (q0: @shard, q1: @whole, q2: @state) -> @whole {
+  %q0 = @shard parameter(0)
+  %q1 = @whole parameter(1)
+  %q2 = @state parameter(2)
+  %ag.2 = @whole all-gather(%q0), @how
+  ROOT %whole = @whole custom-call(%ag.2, %q1, %q2), custom_call_target="AsyncCollectiveDone"
+}
+
+ENTRY %main (weights: @shard, others: @whole) -> @whole {
+  %weights = @shard parameter(0)
+  %others = @whole parameter(1)
+  %start = (@shard, @whole, @state) fusion(%weights), kind=kCustom, calls=%begun
+  %a0 = @shard get-tuple-element(%start), index=0
+  %a1 = @whole get-tuple-element(%start), index=1
+  %a2 = @state get-tuple-element(%start), index=2
+  %step = (@work, @shard, @whole, @whole, @state) fusion(%a0, %a1, %a2, %others), kind=kOutput, calls=%carried_on
+  %b0 = @shard get-tuple-element(%step), index=1
+  %b1 = @whole get-tuple-element(%step), index=3
+  %b2 = @state get-tuple-element(%step), index=4
+  ROOT %done = @whole fusion(%b0, %b1, %b2), kind=kCustom, calls=%ended
+}
+"""
+for name, text in {
+    "@shard": "bf16[256,512]{1,0}",
+    "@whole": "bf16[1024,512]{1,0}",
+    "@state": "s32[2]{0:S(4)}",
+    "@work": "f32[8,128]{1,0}",
+    "@how": 'replica_groups=[1,4]<=[4], dimensions={0}, frontend_attributes={chain_id="5"}',
+}.items():
+    CHAIN = CHAIN.replace(name, text)
+
+
+def test_a_gather_that_several_fusions_carry_on_is_one_and_moves_its_weights_once():
+    found = traffic(CHAIN)
+    (gather,) = found.collectives
+    whole = 1024 * 512 * 2
+    assert (gather.kind, gather.bytes, gather.times, gather.sent) == ("all-gather", whole, 1, whole * 3 / 4)
+    # The shard is read and the whole written by the gather; the fusion beside it reads other weights of that shape.
+    assert found.hbm == whole / 4 + whole + (whole + 8 * 128 * 4)
+
+
 def test_of_a_program_that_xla_compiled_the_collectives_of_its_layers_are_found():
     mesh = make_mesh(data=1, fsdp=4, tensor=1, devices=jax.devices()[:4])
     layers = NamedSharding(mesh, PartitionSpec(None, "fsdp"))
