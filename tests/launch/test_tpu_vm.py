@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import pytest
-from stand_ins import Answer, StandIns
+from stand_ins import DONE, Answer, StandIns
 
 URL = "gs://bucket/a run"
 TRAIN = ("--", "--config=configs/quickstart.py", "--config.seed=1")
@@ -20,22 +20,36 @@ def script(stand_ins: StandIns, *options: str, train: Sequence[str] = TRAIN) -> 
     return stand_ins.run("tpu_vm.sh", *named, "--logs", logs, *options, *train, POLL_SECONDS="0")
 
 
+# No terminal is there to be asked: what is not given a zone, or deletes without --quiet, would wait.
+NAMED = r"(my tpu|a) --zone \S+"
+CHANGES = (
+    rf"tpu-vm create {NAMED} --accelerator-type \S+ --version \S+( --spot)?",
+    rf"tpu-vm ssh {NAMED} --worker=(all|\d+) --command=.+",
+    r"tpu-vm scp .+ --zone \S+ --worker=(all|\d+)",
+    rf"tpu-vm delete {NAMED} --quiet",
+    rf"queued-resources create {NAMED} --node-id \1 --accelerator-type \S+ --runtime-version \S+( --spot)?",
+    rf"queued-resources delete {NAMED} --force --quiet",
+)
+
+
 def gcloud(
     stand_ins: StandIns,
     states: Sequence[Answer],
     codes: Sequence[Answer] = ((0, "0\n"),),
     queue: Sequence[str] = ("ACTIVE",),
     hosts: int = 1,
+    first: Mapping[str, list[Answer]] | None = None,
 ) -> None:
-    stand_ins.add(
-        "gcloud",
-        {
-            r"tpu-vm describe .*value\(state\)": list(states),
-            r"tpu-vm describe .*networkEndpoints": [(0, f"{hosts}\n")],
-            r"queued-resources describe": [(0, f"{state}\n") for state in queue],
-            r"cat spt_jax/train.exit": list(codes),
-        },
-    )
+    """One that knows the changes and questions of the script alone; `first` are rules before the others."""
+    rules = {
+        rf"tpu-vm describe {NAMED} --format=value\(state\)": list(states),
+        rf"tpu-vm describe {NAMED} --format=value\(networkEndpoints\.len\(\)\)": [(0, f"{hosts}\n")],
+        rf"queued-resources describe {NAMED} --format=value\(state\.state\)": [(0, f"{state}\n") for state in queue],
+        rf"tpu-vm ssh {NAMED} --worker=0 --command=cat spt_jax/train\.exit": list(codes),
+        **{change: [DONE] for change in CHANGES},
+    }
+    whole = {f"^compute tpus {pattern}$": answers for pattern, answers in rules.items()}
+    stand_ins.add("gcloud", {**(first or {}), **whole})
 
 
 def calls(stand_ins: StandIns) -> list[list[str]]:
@@ -210,8 +224,7 @@ def test_a_run_that_left_no_exit_code_is_a_failure(stand_ins):
 
 @pytest.mark.parametrize("failing", ["tpu-vm create", "launch/environment.sh", "tpu-vm scp"])
 def test_whatever_fails_the_tpu_is_deleted(stand_ins, failing):
-    gcloud(stand_ins, [ABSENT, READY])
-    stand_ins.add("gcloud", {failing: [(3, "")], r"value\(state\)": [ABSENT, READY]})
+    gcloud(stand_ins, [ABSENT, READY], first={failing: [(3, "")]})
     done = script(stand_ins)
     assert done.returncode == 3, done.stderr
     assert steps(stand_ins)[-1] == "delete"
@@ -250,7 +263,7 @@ def test_a_queue_that_gives_up_ends_it(stand_ins):
 
 
 def test_a_tpu_that_cannot_be_deleted_is_told(stand_ins):
-    stand_ins.add("gcloud", {"tpu-vm delete": [(1, "")], r"value\(state\)": [READY], "train.exit": [(0, "0\n")]})
+    gcloud(stand_ins, [READY], first={"tpu-vm delete": [(1, "")]})
     done = script(stand_ins)
     assert done.returncode == 0
     assert "could not be deleted" in done.stderr
