@@ -26,6 +26,11 @@ os.environ.setdefault("SPT_JAX_TESTS_CACHE", f"{tempfile.gettempdir()}/spt-jax-t
 os.environ["XDG_CACHE_HOME"] = os.environ["SPT_JAX_TESTS_CACHE"]
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Other work on the same cores must not fail a test for being slow.
+settings.register_profile("shared cores", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared cores")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 

@@ -66,11 +66,13 @@ def test_a_sweep_of_real_trainings_is_stopped_killed_resumed_and_its_best_config
     flags = (f"--out={out}", "--jobs=2", "--config.seed=5", "--config.data.batch=2")
     first = start(folder, *flags)
     began = time.monotonic()
-    while first.poll() is None and not list(out.glob("trial_*/seed_0/checkpoints/1")):
-        assert time.monotonic() - began < 120
-        time.sleep(0.05)
-    first.send_signal(signal.SIGTERM)
-    _, told = first.communicate(timeout=120)
+    try:
+        while first.poll() is None and not list(out.glob("trial_*/seed_0/checkpoints/1")):
+            assert time.monotonic() - began < 120
+            time.sleep(0.05)
+    finally:
+        first.send_signal(signal.SIGTERM)  # its workers and their runs end with it
+        _, told = first.communicate(timeout=120)
     assert first.returncode == STOPPED and "stopped, every run is saved" in told
     code, printed, told = run(folder, *flags)
     assert code == 0, told
