@@ -38,6 +38,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the long campaigns in full, not a sample of them")
     parser.addoption("--real-models", action="store_true", help="run the tests of real LMs of some hundred megabytes")
+    parser.addoption(
+        "--shared", action="store_true", help="fail, do not skip, where ../shared's reference data is absent"
+    )
 
 
 def pytest_unconfigure() -> None:
@@ -84,9 +87,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def shared_dir() -> Path:
+def shared_dir(request: pytest.FixtureRequest) -> Path:
     """The folder of shared reference data beside the repository; a user's machine has none."""
     path = REPOSITORY.parent / "shared"
+    if request.config.getoption("--shared") and not ((path / "data").is_dir() and (path / "golden").is_dir()):
+        pytest.fail("--shared was asked for, but the folder ../shared with the reference data is not on this machine")
     if not (path / "data").is_dir():
         pytest.skip("the folder ../shared with the reference data is not on this machine")
     return path
