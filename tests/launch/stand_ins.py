@@ -13,7 +13,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 PROGRAM = """#!{python}
-import json, os, re, sys
+import json, os, re, sys, time
 folder = {folder!r}
 with open(os.path.join(folder, "calls.jsonl"), "a") as calls:
     calls.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
@@ -25,6 +25,9 @@ for number, (pattern, answers) in enumerate(rules):
         seen = int(open(counter).read()) if os.path.exists(counter) else 0
         open(counter, "w").write(str(seen + 1))
         code, out = answers[min(seen, len(answers) - 1)]
+        if code is None:
+            open(os.path.join(folder, "waiting"), "w").close()
+            time.sleep(60)
         print(out, end="", file=sys.stderr if code else sys.stdout)
         sys.exit(code)
 with open(os.path.join(folder, "unexpected.jsonl"), "a") as calls:
@@ -32,8 +35,10 @@ with open(os.path.join(folder, "unexpected.jsonl"), "a") as calls:
 sys.exit("stand-in: nobody told {name} what to answer to " + text)
 """
 
-Answer = tuple[int, str]
+Answer = tuple[int | None, str]
 DONE: Answer = (0, "")
+WAITS: Answer = (None, "")
+"""It makes the file `waiting` in its folder, and waits for a signal."""
 ANYTHING: Mapping[str, list[Answer]] = {"": [DONE]}
 
 

@@ -2,22 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import subprocess
+import time
 from collections.abc import Mapping, Sequence
 
 import pytest
-from stand_ins import DONE, Answer, StandIns
+from stand_ins import DONE, REPOSITORY, WAITS, Answer, StandIns
 
 URL = "gs://bucket/a run"
 TRAIN = ("--", "--config=configs/quickstart.py", "--config.seed=1")
 
 
-def script(stand_ins: StandIns, *options: str, train: Sequence[str] = TRAIN) -> subprocess.CompletedProcess[str]:
+def arguments(stand_ins: StandIns, *options: str, train: Sequence[str] = TRAIN) -> list[str]:
     named = ("--name", "my tpu", "--zone", "us-a", "--type", "v5litepod-8", "--workdir", URL)
-    logs = str(stand_ins.folder / "logs of it")
+    return [*named, "--logs", str(stand_ins.folder / "logs of it"), *options, *train]
+
+
+def script(stand_ins: StandIns, *options: str, train: Sequence[str] = TRAIN) -> subprocess.CompletedProcess[str]:
     stand_ins.add("tar")
-    return stand_ins.run("tpu_vm.sh", *named, "--logs", logs, *options, *train, POLL_SECONDS="0")
+    return stand_ins.run("tpu_vm.sh", *arguments(stand_ins, *options, train=train), POLL_SECONDS="0")
 
 
 # No terminal is there to be asked: what is not given a zone, or deletes without --quiet, would wait.
@@ -110,8 +116,8 @@ def test_training_runs_on_all_hosts_with_its_arguments_as_they_were_given(stand_
     program.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >arguments\nexit 75\n')
     program.chmod(0o755)
     subprocess.run(["bash", "-c", command], cwd=home, check=True, timeout=30)
-    arguments = (home / "spt_jax" / "arguments").read_text().splitlines()
-    assert arguments == [
+    given = (home / "spt_jax" / "arguments").read_text().splitlines()
+    assert given == [
         "train",
         "--distributed=auto",
         f"--workdir={URL}",
@@ -186,6 +192,36 @@ def test_a_stopped_run_goes_on_and_a_mistake_does_not(stand_ins):
     done = script(stand_ins)
     assert done.returncode == 2, done.stderr
     assert steps(stand_ins) == [*ONCE[:5], *ONCE[1:]]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("options", "end"), [((), ["delete"]), (("--queued",), ["delete"]), (("--keep",), [])])
+def test_a_stop_of_the_script_deletes_the_tpu_at_once_unless_it_is_kept(stand_ins, number, options, end):
+    gcloud(stand_ins, [READY], first={r"spt-jax train": [WAITS]})
+    stand_ins.add("tar")
+    # A terminal's Ctrl-C goes to the whole group of its foreground, the waiting gcloud among it.
+    process = subprocess.Popen(
+        ["bash", str(REPOSITORY / "launch" / "tpu_vm.sh"), *arguments(stand_ins, *options)],
+        env=stand_ins.environment(POLL_SECONDS="0"),
+        cwd=stand_ins.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while not (stand_ins.folder / "waiting").exists():
+            assert time.monotonic() < deadline, "the training did not come"
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, err
+    assert steps(stand_ins) == ["send", "install", "train", *end]
+    assert ("kept and costs" in err) == ("--keep" in options)
 
 
 def test_after_so_many_preemptions_it_ends_with_the_code_of_a_stop(stand_ins):
