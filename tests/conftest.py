@@ -26,6 +26,11 @@ os.environ.setdefault("SPT_JAX_TESTS_CACHE", f"{tempfile.gettempdir()}/spt-jax-t
 os.environ["XDG_CACHE_HOME"] = os.environ["SPT_JAX_TESTS_CACHE"]
 
 import pytest
+from hypothesis import HealthCheck, settings
+
+# Other work on the same cores must not fail a test for being slow.
+settings.register_profile("shared cores", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("shared cores")
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -33,6 +38,9 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--all", action="store_true", help="run the long campaigns in full, not a sample of them")
     parser.addoption("--real-models", action="store_true", help="run the tests of real LMs of some hundred megabytes")
+    parser.addoption(
+        "--shared", action="store_true", help="fail, do not skip, where ../shared's reference data is absent"
+    )
 
 
 def pytest_unconfigure() -> None:
@@ -79,9 +87,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.fixture(scope="session")
-def shared_dir() -> Path:
+def shared_dir(request: pytest.FixtureRequest) -> Path:
     """The folder of shared reference data beside the repository; a user's machine has none."""
     path = REPOSITORY.parent / "shared"
+    if request.config.getoption("--shared") and not ((path / "data").is_dir() and (path / "golden").is_dir()):
+        pytest.fail("--shared was asked for, but the folder ../shared with the reference data is not on this machine")
     if not (path / "data").is_dir():
         pytest.skip("the folder ../shared with the reference data is not on this machine")
     return path

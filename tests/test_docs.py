@@ -22,7 +22,10 @@ from spt_jax.config import RULES, default_config, flatten, set_option, validate
 from spt_jax.errors import UserError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
-PAGES = [*sorted((REPOSITORY / "docs").glob("*.md")), REPOSITORY / "README.md", REPOSITORY / "CHANGELOG.md"]
+PAGES = [
+    *sorted((REPOSITORY / "docs").rglob("*.md")),
+    *(REPOSITORY / name for name in ("README.md", "CHANGELOG.md", "SECURITY.md")),
+]
 NAMES = [str(page.relative_to(REPOSITORY)) for page in PAGES]
 
 _EXAMPLES = re.compile(r"^```pycon\n(.*?)^```$", re.DOTALL | re.MULTILINE)
@@ -132,9 +135,12 @@ def test_options_in_documents_exist_with_allowed_values(name: str) -> None:
     for option, value in re.findall(r"--config\.([\w.]+)=([\w./:-]+)", text):
         if option == "a.b":
             continue
-        config = default_config()
         kind = type(known[option])
-        set_option(config, option, value == "true" if kind is bool else kind(value))
+        if kind is bool:
+            assert value.lower() in ("true", "false"), f"{option}={value} in {name}"
+            continue
+        set_option(default_config(), option, kind(value))
+        assert option not in RULES or RULES[option].holds(kind(value)), f"{option}={value} in {name}"
 
 
 def door_commands() -> list[tuple[str, str]]:

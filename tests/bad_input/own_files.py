@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from driver import Reader
@@ -151,7 +152,10 @@ def _read_adapter(path: Path) -> None:
     for name, content in ((ADAPTER_CONFIG, _ADAPTER), (ADAPTER_WEIGHTS, _PROMPT)):
         if name != path.name:
             (path.parent / name).write_bytes(content)
-    read_prompt(path.parent, "org/model")
+    temporary = path.parent / "temporary"
+    temporary.mkdir(exist_ok=True)
+    with mock.patch.object(tempfile, "tempdir", str(temporary)):  # else a path upwards would lie there too
+        read_prompt(path.parent, "org/model")
 
 
 _ADAPTER = json.dumps(
@@ -217,7 +221,7 @@ OWN_FILES = [
     ),
     Reader("bank, npy", "bank.npy", _npy(), _read_bank, homes=(PROGRAMS,)),
     Reader("bank, safetensors", "bank.safetensors", save({"prompts": _BANK}), _read_bank, homes=(PROGRAMS,)),
-    Reader("adapter's config", ADAPTER_CONFIG, _ADAPTER, _read_adapter, homes=(Path(tempfile.gettempdir()),)),
-    Reader("adapter's weights", ADAPTER_WEIGHTS, _PROMPT, _read_adapter, homes=(Path(tempfile.gettempdir()),)),
+    Reader("adapter's config", ADAPTER_CONFIG, _ADAPTER, _read_adapter),
+    Reader("adapter's weights", ADAPTER_WEIGHTS, _PROMPT, _read_adapter),
     *(Reader(name, name, content, _read_tokenizer) for name, content in _TOKENIZER.items()),
 ]

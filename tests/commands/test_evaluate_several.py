@@ -104,11 +104,14 @@ def test_an_evaluation_of_two_killed_on_one_host_goes_on_and_finds_the_same(work
     arguments = ["evaluate", f"--workdir={here}", *FLAGS, f"--data={candidates}", "--batch=4"]
     job = start(arguments, 2, 2)
     deadline = time.monotonic() + 120
-    while time.monotonic() < deadline and not list(here.glob("evaluation.partial/*/*.replies.jsonl")):
-        assert all(process.poll() is None for process in job.processes)
-        time.sleep(0.01)
-    job.processes[1].kill()
-    codes = job.wait()
+    try:
+        while time.monotonic() < deadline and not list(here.glob("evaluation.partial/*/*.replies.jsonl")):
+            assert all(process.poll() is None for process in job.processes)
+            time.sleep(0.01)
+        job.processes[1].kill()
+        codes = job.wait()
+    finally:
+        job.kill()
     assert codes == [1, -signal.SIGKILL], job.err
     assert "process 1 of 2 (" in job.err[0] and "Traceback" not in job.err[0]
     assert not (here / "results.json").exists()

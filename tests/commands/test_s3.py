@@ -16,7 +16,7 @@ from tiny_run import train_arguments, walk
 from spt_jax.commands.main import main
 from spt_jax.exit_codes import MISTAKE
 from spt_jax.storage.bucket import open_bucket
-from spt_jax.storage.complete_steps import complete_steps
+from spt_jax.storage.complete_steps import complete_steps, delete_step
 
 pytestmark = pytest.mark.first_python
 
@@ -57,10 +57,12 @@ def test_a_run_is_trained_into_s3_goes_on_from_it_and_is_evaluated_there(trained
     assert set(complete_steps(open_bucket(url))) == {0, 2, 4}
     straight = json.loads((trained / "run" / "checkpoints" / "4" / "meta" / "metadata").read_text())
     assert digests(url) == straight["digests"]
+    delete_step(open_bucket(url), 4)
     shutil.rmtree(cache_home / "buckets")
     capsys.readouterr()
     walk(*arguments)
-    assert "resuming from step 4 of 4" in capsys.readouterr().out
+    assert "resuming from step 2 of 4" in capsys.readouterr().out
+    assert digests(url) == straight["digests"]
     walk("evaluate", f"--workdir={url}")
     assert open_bucket(url).read("predictions.jsonl") == (trained / "run" / "predictions.jsonl").read_bytes()
 
@@ -76,6 +78,7 @@ def test_two_processes_train_into_s3_what_one_does(tmp_path):
     figures = [
         [json.loads(line) for line in (open_bucket(url).read("metrics.jsonl") or b"").splitlines()] for url in urls
     ]
+    assert figures[0][-1]["step"] == 4
     for one, two in zip(*figures, strict=True):
         assert one["step"] == two["step"]
         for name in one.keys() - {"tokens_per_second", "turns_per_second"}:

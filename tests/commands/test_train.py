@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import signal
 
 import pytest
 from tiny_run import train_arguments, walk, write_config, write_dialogues, write_llama
@@ -10,7 +11,8 @@ from tiny_run import train_arguments, walk, write_config, write_dialogues, write
 from spt_jax.commands.main import main
 from spt_jax.config import default_config
 from spt_jax.evaluation.likelihood import DevelopmentEvaluator
-from spt_jax.training import run_training
+from spt_jax.training import loop, run_training
+from spt_jax.training.loop import save
 from spt_jax.training.remat import with_remat
 
 
@@ -57,6 +59,26 @@ def test_the_same_command_again_resumes_and_changes_nothing(trained, copy_of, ca
     walk(*arguments_of(trained, copy_of))
     assert "resuming from step 4 of 4" in capsys.readouterr().out
     assert rows(copy_of) == before
+
+
+def test_a_second_ctrl_c_leaves_a_training_at_once_and_the_same_command_goes_on(trained, tmp_path, capsys, monkeypatch):
+    workdir, asked = tmp_path / "run", []
+
+    def save_with_ctrl_c(checkpoints, state, meta, perplexity):
+        if int(state.step):
+            asked.append(int(state.step))
+            signal.raise_signal(signal.SIGINT)
+        save(checkpoints, state, meta, perplexity)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "save", save_with_ctrl_c)
+        assert main(arguments_of(trained, workdir)) == 130
+    assert asked == [2, 3], "the first one is polite, the second comes while the step is saved"
+    assert capsys.readouterr().err.endswith("\nspt-jax train: interrupted\n")
+    walk(*arguments_of(trained, workdir))
+    assert re.search("resuming from step [02] of 4", capsys.readouterr().out)
+    metadata = [json.loads((run / "checkpoints/4/meta/metadata").read_text()) for run in (workdir, trained / "run")]
+    assert metadata[0]["digests"] == metadata[1]["digests"]
 
 
 def test_more_steps_go_on_where_the_run_stopped(trained, copy_of, capsys):

@@ -6,15 +6,10 @@ import importlib.metadata
 from pathlib import Path
 
 import pytest
-from hypothesis import HealthCheck, settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from toy_encoders import FastEncoder
 
 from spt_jax.data import DialogueSet, Row, pack, read_dialogues
-
-# Other work on the same cores must not fail a test for being slow.
-settings.register_profile("shared cores", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("shared cores")
 
 
 @pytest.fixture(scope="session")

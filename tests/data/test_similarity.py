@@ -83,9 +83,9 @@ def test_a_matrix_of_128_turns_takes_milliseconds(valid_set):
     similarity = BleuSimilarity([" ".join(dialogue.persona) for dialogue in valid_set.dialogues])
     seconds = []
     for start in range(0, 640, 128):
-        begin = time.perf_counter()
+        begin = time.process_time()  # what others do on the same cores does not count
         similarity.matrix(np.arange(start, start + 128))
-        seconds.append(time.perf_counter() - begin)
+        seconds.append(time.process_time() - begin)
     print(f"128 x 128: {1e3 * min(seconds):.1f} ms")
     assert min(seconds) < 0.05
 

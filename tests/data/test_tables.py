@@ -5,8 +5,11 @@ from pathlib import Path
 
 import pytest
 
+from spt_jax.commands.restored import heldout_dialogues
+from spt_jax.config import default_config
 from spt_jax.data import Turn, read_dialogues
 from spt_jax.errors import UserError
+from spt_jax.training.experiment import read_splits
 
 datasets = pytest.importorskip("datasets")
 
@@ -56,6 +59,27 @@ def test_every_local_form_gives_the_same_dialogues(form, tmp_path, capsys):
     assert [d.turns for d in read.dialogues] == EXPECTED
     assert [d.source for d in read.dialogues] == [f"{source}:1", f"{source}:3"]
     assert capsys.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["saved dict", "data folder"])
+def test_a_run_learns_from_train_is_tuned_on_validation_and_tested_on_test(saved, tmp_path):
+    rows = {
+        part: [{"persona": [part], "history": ["hi"], "response": part}] for part in ("train", "validation", "test")
+    }
+    tables = datasets.DatasetDict({part: datasets.Dataset.from_list(rows[part]) for part in rows})
+    if saved:
+        tables.save_to_disk(tmp_path / "set")
+    else:
+        (tmp_path / "set").mkdir()
+        for part, table in tables.items():
+            table.to_parquet(tmp_path / "set" / f"{part}.parquet")
+    config = default_config()
+    config.data.train = config.data.development = config.data.test = str(tmp_path / "set")
+    splits = read_splits(config)
+    for name, part in {"train": "train", "development": "validation", "test": "test"}.items():
+        (dialogue,) = getattr(splits, name)
+        assert dialogue.persona == (part,)
+        assert heldout_dialogues(config, str(tmp_path / "set"), split=name)[1] == [dialogue]
 
 
 def test_csv_rows_and_tables_of_turns(tmp_path: Path):

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import re
+import time
+from pathlib import Path
 
 import pytest
 from disturbances import Disturbance
+from forked_command import SECONDS, Start
 from short_run import STEPS, assert_same_run, rows, steps_on_disk
 
 from spt_jax.exit_codes import FINISHED, MISTAKE, STOPPED
@@ -15,16 +18,26 @@ pytestmark = pytest.mark.first_python
 NANS = Disturbance(nan_from=3, nan_until=5)
 
 
+def kill_after(step: int, start: Start, workdir: Path) -> None:
+    """Kills a run once it has saved this step, before its end."""
+    deadline = time.monotonic() + SECONDS
+    try:
+        while max(steps_on_disk(workdir), default=-1) < step:
+            assert start.process.is_alive(), start.err
+            assert time.monotonic() < deadline, f"step {step} did not come: {start.err}"
+            time.sleep(0.005)
+    finally:
+        start.process.kill()
+        start.wait()
+
+
 def test_a_run_with_steps_that_are_not_finite_is_the_same_run_when_it_is_killed(undisturbed, tmp_path):
     command = undisturbed.command
     code, _, err = command.run(tmp_path / "whole", disturbance=NANS)
     assert code == FINISHED, err
     assert [step for step, row in rows(tmp_path / "whole") if row.get("bad_in_a_row")] == [4, 5]
     start = command.start(tmp_path / "killed", disturbance=NANS)
-    while max(steps_on_disk(tmp_path / "killed"), default=-1) < 4:
-        assert start.process.is_alive(), start.err
-    start.process.kill()
-    start.wait()
+    kill_after(4, start, tmp_path / "killed")
     code, out, err = command.run(tmp_path / "killed", disturbance=NANS)
     assert code == FINISHED, err
     assert "resuming from step" in out
@@ -34,10 +47,7 @@ def test_a_run_with_steps_that_are_not_finite_is_the_same_run_when_it_is_killed(
 def test_restarts_do_not_forget_how_many_bad_steps_came_in_a_row(undisturbed, tmp_path):
     workdir, forever = tmp_path / "run", Disturbance(nan_from=6, nan_until=STEPS)
     start = undisturbed.command.start(workdir, "--config.train.max_bad_steps=99", disturbance=forever)
-    while max(steps_on_disk(workdir), default=-1) < 7:
-        assert start.process.is_alive(), start.err
-    start.process.kill()
-    start.wait()
+    kill_after(7, start, workdir)
     for _ in range(2):
         done = steps_on_disk(workdir)[-1]
         code, _, err = undisturbed.command.run(workdir, "--config.train.max_bad_steps=4", disturbance=forever)

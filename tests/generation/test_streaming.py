@@ -108,6 +108,6 @@ def test_text_without_spaces_flows_too():
 
 
 def test_an_incomplete_character_is_held_back():
-    ids = iter("a 🙂🙂 b".encode())
-    for piece in ReplyStream(ids, ReplyText(decode)):
-        assert "\ufffd" not in piece
+    pieces = list(ReplyStream("a 🙂🙂 b".encode(), ReplyText(decode)))
+    assert not any("\ufffd" in piece for piece in pieces)
+    assert "".join(pieces) == "a 🙂🙂 b"

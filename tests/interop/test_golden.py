@@ -311,6 +311,7 @@ def test_greedy_ids_equal_the_reference(case: GoldenCase, record_property: Any) 
                     assert text == entry["text"][turn]
                     assert cut_reply_official(text) == entry["clean_text"][turn].strip()
     compared = len(generated) - near_ties
+    assert compared >= 0.9 * len(generated), "near ties are the exception"
     record_property("greedy", {"compared": compared, "near ties": near_ties, "of them equal": equal_all_the_same})
     print(f"{case.name}: {compared} rows compared, {near_ties} near ties, {equal_all_the_same} of them equal")
     assert not different, f"{len(different)} of {compared} rows differ ({near_ties} near ties left out): {different}"

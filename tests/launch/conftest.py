@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,9 @@ from stand_ins import StandIns
 
 
 @pytest.fixture
-def stand_ins(tmp_path: Path) -> StandIns:
+def stand_ins(tmp_path: Path) -> Iterator[StandIns]:
+    """None yet; at the end none may have been called in a way that the test did not foresee."""
     (tmp_path / "commands").mkdir()
-    return StandIns(tmp_path / "commands")
+    commands = StandIns(tmp_path / "commands")
+    yield commands
+    assert commands.unexpected() == []

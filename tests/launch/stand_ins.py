@@ -13,23 +13,33 @@ from pathlib import Path
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 PROGRAM = """#!{python}
-import json, os, re, sys
+import json, os, re, sys, time
 folder = {folder!r}
 with open(os.path.join(folder, "calls.jsonl"), "a") as calls:
     calls.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
 text = " ".join(sys.argv[1:])
 rules = json.load(open(os.path.join(folder, {name!r} + ".rules")))
 for number, (pattern, answers) in enumerate(rules):
-    if re.search(pattern, text):
+    if re.search(pattern, text, re.DOTALL):
         counter = os.path.join(folder, f"{name}.{{number}}.count")
         seen = int(open(counter).read()) if os.path.exists(counter) else 0
         open(counter, "w").write(str(seen + 1))
         code, out = answers[min(seen, len(answers) - 1)]
+        if code is None:
+            open(os.path.join(folder, "waiting"), "w").close()
+            time.sleep(60)
         print(out, end="", file=sys.stderr if code else sys.stdout)
         sys.exit(code)
+with open(os.path.join(folder, "unexpected.jsonl"), "a") as calls:
+    calls.write(json.dumps([{name!r}, *sys.argv[1:]]) + "\\n")
+sys.exit("stand-in: nobody told {name} what to answer to " + text)
 """
 
-Answer = tuple[int, str]
+Answer = tuple[int | None, str]
+DONE: Answer = (0, "")
+WAITS: Answer = (None, "")
+"""It makes the file `waiting` in its folder, and waits for a signal."""
+ANYTHING: Mapping[str, list[Answer]] = {"": [DONE]}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,12 +52,13 @@ class StandIns:
 
     folder: Path
 
-    def add(self, name: str, rules: Mapping[str, list[Answer]] | None = None) -> None:
+    def add(self, name: str, rules: Mapping[str, list[Answer]] = ANYTHING) -> None:
         """A command that answers, to arguments that match a pattern, its answers (code, output) one after the other.
 
-        What it says when it fails goes to stderr. The last one stays; what matches no pattern succeeds silently.
+        What it says when it fails goes to stderr. The last one stays. The first pattern that matches answers; what
+        matches none fails, and is kept among the unexpected calls. Without rules, everything succeeds silently.
         """
-        (self.folder / f"{name}.rules").write_text(json.dumps(list((rules or {}).items())))
+        (self.folder / f"{name}.rules").write_text(json.dumps(list(rules.items())))
         self.program(name, PROGRAM.format(python=sys.executable, folder=str(self.folder), name=name))
 
     def program(self, name: str, text: str) -> None:
@@ -57,7 +68,14 @@ class StandIns:
 
     def calls(self) -> list[list[str]]:
         """Every call so far, the command's name first."""
-        path = self.folder / "calls.jsonl"
+        return self._kept("calls.jsonl")
+
+    def unexpected(self) -> list[list[str]]:
+        """Those calls to which no rule had an answer."""
+        return self._kept("unexpected.jsonl")
+
+    def _kept(self, name: str) -> list[list[str]]:
+        path = self.folder / name
         return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
     def environment(self, **more: str) -> dict[str, str]:

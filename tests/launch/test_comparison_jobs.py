@@ -30,6 +30,10 @@ def note(what):
 
 
 note("begins")
+# The first ones wait until there are as many as may go at once; one more than that would come while they go on.
+deadline = time.monotonic() + 20
+while Path({notes!r}).read_text().count("begins") < {jobs} and time.monotonic() < deadline:
+    time.sleep(0.01)
 time.sleep(0.4)
 workdir.mkdir(parents=True, exist_ok=True)
 failed = door == "train" and {failing!r} in str(workdir)
@@ -49,7 +53,7 @@ def compare(
     stand_in = folder / "stand_in" / "spt_jax"
     stand_in.mkdir(parents=True)
     (stand_in / "__init__.py").write_text(INIT.format(real=str(REPOSITORY / "spt_jax")))
-    program = MAIN.format(notes=str(folder / "notes"), failing=failing, diverging=diverging)
+    program = MAIN.format(notes=str(folder / "notes"), jobs=jobs, failing=failing, diverging=diverging)
     (stand_in / "__main__.py").write_text(program)
     dialogues = folder / "dialogues.txt"
     dialogues.write_text("1 your persona: i sail.\n2 hi\thello\n")

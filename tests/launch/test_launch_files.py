@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
 import shlex
@@ -16,9 +17,9 @@ import yaml
 from absl import flags
 from stand_ins import REPOSITORY
 
-from spt_jax.commands.flag_reading import read_flags
+from spt_jax.commands.flag_reading import own_flags, read_flags
 from spt_jax.commands.main import DOORS
-from spt_jax.commands.train import define_flags
+from spt_jax.config import default_config, flatten, validate
 from spt_jax.exit_codes import MISTAKE, STOPPED
 
 LAUNCH = REPOSITORY / "launch"
@@ -243,17 +244,51 @@ def test_the_extras_that_launch_files_install_exist() -> None:
     assert {extra for _, extra in named} <= set(extras)
 
 
-def test_the_flags_of_training_in_launch_files_exist() -> None:
-    flag_values = flags.FlagValues()
-    define_flags(flag_values)
-    known = set(flag_values) | {"config"}
-    files = ["slurm.sbatch", "gke_jobset.yaml", "skypilot.yaml", "tpu_vm.sh", "local.sh"]
-    for name in files:
-        text = (LAUNCH / name).read_text()
-        named = set(re.findall(r"--(distributed|heartbeat|config|workdir)\b", text))
-        assert {"config", "workdir"} <= named
-        assert named <= known, f"{name}: {named - known}"
-    assert "train" in DOORS
+def door_flags(door: str) -> flags.FlagValues:
+    values = flags.FlagValues()
+    importlib.import_module(f"spt_jax.commands.{door}").define_flags(values)
+    return values
+
+
+def flags_given() -> list[tuple[str, str, str]]:
+    """The launch file, the door and the name of each flag that a script gives to `spt-jax` or shows how to give."""
+    found = []
+    for path in [*SCRIPTS, LAUNCH / "skypilot.yaml"]:
+        for line in path.read_text().replace("\\\n", " ").splitlines():
+            for door, given in re.findall(r'spt[-_]jax"? (train|evaluate|"\$door") (.*)', line):
+                doors = ("train", "evaluate") if "$" in door else (door,)
+                found += [(path.name, each, flag) for each in doors for flag in re.findall(r"--([\w.]+)", given)]
+            for door, given in re.findall(r"launch/[\w.]+ .*?(?:-- )?(evaluate )?(--(?:config|workdir)[=.].*)", line):
+                found += [(path.name, door.strip() or "train", flag) for flag in re.findall(r"--([\w.]+)", given)]
+            found += [(path.name, "train", flag) for flag in re.findall(r"--(config\.[\w.]+)", line)]
+    return list(dict.fromkeys(found))
+
+
+def test_the_scripts_that_give_flags_are_found() -> None:
+    given = flags_given()
+    own = {"local.sh", "slurm.sbatch", "tpu_vm.sh"}
+    assert {name for name, _, _ in given} == own | {"quickstart.sh", "skypilot.yaml"}
+    assert {name for name, door, flag in given if (door, flag) == ("train", "distributed")} == own
+
+
+@pytest.mark.parametrize(("name", "door", "flag"), flags_given())
+def test_the_flags_that_launch_files_give_exist(name: str, door: str, flag: str) -> None:
+    assert door in DOORS
+    known = {*own_flags(door_flags(door)), *(f"config.{option}" for option in flatten(default_config()))}
+    assert flag in known, f"{name}: {door} --{flag}"
+
+
+@pytest.mark.parametrize("job_set", job_sets(), ids=lambda job: job["metadata"]["name"])
+def test_the_arguments_of_a_job_set_are_read_by_its_door(job_set: dict[str, Any]) -> None:
+    (workers,) = job_set["spec"]["replicatedJobs"]
+    (container,) = workers["template"]["spec"]["template"]["spec"]["containers"]
+    door, *arguments = container["args"]
+    arguments = [argument.replace("--config=", f"--config={REPOSITORY}/") for argument in arguments]
+    values = door_flags(door)
+    read_flags(door, values, arguments)
+    assert values["distributed"].value == "auto"
+    assert values["workdir"].value.startswith("gs://")
+    validate(values["config"].value)
 
 
 def _examples() -> list[tuple[str, int, list[str]]]:
@@ -285,8 +320,7 @@ def _devices(front: str) -> int:
 
 @pytest.mark.parametrize(("place", "devices", "arguments"), _examples())
 def test_the_devices_of_an_example_share_its_rows(place: str, devices: int, arguments: list[str]) -> None:
-    values = flags.FlagValues()
-    define_flags(values)
+    values = door_flags("train")
     arguments = [argument for argument in arguments if argument.startswith("--config")]
     arguments[0] = f"--config={LAUNCH.parent / arguments[0].removeprefix('--config=')}"
     read_flags("train", values, [*arguments, "--workdir=run"])

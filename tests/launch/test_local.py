@@ -101,11 +101,14 @@ def test_a_stop_asks_every_process_once_and_the_code_is_that_of_a_stop(stand_ins
         text=True,
         start_new_session=True,
     )
-    for index in range(2):
-        wait_for(stand_ins.folder / f"running.{index}")
-    time.sleep(0.2)
-    os.killpg(process.pid, number)
-    out, _ = process.communicate(timeout=30)
+    try:
+        for index in range(2):
+            wait_for(stand_ins.folder / f"running.{index}")
+        time.sleep(0.2)
+        os.killpg(process.pid, number)
+        out, _ = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert process.returncode == 75, out
     assert {path.name for path in stand_ins.folder.glob("asked.*")} == {"asked.0", "asked.1"}
     assert not list(stand_ins.folder.glob("interrupted.*"))

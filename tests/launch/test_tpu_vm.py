@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import shlex
+import signal
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Mapping, Sequence
 
 import pytest
-from stand_ins import Answer, StandIns
+from stand_ins import DONE, REPOSITORY, WAITS, Answer, StandIns
 
 URL = "gs://bucket/a run"
 TRAIN = ("--", "--config=configs/quickstart.py", "--config.seed=1")
 
 
-def script(stand_ins: StandIns, *options: str, train: Sequence[str] = TRAIN) -> subprocess.CompletedProcess[str]:
+def arguments(stand_ins: StandIns, *options: str, train: Sequence[str] = TRAIN) -> list[str]:
     named = ("--name", "my tpu", "--zone", "us-a", "--type", "v5litepod-8", "--workdir", URL)
-    logs = str(stand_ins.folder / "logs of it")
+    return [*named, "--logs", str(stand_ins.folder / "logs of it"), *options, *train]
+
+
+def script(stand_ins: StandIns, *options: str, train: Sequence[str] = TRAIN) -> subprocess.CompletedProcess[str]:
     stand_ins.add("tar")
-    return stand_ins.run("tpu_vm.sh", *named, "--logs", logs, *options, *train, POLL_SECONDS="0")
+    return stand_ins.run("tpu_vm.sh", *arguments(stand_ins, *options, train=train), POLL_SECONDS="0")
+
+
+# No terminal is there to be asked: what is not given a zone, or deletes without --quiet, would wait.
+NAMED = r"(my tpu|a) --zone \S+"
+CHANGES = (
+    rf"tpu-vm create {NAMED} --accelerator-type \S+ --version \S+( --spot)?",
+    rf"tpu-vm ssh {NAMED} --worker=(all|\d+) --command=.+",
+    r"tpu-vm scp .+ --zone \S+ --worker=(all|\d+)",
+    rf"tpu-vm delete {NAMED} --quiet",
+    rf"queued-resources create {NAMED} --node-id \1 --accelerator-type \S+ --runtime-version \S+( --spot)?",
+    rf"queued-resources delete {NAMED} --force --quiet",
+)
 
 
 def gcloud(
@@ -26,16 +44,18 @@ def gcloud(
     codes: Sequence[Answer] = ((0, "0\n"),),
     queue: Sequence[str] = ("ACTIVE",),
     hosts: int = 1,
+    first: Mapping[str, list[Answer]] | None = None,
 ) -> None:
-    stand_ins.add(
-        "gcloud",
-        {
-            r"tpu-vm describe .*value\(state\)": list(states),
-            r"tpu-vm describe .*networkEndpoints": [(0, f"{hosts}\n")],
-            r"queued-resources describe": [(0, f"{state}\n") for state in queue],
-            r"cat spt_jax/train.exit": list(codes),
-        },
-    )
+    """One that knows the changes and questions of the script alone; `first` are rules before the others."""
+    rules = {
+        rf"tpu-vm describe {NAMED} --format=value\(state\)": list(states),
+        rf"tpu-vm describe {NAMED} --format=value\(networkEndpoints\.len\(\)\)": [(0, f"{hosts}\n")],
+        rf"queued-resources describe {NAMED} --format=value\(state\.state\)": [(0, f"{state}\n") for state in queue],
+        rf"tpu-vm ssh {NAMED} --worker=0 --command=cat spt_jax/train\.exit": list(codes),
+        **{change: [DONE] for change in CHANGES},
+    }
+    whole = {f"^compute tpus {pattern}$": answers for pattern, answers in rules.items()}
+    stand_ins.add("gcloud", {**(first or {}), **whole})
 
 
 def calls(stand_ins: StandIns) -> list[list[str]]:
@@ -96,8 +116,8 @@ def test_training_runs_on_all_hosts_with_its_arguments_as_they_were_given(stand_
     program.write_text('#!/usr/bin/env bash\nprintf "%s\\n" "$@" >arguments\nexit 75\n')
     program.chmod(0o755)
     subprocess.run(["bash", "-c", command], cwd=home, check=True, timeout=30)
-    arguments = (home / "spt_jax" / "arguments").read_text().splitlines()
-    assert arguments == [
+    given = (home / "spt_jax" / "arguments").read_text().splitlines()
+    assert given == [
         "train",
         "--distributed=auto",
         f"--workdir={URL}",
@@ -174,6 +194,36 @@ def test_a_stopped_run_goes_on_and_a_mistake_does_not(stand_ins):
     assert steps(stand_ins) == [*ONCE[:5], *ONCE[1:]]
 
 
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("options", "end"), [((), ["delete"]), (("--queued",), ["delete"]), (("--keep",), [])])
+def test_a_stop_of_the_script_deletes_the_tpu_at_once_unless_it_is_kept(stand_ins, number, options, end):
+    gcloud(stand_ins, [READY], first={r"spt-jax train": [WAITS]})
+    stand_ins.add("tar")
+    # A terminal's Ctrl-C goes to the whole group of its foreground, the waiting gcloud among it.
+    process = subprocess.Popen(
+        ["bash", str(REPOSITORY / "launch" / "tpu_vm.sh"), *arguments(stand_ins, *options)],
+        env=stand_ins.environment(POLL_SECONDS="0"),
+        cwd=stand_ins.folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        deadline = time.monotonic() + 20
+        while not (stand_ins.folder / "waiting").exists():
+            assert time.monotonic() < deadline, "the training did not come"
+            time.sleep(0.01)
+        os.killpg(process.pid, number)
+        _, err = process.communicate(timeout=30)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 130, err
+    assert steps(stand_ins) == ["send", "install", "train", *end]
+    assert ("kept and costs" in err) == ("--keep" in options)
+
+
 def test_after_so_many_preemptions_it_ends_with_the_code_of_a_stop(stand_ins):
     gcloud(stand_ins, [ABSENT, PREEMPTED])
     done = script(stand_ins, "--retries", "2")
@@ -210,8 +260,7 @@ def test_a_run_that_left_no_exit_code_is_a_failure(stand_ins):
 
 @pytest.mark.parametrize("failing", ["tpu-vm create", "launch/environment.sh", "tpu-vm scp"])
 def test_whatever_fails_the_tpu_is_deleted(stand_ins, failing):
-    gcloud(stand_ins, [ABSENT, READY])
-    stand_ins.add("gcloud", {failing: [(3, "")], r"value\(state\)": [ABSENT, READY]})
+    gcloud(stand_ins, [ABSENT, READY], first={failing: [(3, "")]})
     done = script(stand_ins)
     assert done.returncode == 3, done.stderr
     assert steps(stand_ins)[-1] == "delete"
@@ -250,7 +299,7 @@ def test_a_queue_that_gives_up_ends_it(stand_ins):
 
 
 def test_a_tpu_that_cannot_be_deleted_is_told(stand_ins):
-    stand_ins.add("gcloud", {"tpu-vm delete": [(1, "")], r"value\(state\)": [READY], "train.exit": [(0, "0\n")]})
+    gcloud(stand_ins, [READY], first={"tpu-vm delete": [(1, "")]})
     done = script(stand_ins)
     assert done.returncode == 0
     assert "could not be deleted" in done.stderr

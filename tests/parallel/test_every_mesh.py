@@ -25,14 +25,17 @@ from spt_jax.training.step import init_state, make_train_step, state_shardings
 
 MESHES = [(d, f, 8 // d // f) for d, f in itertools.product((1, 2, 4, 8), repeat=2) if d * f <= 8]
 KINDS = ("spt", "prompt_tuning", "prefix_tuning", "p_tuning", "lora", "full")
+INT4 = ("spt", "int4", (1, 4, 2))
 CASES = [
     (kind, quantization, mesh)
     for kind, quantization, mesh in itertools.product(KINDS, ("none", "int8"), MESHES)
     if (kind, quantization) != ("full", "int8")  # there are no floats to learn
 ]
+CASES.append(INT4)
 # Weights gathered, activations summed, weights learned; a prompt, a prefix, neither.
 SHORT = {
     ("spt", "int8", (1, 4, 2)),
+    INT4,
     ("prefix_tuning", "none", (2, 1, 4)),
     ("full", "none", (4, 2, 1)),
 }
@@ -97,7 +100,7 @@ def stepped(kind: str, quantization: str, sizes: tuple[int, int, int]) -> Steppe
     )
     arguments = init_state(first, optimizer, mesh, own), frozen, place_batch(mesh, host)
     compiled: Any = step.lower(*arguments).compile()  # pyright: ignore[reportFunctionMemberAccess]
-    state, metrics = jax.device_get(compiled(*arguments))
+    state, metrics = jax.device_get(step(*arguments))  # a compiled step refuses int4 arrays (jax 0.10)
     gradient = jax.tree.map(lambda new, old: (np.asarray(old) - new) / RATE, state.trainable, first)
     return Stepped(metrics, gradient, collectives(compiled.as_text()))
 
@@ -110,7 +113,7 @@ def cases() -> list[Any]:
 
 
 def largest_matrix() -> int:
-    """Bytes of the largest matrix of one layer in the type of the arithmetic, in which int8 ones are gathered too."""
+    """Bytes of the largest matrix of one layer in the type of the arithmetic, in which integers are gathered too."""
     return max(x.nbytes // len(x) for x in jax.tree.leaves(tiny.params()["layers"]) if x.ndim > 2)
 
 

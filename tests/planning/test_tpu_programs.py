@@ -66,6 +66,7 @@ def test_a_train_step_for_four_chips_has_splash_attention_and_gathers_a_layer_at
     # Seven kernels in each of the passes over the layers, the vocabulary beside them.
     assert gathered["count"] >= 2 * 7 * 3
     assert program["peak"] < 0.5 * GIB
+    assert the_estimate_is_close(facts)
     assert facts["longest"]["seconds"] > 0 and facts["mean"]["seconds"] <= facts["longest"]["seconds"]
 
 

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 from stand_in_sweep import OPENED, work, write_sweep
 
+from spt_jax.sweeps.locked import holder_here
 from spt_jax.sweeps.worker import Workplace
 
 
@@ -16,6 +21,16 @@ def _connections_closed() -> Iterator[None]:
     for storage in OPENED:
         storage.engine.dispose()
     OPENED.clear()
+
+
+@pytest.fixture(autouse=True)
+def _no_run_left(tmp_path: Path) -> Iterator[None]:
+    """A run outlives a worker that was killed, and is no child of the test: its lock tells where it is."""
+    yield
+    for lock in tmp_path.glob("**/seed_*.lock"):
+        if holder := holder_here(lock):
+            with suppress(ProcessLookupError):
+                os.kill(holder, signal.SIGKILL)
 
 
 @pytest.fixture(scope="session")

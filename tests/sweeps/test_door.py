@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 from short_run import write_short_run
+from stand_in_sweep import start_worker, workplace, write_sweep
+from test_workers import ended, wait_until
 
 from spt_jax.commands.configuration import load_config
 from spt_jax.config import flatten
@@ -66,11 +68,13 @@ def test_a_sweep_of_real_trainings_is_stopped_killed_resumed_and_its_best_config
     flags = (f"--out={out}", "--jobs=2", "--config.seed=5", "--config.data.batch=2")
     first = start(folder, *flags)
     began = time.monotonic()
-    while first.poll() is None and not list(out.glob("trial_*/seed_0/checkpoints/1")):
-        assert time.monotonic() - began < 120
-        time.sleep(0.05)
-    first.send_signal(signal.SIGTERM)
-    _, told = first.communicate(timeout=120)
+    try:
+        while first.poll() is None and not list(out.glob("trial_*/seed_0/checkpoints/1")):
+            assert time.monotonic() - began < 120
+            time.sleep(0.05)
+    finally:
+        first.send_signal(signal.SIGTERM)  # its workers and their runs end with it
+        _, told = first.communicate(timeout=120)
     assert first.returncode == STOPPED and "stopped, every run is saved" in told
     code, printed, told = run(folder, *flags)
     assert code == 0, told
@@ -149,6 +153,42 @@ def test_a_worker_that_is_stopped_says_so_by_its_exit_code(folder, monkeypatch, 
     monkeypatch.setattr(door.Worker, "work", lambda self: signal.raise_signal(signal.SIGTERM))
     arguments = [f"--sweep={folder / 'sweep.py'}", f"--out={tmp_path / 'out'}", "--worker"]
     assert door.main("launch/sweep.py", arguments) == STOPPED
+
+
+def without_workers(file: Path, flag: str, monkeypatch: pytest.MonkeyPatch) -> int:
+    """The exit code of the program on a sweep of `stand_in_sweep`; it may start no worker."""
+    from spt_jax.sweeps import door
+
+    monkeypatch.setattr(door.launchers, "start_local", lambda *_: pytest.fail("a worker was started"))
+    out, name = file.parent / "out", file.parent.name
+    return door.main("launch/sweep.py", [f"--sweep={file}", f"--out={out}", f"--name={name}", flag])
+
+
+def test_a_report_tells_what_is_complete_by_now_and_starts_nothing(capsys, monkeypatch, tmp_path):
+    file = write_sweep(tmp_path / "sweep.py")
+    at = workplace(file)
+    assert without_workers(file, "--report", monkeypatch) == 1
+    assert "no trial is complete" in capsys.readouterr().err
+    worker = start_worker(file, step=0.2)
+    with ended([worker]):
+        wait_until(lambda: at.trials()[0].state.name == "COMPLETE")
+    assert without_workers(file, "--report", monkeypatch) == 0
+    assert "best: trial 0, development/perplexity" in capsys.readouterr().out
+    states = [trial["state"] for trial in json.loads((tmp_path / "out" / "trials.json").read_text())]
+    assert states[0] == "COMPLETE" and "COMPLETE" not in states[1:]
+    assert (tmp_path / "out" / "best.py").is_file() and "<svg" in (tmp_path / "out" / "report.html").read_text()
+
+
+def test_a_watch_shows_what_others_train_until_the_last_trial_and_writes_the_results(capsys, monkeypatch, tmp_path):
+    file = write_sweep(tmp_path / "sweep.py")
+    worker = start_worker(file)
+    with ended([worker]):
+        assert without_workers(file, "--watch", monkeypatch) == 0
+    printed, told = capsys.readouterr()
+    assert [told.count(f"trial {number}: complete development/perplexity") for number in range(4)] == [1] * 4
+    assert "best: trial 3, development/perplexity" in printed
+    trials = json.loads((tmp_path / "out" / "trials.json").read_text())
+    assert {trial["state"] for trial in trials} == {"COMPLETE"}
 
 
 def test_the_help_names_every_flag(capsys):

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from optuna.trial import TrialState, create_trial
@@ -21,12 +22,16 @@ from spt_jax.sweeps.worker import ERROR, Workplace, trial_folder
 
 pytestmark = pytest.mark.first_python
 
+Seen = TypeVar("Seen")
 
-def wait_until(seen: Callable[[], object], seconds: float = 240.0) -> None:
+
+def wait_until(seen: Callable[[], Seen], seconds: float = 240.0) -> Seen:
+    """What is seen, once it is something."""
     began = time.monotonic()
-    while not seen():
+    while not (found := seen()):
         assert time.monotonic() - began < seconds, "it did not come"
         time.sleep(0.02)
+    return found
 
 
 @contextmanager
@@ -60,19 +65,37 @@ def test_a_grid_is_every_combination_once(undisturbed):
     assert min(found, key=lambda number: found[number][2] or 0) == 3
 
 
+def places_at_work(at: Workplace, workers: list[subprocess.Popen[bytes]]) -> list[int]:
+    """Those of the workers whose run has begun its steps and not finished them."""
+    places = {str(worker.pid): place for place, worker in enumerate(workers)}
+    found = []
+    for trial in range(at.num_trials):
+        holder, notes = holder_here(trial_folder(at.folder, trial) / "seed_0.lock"), processes(at, trial)
+        if STAND_IN_FINISHED not in notes and any(note.startswith(f"process {holder} begins") for note in notes):
+            parent = subprocess.run(
+                ["ps", "-o", "ppid=", "-p", str(holder)], capture_output=True, text=True, check=False
+            )
+            found += [place for pid, place in places.items() if pid == parent.stdout.strip()]
+    return found
+
+
 def disturb(file: Path, storage: str, at: Workplace, kills: int, draws: random.Random) -> None:
-    """Three workers, of which one after another is killed with -9 at a random moment and replaced."""
+    """Three workers, killed with -9 one after another and replaced: first one at work, then any at random moments."""
     workers = [start_worker(file, storage, step=0.2) for _ in range(3)]
     with ended(workers):
-        wait_until(lambda: any(trial.state == TrialState.RUNNING for trial in at.trials()))
-        for _ in range(kills):
-            time.sleep(draws.uniform(0.1, 1.5))
-            place = draws.randrange(3)
+        for kill in range(kills):
+            if kill:
+                time.sleep(draws.uniform(0.1, 1.5))
+                place = draws.randrange(3)
+            else:
+                place = wait_until(lambda: places_at_work(at, workers))[0]
             workers[place].kill()
             workers[place].wait()
             workers[place] = start_worker(file, storage, step=0.2)
         for worker in workers:
             assert worker.wait(120) == 0, (file.parent / "worker.txt").read_text()
+    begun = [sum("begins at step" in note for note in processes(at, trial)) for trial in range(at.num_trials)]
+    assert max(begun) > 1, "no kill met a trial at work"
 
 
 @pytest.mark.parametrize("kills", [3, pytest.param(25, marks=pytest.mark.campaign)])
@@ -86,7 +109,7 @@ def test_with_workers_killed_at_random_every_combination_is_complete_exactly_onc
 def test_a_worker_that_was_stopped_and_wakes_leaves_its_trial_to_who_took_it_over(tmp_path, undisturbed):
     file = write_sweep(tmp_path / "sweep.py")
     at = workplace(file)
-    sleeper = start_worker(file, seconds=2.0, step=0.3)
+    sleeper = start_worker(file, seconds=5.0, step=0.3)
     workers = [sleeper]
     with ended(workers):
         wait_until(lambda: len(processes(at, 0)) == 1)
@@ -94,7 +117,7 @@ def test_a_worker_that_was_stopped_and_wakes_leaves_its_trial_to_who_took_it_ove
         holder = holder_here(trial_folder(at.folder, 0) / "seed_0.lock")
         assert holder is not None
         os.kill(holder, signal.SIGSTOP)  # its run too: it cannot give up the folder by itself
-        workers.append(start_worker(file, seconds=2.0, step=0.05))
+        workers.append(start_worker(file, seconds=5.0, step=0.05))
         wait_until(lambda: len(processes(at, 0)) == 2)
         sleeper.send_signal(signal.SIGCONT)
         for worker in workers:

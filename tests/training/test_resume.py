@@ -145,11 +145,10 @@ def test_a_polite_stop_saves_says_how_to_go_on_and_loses_nothing(command, never_
     assert stopped, out
     assert "Traceback" not in err
     assert steps_on_disk(workdir)[-1] == int(stopped[1]) < STEPS
-    if number == signal.SIGTERM:
-        code, out, err = command.run(workdir)
-        assert code == 0, err
-        assert f"resuming from step {stopped[1]} of {STEPS}" in out
-        assert_same_run(workdir, never_killed)
+    code, out, err = command.run(workdir)
+    assert code == 0, err
+    assert f"resuming from step {stopped[1]} of {STEPS}" in out
+    assert_same_run(workdir, never_killed)
 
 
 def test_a_run_killed_on_a_machine_that_is_gone_goes_on_from_its_bucket(command, never_killed, tmp_path, monkeypatch):
