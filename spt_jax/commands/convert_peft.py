@@ -15,6 +15,7 @@ from absl import flags
 from spt_jax.commands.workdirs import local_workdir
 from spt_jax.errors import UserError
 from spt_jax.json_text import json_object
+from spt_jax.step_names import names_a_step
 
 _REQUIRED = {"workdir": "the working directory of a trained run", "out": "a new folder for the adapters"}
 
@@ -86,7 +87,7 @@ def open_trained(workdir: Path, checkpoint: str) -> Any:
     from spt_jax.training.description import describe
     from spt_jax.training.workdir import CHECKPOINT_FOLDER, read_config
 
-    if checkpoint not in ("best", "latest") and not checkpoint.isdigit():
+    if checkpoint not in ("best", "latest") and not names_a_step(checkpoint):
         raise UserError(f"the checkpoint is {checkpoint!r}; allowed: best, latest or a step's number")
     config, identity, _ = read_config(workdir)
     source = config.model.source

@@ -26,6 +26,7 @@ from spt_jax.commands.joining import define_joining_flags, joined_processes
 from spt_jax.commands.workdirs import evaluated_in
 from spt_jax.errors import UserError
 from spt_jax.metric_groups import GROUPS, chosen_groups
+from spt_jax.step_names import names_a_step
 
 if TYPE_CHECKING:
     from spt_jax.data.dialogue import Dialogue
@@ -154,7 +155,7 @@ def _measured(
     journal = Journal(workdir, question)
     if is_lead():
         check_writable(workdir / "results.json")
-        which = "" if given["checkpoint"].isdigit() else f"{given['checkpoint']} "
+        which = "" if names_a_step(given["checkpoint"]) else f"{given['checkpoint']} "
         print(f"{which}checkpoint, step {restored.step}, on {len(dialogues)} dialogues of {source}", flush=True)
         if journal.begun:
             print(f"going on where an evaluation was stopped: {journal.begun} replies are there", flush=True)

@@ -25,6 +25,7 @@ from spt_jax.parallel.mesh import mesh_sizes
 from spt_jax.parallel.rules import replicated
 from spt_jax.prompting.adapters import Conditions, Trainable, WholeModel
 from spt_jax.prompting.selective_lm import batch_scores, inference_conditions
+from spt_jax.step_names import names_a_step
 from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.checkpoint_arrays import restore_targets
 from spt_jax.training.description import front_length
@@ -136,7 +137,7 @@ def open_run(workdir: str, step: str = "best") -> Run:
     Raises:
         UserError: There is no run or no such checkpoint, or the LM is not the one it was trained on.
     """
-    if step not in ("best", "latest") and not step.isdigit():
+    if step not in ("best", "latest") and not names_a_step(step):
         raise UserError(f"the checkpoint is {step!r}; allowed: best, latest or a step's number")
     folder = local_workdir(workdir, step)
     config, identity, fingerprint = read_config(folder)

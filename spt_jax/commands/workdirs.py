@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from spt_jax.errors import UserError
 from spt_jax.exit_codes import STOPPED
+from spt_jax.step_names import names_a_step
 from spt_jax.storage.bucket import is_bucket_url
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def _pulled(workdir: str, checkpoint: str | None) -> ReadCopy:
         from spt_jax.training.checkpoint import Checkpoints
 
         assert checkpoint is not None
-        if checkpoint.isdigit():
+        if names_a_step(checkpoint):
             return [int(checkpoint)]
         with Checkpoints(folder, read_only=True) as checkpoints:
             return list(checkpoints.candidates(checkpoint))

@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from spt_jax.json_text import parse_json
+from spt_jax.step_names import names_a_step
 from spt_jax.storage.bucket import Bucket, BucketError
 
 CHECKPOINTS = "checkpoints"
@@ -70,7 +71,7 @@ def complete_steps(bucket: Bucket, files: Mapping[str, int] | None = None) -> di
 
 def _is_marker(name: str) -> bool:
     folder, _, file = name.rpartition("/")
-    return folder == MARKERS and file.endswith(".json") and file[: -len(".json")].isdigit()
+    return folder == MARKERS and file.endswith(".json") and names_a_step(file[: -len(".json")])
 
 
 def marker_name(step: int) -> str:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
+from spt_jax.step_names import names_a_step
 from spt_jax.storage.background import BackgroundCopies
 from spt_jax.storage.bucket import BucketError, open_bucket
 from spt_jax.storage.complete_steps import CHECKPOINTS, MARKERS, Manifest, complete_steps, marker_name, pull_step
@@ -59,7 +60,7 @@ class ReadCopy:
     def _pull_checkpoint(self, steps: dict[int, Manifest], preference: Preference) -> None:
         place = self.folder / CHECKPOINTS
         for path in place.iterdir() if place.is_dir() else ():
-            if path.name.isdigit() and not self._is_copy(int(path.name), steps):
+            if names_a_step(path.name) and not self._is_copy(int(path.name), steps):
                 shutil.rmtree(path)
         for step, manifest in steps.items():
             if not (place / str(step)).is_dir():

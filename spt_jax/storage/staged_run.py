@@ -9,6 +9,7 @@ from types import TracebackType
 
 from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
+from spt_jax.step_names import names_a_step
 from spt_jax.storage.background import BackgroundCopies
 from spt_jax.storage.bucket import WAITS, open_bucket
 from spt_jax.storage.complete_steps import (
@@ -134,14 +135,14 @@ class StagedRun:
 def _local_steps(folder: Path) -> dict[int, Path]:
     """The finished checkpoints of a folder, ascending."""
     place = folder / CHECKPOINTS
-    found = [path for path in place.iterdir() if path.name.isdigit()] if place.is_dir() else []
+    found = [path for path in place.iterdir() if names_a_step(path.name)] if place.is_dir() else []
     return {int(path.name): path for path in sorted(found, key=lambda path: int(path.name))}
 
 
 def _unfinished_steps(files: Collection[str]) -> set[int]:
     """The steps of which a bucket has files, but no marker."""
     parts = [name.split("/") for name in files]
-    begun = {int(part[1]) for part in parts if part[0] == CHECKPOINTS and len(part) > 2 and part[1].isdigit()}
+    begun = {int(part[1]) for part in parts if part[0] == CHECKPOINTS and len(part) > 2 and names_a_step(part[1])}
     return {step for step in begun if marker_name(step) not in files}
 
 

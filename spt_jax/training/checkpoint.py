@@ -30,6 +30,7 @@ from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
 from spt_jax.json_text import parse_json
 from spt_jax.parallel.distributed import is_lead, json_told_by_lead, on_host
+from spt_jax.step_names import names_a_step
 from spt_jax.training.checkpoint_arrays import Tree, placed, read_arrays, tree_digest, tree_shapes
 from spt_jax.training.checkpoint_record import (
     METRIC,
@@ -68,12 +69,7 @@ def _patient() -> ocp.AsyncOptions:
 
 def _step_folders(directory: Path) -> list[int]:
     found = [path for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
-    return sorted(int(path.name) for path in found if _names_a_step(path.name))
-
-
-def _names_a_step(name: str) -> bool:
-    """Whether it is a number as Orbax writes it: neither 007 nor the digits of other scripts."""
-    return name.isdecimal() and name == str(int(name))
+    return sorted(int(path.name) for path in found if names_a_step(path.name))
 
 
 class Checkpoints:
@@ -266,7 +262,7 @@ class Checkpoints:
     def _wanted(self, which: str) -> Iterator[int]:
         if which in ("latest", "best"):
             yield from self.candidates(which)
-        elif _names_a_step(which):
+        elif names_a_step(which):
             yield int(which)
         else:
             raise UserError(f"the checkpoint is {which!r}; allowed: best, latest or a step's number")
