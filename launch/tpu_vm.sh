@@ -60,6 +60,8 @@ state() {
     if gcloud compute tpus tpu-vm describe "$name" --zone "$zone" --format="value(state)" 2>"$said"; then break; fi
     if grep -q NOT_FOUND "$said"; then echo ABSENT; break; fi
     cat "$said" >&2
+    # What no waiting mends.
+    if grep -qE 'PERMISSION_DENIED|UNAUTHENTICATED|INVALID_ARGUMENT|auth login' "$said"; then asked=$retries; continue; fi
     pause
   done
   rm -f "$said"
@@ -102,7 +104,7 @@ set_up() {
   run tar -czf "$logs/spt_jax.tar.gz" --exclude=__pycache__ spt_jax configs launch pyproject.toml README.md LICENSE
   copy "$logs/spt_jax.tar.gz" "$name:spt_jax.tar.gz" all
   # The hosts' own Python is too old, and on newer runtimes takes no packages unless told to.
-  on_hosts all 'set -euo pipefail; mkdir -p spt_jax; tar -xzf spt_jax.tar.gz -C spt_jax; cd spt_jax
+  on_hosts all 'set -euo pipefail; mkdir -p spt_jax; tar -xzf spt_jax.tar.gz -C spt_jax; cd spt_jax; rm -f train.exit
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv; [ -d .venv ] || ~/.local/bin/uv venv --seed --python 3.12 .venv
     source launch/environment.sh; install .venv .venv/bin/python "[tpu,buckets]"; fetch_smollm2 .venv'
 }

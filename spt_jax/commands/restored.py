@@ -95,7 +95,12 @@ class Run:
             room: Tokens that the LM must have left behind soft prompt and context.
         """
         d = self.config.data
-        limit = min(d.max_length, max(0, self.lm.config.longest_row - front_length(self.config) - room))
+        limit = min(d.max_length, self.lm.config.longest_row - front_length(self.config) - room)
+        if limit < 1:
+            raise UserError(
+                f"a reply of {room} tokens leaves no room for a context: {self.lm.identity.name} has "
+                f"{self.lm.config.longest_row} positions; lower --max_new_tokens"
+            )
         if d.max_turns:
             history = history[-(2 * d.max_turns - 1) :]
         tokenizer = self.lm.tokenizer

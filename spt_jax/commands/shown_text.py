@@ -6,15 +6,21 @@ import unicodedata
 
 _STEERING = ("Cc", "Cs")
 """Unicode's categories of control characters and of half surrogate pairs."""
+_TURNING = ("LRE", "RLE", "PDF", "LRO", "RLO", "LRI", "RLI", "FSI", "PDI")
+"""Unicode's bidirectional classes of characters that turn round what follows."""
 
 
 def shown(text: str) -> str:
-    """Without control characters but line breaks: neither an LM nor a file must steer the terminal."""
+    """Without control characters but line breaks, and without what turns round text: nobody must steer the terminal."""
     return "".join(
         character if character == "\n" else " " if character.isspace() else character
         for character in text
-        if character.isspace() or unicodedata.category(character) not in _STEERING
+        if character.isspace() or not _steers(character)
     )
+
+
+def _steers(character: str) -> bool:
+    return unicodedata.category(character) in _STEERING or unicodedata.bidirectional(character) in _TURNING
 
 
 def shown_line(text: str) -> str:

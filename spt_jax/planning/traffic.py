@@ -124,7 +124,7 @@ class _Bytes:
         for number, name in enumerate(it.operands):
             if name not in body or not (whole := _hbm(body[name].type)):
                 continue
-            if chained and _is_passed(inner, parameters[number]):
+            if chained and number in parameters and _is_passed(inner, parameters[number]):
                 continue
             parts = self._slices(inner, parameters[number]) if number in parameters else None
             total += whole if parts is None else min(whole, parts)

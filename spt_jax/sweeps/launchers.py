@@ -89,8 +89,12 @@ class SlurmWorker:
         with _kept_from_children(warning):
             self._worker = worker = subprocess.Popen(self.command.words, env=environment)
         # Not wait(), in the midst of which `checkpoint` could not ask for the same process.
-        while (code := worker.poll()) is None:
-            time.sleep(_POLL_SECONDS)
+        try:
+            while (code := worker.poll()) is None:
+                time.sleep(_POLL_SECONDS)
+        finally:
+            if worker.poll() is None:
+                worker.terminate()
         self._worker = None
         if code == STOPPED and callable(signal.getsignal(warning)) and _job_runs():
             signal.raise_signal(warning)

@@ -42,6 +42,7 @@ from spt_jax.training.checkpoint_record import (
     sealed,
 )
 
+_RATED = ".rated-"
 SMALL_FILES_BYTES = 256 * 1024
 """What a checkpoint takes on the disk beside its arrays: about forty files and folders."""
 
@@ -98,6 +99,8 @@ class Checkpoints:
     def _open(self) -> ocp.CheckpointManager:
         keep_latest, keep_best = self._keep
         self.directory.mkdir(parents=True, exist_ok=True)
+        for left in self.directory.parent.glob(f"{_RATED}*"):  # by a process that was killed
+            shutil.rmtree(left, ignore_errors=True)
         for step in _step_folders(self.directory):
             try:
                 self._peek(step)
@@ -196,7 +199,7 @@ class Checkpoints:
         metrics = self.directory / str(step) / METRICS_FILE
         try:
             # Not beside the step: a name that Orbax does not know, in its folder, is its to judge.
-            with tempfile.TemporaryDirectory(dir=self.directory.parent, prefix=".rated-") as place:
+            with tempfile.TemporaryDirectory(dir=self.directory.parent, prefix=_RATED) as place:
                 arriving = Path(place) / metrics.parent.name
                 arriving.mkdir()
                 write_atomically(arriving / metrics.name, json.dumps(rated(self._peek(step), float(perplexity))))

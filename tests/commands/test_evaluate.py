@@ -176,7 +176,7 @@ def test_the_training_file_is_not_needed_once_there_are_test_dialogues(trained, 
 
 
 def test_control_characters_of_a_reply_never_reach_the_terminal(copy_of, capsys, monkeypatch):
-    monkeypatch.setattr(PlainTemplate, "cut", lambda self, text: "\x1b[2Jboo")
+    monkeypatch.setattr(PlainTemplate, "cut", lambda self, text: "\x1b[2Jbo\u202eo")
     walk("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=1", "--limit=1")
     said = capsys.readouterr().out
     assert "answers: [2Jboo" in said

@@ -87,18 +87,26 @@ def slurm(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., st
         for words in daemons:
             with (folder / f"{words[0]}.out").open("w") as said:
                 daemon = subprocess.Popen(words, env=environment, stdout=said, stderr=subprocess.STDOUT)
-            stack.callback(daemon.wait)
-            stack.callback(daemon.terminate)
+            stack.callback(end, daemon)
             time.sleep(0.5)
         wait_until(lambda: "idle" in run("sinfo", "--noheader", "--format=%T"), "a node is idle")
-        stack.callback(lambda: run("scancel", "--user=root"))
         yield run
+        run("scancel", "--user=root")
+
+
+def end(daemon: subprocess.Popen[bytes]) -> None:
+    daemon.terminate()
+    try:
+        daemon.wait(20)
+    except subprocess.TimeoutExpired:
+        daemon.kill()
+        daemon.wait()
 
 
 def wait_until(holds: Callable[[], bool], what: str) -> None:
     end = time.monotonic() + 60
     while True:
-        with contextlib.suppress(subprocess.CalledProcessError):
+        with contextlib.suppress(subprocess.SubprocessError):
             if holds():
                 return
         assert time.monotonic() < end, what

@@ -180,6 +180,21 @@ def test_a_gcloud_that_never_answers_is_told(stand_ins):
     assert steps(stand_ins) == []
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        "ERROR: (gcloud) PERMISSION_DENIED: Permission 'tpu.nodes.get' denied",
+        "ERROR: (gcloud) There was a problem refreshing your current auth tokens. Please run: $ gcloud auth login",
+    ],
+)
+def test_what_no_waiting_mends_is_told_at_once(stand_ins, said):
+    gcloud(stand_ins, [(1, f"{said}\n")])
+    done = script(stand_ins, "--keep")
+    assert done.returncode == 1
+    assert said in done.stderr
+    assert len(calls(stand_ins)) == 1
+
+
 def test_the_hosts_take_uv_though_their_python_is_managed_by_the_system(stand_ins):
     gcloud(stand_ins, [ABSENT, READY])
     script(stand_ins)

@@ -180,8 +180,13 @@ def test_a_report_tells_what_is_complete_by_now_and_starts_nothing(capsys, monke
 
 
 def test_a_watch_shows_what_others_train_until_the_last_trial_and_writes_the_results(capsys, monkeypatch, tmp_path):
+    from spt_jax.sweeps import door
+
     file = write_sweep(tmp_path / "sweep.py")
     worker = start_worker(file)
+    # A watch goes on for ever where no worker is left; this one ends with its own.
+    whole = door.watch
+    monkeypatch.setattr(door, "watch", lambda read, _, *rest: whole(read, lambda: worker.poll() is None, *rest))
     with ended([worker]):
         assert without_workers(file, "--watch", monkeypatch) == 0
     printed, told = capsys.readouterr()

@@ -111,14 +111,19 @@ def submitit_listens(tmp_path: Path) -> Iterator[SlurmWorker]:
 @contextmanager
 def when_it_runs(folder: Path, then: Callable[[int], None]) -> Iterator[None]:
     def watch() -> None:
+        end = time.monotonic() + 60
         while not (folder / "running").exists() or not (folder / "running").read_text():
+            if time.monotonic() > end:
+                return
             time.sleep(0.02)
         then(int((folder / "running").read_text()))
 
-    thread = threading.Thread(target=watch)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
-    yield
-    thread.join()
+    try:
+        yield
+    finally:
+        thread.join(70)
 
 
 def test_before_a_slurm_jobs_time_is_over_its_worker_saves_though_all_its_processes_are_warned(
