@@ -122,6 +122,8 @@ def _step(point: Point) -> tuple[Any, Any, tuple[Any, Any, Any]]:
     """The step as traced and as compiled, with its arguments: state, abstract weights, batch."""
     decoder, config = decoder_of(point), default_config()
     config.bank.num_prompts, config.bank.prompt_length = point.prompts, point.prompt_length
+    # XLA counts the body of a loop once: as many chunks of logits on each device as on one alone make counts compare.
+    config.model.max_logit_rows //= point.devices
     mesh = make_mesh(devices=jax.devices()[: point.devices])
     model, optimizer = describe(config, decoder, mesh), make_optimizer(config.optimizer, 100)
     # As much of a frozen tree as a bank from the vocabulary needs.

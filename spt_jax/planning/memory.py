@@ -6,7 +6,8 @@ What lies still (weights, what is learned, its moments) is exact. Activations ar
   under dots; and what lies between them under none.
 - of the layer at work: everything of one layer, in both passes, and its kernels as they are multiplied: gathered over
   fsdp, dequantised.
-- at the head: ``max_logit_rows`` rows of float32 logits, three times (logits, probabilities, gradient).
+- at the head: ``max_logit_rows`` rows of float32 logits, or those of all targets where they are fewer, three times
+  (logits, probabilities, gradient).
 
 docs/plan.md says how far this is from compiled programs.
 """
@@ -58,6 +59,7 @@ def estimated_memory(step: TrainStep) -> Memory:
     decoder, tokens, tensor = step.decoder, device_tokens(step), step.mesh.shape["tensor"]
     width = decoder.jax_dtype.dtype.itemsize
     inputs, products, between = _activations(decoder, tensor)
+    logits = min(step.config.model.max_logit_rows, device_rows(step) * step.shape.targets)
     kept = {"full": inputs, "dots": inputs + products, "none": inputs + products + between}[step.remat]
     return Memory(
         frozen=device_bytes(step.frozen),
@@ -65,16 +67,20 @@ def estimated_memory(step: TrainStep) -> Memory:
         kept=tokens * kept * width * decoder.num_layers,
         layer=2 * tokens * (inputs + products + between) * width,
         kernels=_kernels(decoder, tensor),
-        head=3 * 4 * step.config.model.max_logit_rows * decoder.vocab_size / tensor,
+        head=3 * 4 * logits * decoder.vocab_size / tensor,
     )
 
 
-def device_tokens(step: TrainStep) -> float:
-    """Tokens that a device has at once: of its rows of a micro-batch behind every prompt."""
+def device_rows(step: TrainStep) -> float:
+    """Rows that a device has at once: its part of a micro-batch, behind every prompt."""
     config = step.config
     prompts = config.objective.prompts_per_step or config.bank.num_prompts if config.method.kind == "spt" else 1
-    rows = config.data.batch * prompts / row_devices(step.mesh) / config.optimizer.micro_batches
-    return rows * (step.shape.length + front_length(config))
+    return config.data.batch * prompts / row_devices(step.mesh) / config.optimizer.micro_batches
+
+
+def device_tokens(step: TrainStep) -> float:
+    """Tokens of `device_rows`, soft prompts included."""
+    return device_rows(step) * (step.shape.length + front_length(step.config))
 
 
 def _activations(c: DecoderConfig, tensor: int) -> tuple[float, float, float]:

@@ -44,8 +44,8 @@ class Workload:
 
     @property
     def mean_shape(self) -> BucketShape:
-        """Of the batch that takes the mean time of a step, its padding included."""
-        return self.shape_of(self.mean_length / (1 - self.padding))
+        """Of the batch that takes the mean time of a step, its padding included; no row is longer than the longest."""
+        return self.shape_of(min(self.mean_length / (1 - self.padding), self.longest))
 
     def steps(self, rows: int) -> int:
         """Steps of an epoch in batches of `rows`."""

@@ -37,3 +37,7 @@ def test_a_turn_a_row_makes_more_rows_of_one_turn():
     assert work.mean_shape.turns == work.longest_shape.turns == 1
     assert work.longest_shape.targets == work.shape_of(10).targets == 16
     assert work.steps(8) == 100
+
+
+def test_with_its_padding_the_mean_row_is_no_longer_than_the_longest():
+    assert Workload(mean_length=120, longest=120, padding=0.2).mean_shape == Workload(longest=120).longest_shape
