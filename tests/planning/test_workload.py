@@ -40,4 +40,5 @@ def test_a_turn_a_row_makes_more_rows_of_one_turn():
 
 
 def test_with_its_padding_the_mean_row_is_no_longer_than_the_longest():
-    assert Workload(mean_length=120, longest=120, padding=0.2).mean_shape == Workload(longest=120).longest_shape
+    work = Workload(mean_length=120, longest=120, padding=0.2)
+    assert work.mean_shape == work.longest_shape
