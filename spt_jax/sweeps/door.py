@@ -231,8 +231,8 @@ def _run_locally(request: _Request, at: Workplace, leases: Leases, count: int) -
     failed = any(code not in (FINISHED, STOPPED) for code in codes)
     unfinished = any(not trial.state.is_finished() for trial in at.trials())
     if stop.requested or (unfinished and not failed):
-        told = "" if stop.requested else f" (its workers say why in {logs})"
-        print(f"stopped{told}, every run is saved; the same command goes on from there", file=sys.stderr)
+        told = "" if stop.requested else f" (what its workers said is in {logs})"
+        print(f"stopped, every run is saved; the same command goes on from there{told}", file=sys.stderr)
         return STOPPED
     if failed:
         print(f"sweep: a worker failed, see {logs}; the same command goes on", file=sys.stderr)
