@@ -77,7 +77,7 @@ def main(options: argparse.Namespace) -> None:
     from spt_jax.config import default_config
     from spt_jax.data.sources import read_dialogues
     from spt_jax.errors import UserError
-    from spt_jax.evaluation.columns import turn_contexts
+    from spt_jax.evaluation.reply_writer import turn_contexts
     from spt_jax.evaluation.spread import spread_evenly
     from spt_jax.generation.engine import GenerationEngine
     from spt_jax.models.loading import load_lm

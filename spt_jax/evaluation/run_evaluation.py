@@ -20,9 +20,10 @@ from spt_jax.config import Config, flatten
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.template import PlainTemplate, Template
 from spt_jax.errors import UserError
-from spt_jax.evaluation.columns import Column, ColumnEvaluator, ColumnOptions, ReplyWriter
+from spt_jax.evaluation.columns import Column, ColumnEvaluator, ColumnOptions
 from spt_jax.evaluation.diagnostics import diagnose
 from spt_jax.evaluation.journal import Journal
+from spt_jax.evaluation.reply_writer import ReplyWriter
 from spt_jax.evaluation.report import ReportInputs, write_report
 from spt_jax.evaluation.spread import spread_evenly
 from spt_jax.evaluation.told_dialogues import told_dialogues

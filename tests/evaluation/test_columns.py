@@ -6,7 +6,8 @@ import pytest
 import tiny
 from tiny_experiment import experiment
 
-from spt_jax.evaluation.columns import ColumnEvaluator, ColumnOptions, turn_contexts
+from spt_jax.evaluation.columns import ColumnEvaluator, ColumnOptions
+from spt_jax.evaluation.reply_writer import turn_contexts
 from spt_jax.evaluation.spread import spread_evenly
 from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.replies import cut_reply

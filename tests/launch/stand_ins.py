@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
+import signal
 import subprocess
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
@@ -92,3 +95,29 @@ class StandIns:
             timeout=120,
             check=False,
         )
+
+    @contextlib.contextmanager
+    def started(self, script: str, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
+        """A script of launch/ that goes on meanwhile, in a group of its own, as a terminal's foreground is one."""
+        process = subprocess.Popen(
+            ["bash", str(REPOSITORY / "launch" / script), *arguments],
+            env=self.environment(**environment),
+            cwd=self.folder,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        try:
+            yield process
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(path: Path) -> None:
+    """Waits until there is such a file."""
+    end = time.monotonic() + 20
+    while not path.exists():
+        assert time.monotonic() < end, f"{path.name} did not come"
+        time.sleep(0.01)

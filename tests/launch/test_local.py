@@ -8,10 +8,9 @@ import shlex
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
-from stand_ins import REPOSITORY, StandIns
+from stand_ins import REPOSITORY, StandIns, wait_for
 
 SCRIPT = REPOSITORY / "launch" / "local.sh"
 TRAIN = ("--", "--config=my config.py", "--workdir=a run")
@@ -91,34 +90,15 @@ def test_one_that_fails_ends_all_with_its_exit_code(stand_ins, code):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_stop_asks_every_process_once_and_the_code_is_that_of_a_stop(stand_ins, number):
     program(stand_ins, WAIT)
-    # A terminal's Ctrl-C goes to the whole group of its foreground.
-    process = subprocess.Popen(
-        ["bash", str(SCRIPT), "-n", "2", *TRAIN],
-        env=stand_ins.environment(),
-        cwd=stand_ins.folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
+    with stand_ins.started("local.sh", "-n", "2", *TRAIN) as process:
         for index in range(2):
             wait_for(stand_ins.folder / f"running.{index}")
         time.sleep(0.2)
         os.killpg(process.pid, number)
-        out, _ = process.communicate(timeout=30)
-    finally:
-        process.kill()
-    assert process.returncode == 75, out
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 75, err
     assert {path.name for path in stand_ins.folder.glob("asked.*")} == {"asked.0", "asked.1"}
     assert not list(stand_ins.folder.glob("interrupted.*"))
-
-
-def wait_for(path: Path) -> None:
-    end = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < end, f"{path.name} did not come"
-        time.sleep(0.01)
 
 
 def test_a_dry_run_prints_one_command_a_process_and_runs_none(stand_ins):

@@ -7,10 +7,9 @@ import shlex
 import signal
 import subprocess
 import time
-from pathlib import Path
 
 import pytest
-from stand_ins import REPOSITORY, StandIns
+from stand_ins import REPOSITORY, StandIns, wait_for
 
 SCRIPT = REPOSITORY / "launch" / "slurm.sbatch"
 ARGUMENTS = ("--config=my config.py", "--workdir=/shared/a run")
@@ -101,32 +100,18 @@ def test_a_signal_reaches_the_tasks_and_the_job_waits_for_their_saving(stand_ins
     folder = stand_ins.folder
     for name, text in {"task": TASK, "srun": SRUN, "scancel": SCANCEL}.items():
         stand_ins.program(name, text.format(folder=shlex.quote(str(folder))))
-    process = subprocess.Popen(
-        ["bash", str(SCRIPT), *ARGUMENTS],
-        env=stand_ins.environment(SLURM_JOB_ID="17"),
-        cwd=folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-    wait_for(folder / "running")
-    for _ in range(signals):
-        process.send_signal(signal.SIGTERM)
-        wait_for(folder / "asked")
-        time.sleep(0.1)
-    out, err = process.communicate(timeout=30)
+    with stand_ins.started("slurm.sbatch", *ARGUMENTS, SLURM_JOB_ID="17") as process:
+        wait_for(folder / "running")
+        for _ in range(signals):
+            process.send_signal(signal.SIGTERM)
+            wait_for(folder / "asked")
+            time.sleep(0.1)
+        out, err = process.communicate(timeout=30)
     assert process.returncode == 75, err
     assert (folder / "saved").exists()
     assert (folder / "scancel.calls").read_text().splitlines() == ["--signal=TERM 17"] * signals
     assert "stopped and saved" in out
     assert stand_ins.calls() == [STATE, ["scontrol", "requeue", "17"]]
-
-
-def wait_for(path: Path) -> None:
-    end = time.monotonic() + 20
-    while not path.exists():
-        assert time.monotonic() < end, f"{path.name} did not come"
-        time.sleep(0.01)
 
 
 def test_a_dry_run_prints_the_command_and_runs_nothing(stand_ins: StandIns):

@@ -6,11 +6,10 @@ import os
 import shlex
 import signal
 import subprocess
-import time
 from collections.abc import Mapping, Sequence
 
 import pytest
-from stand_ins import DONE, REPOSITORY, WAITS, Answer, StandIns
+from stand_ins import DONE, WAITS, Answer, StandIns, wait_for
 
 URL = "gs://bucket/a run"
 TRAIN = ("--", "--config=configs/quickstart.py", "--config.seed=1")
@@ -214,26 +213,11 @@ def test_a_stopped_run_goes_on_and_a_mistake_does_not(stand_ins):
 def test_a_stop_of_the_script_deletes_the_tpu_at_once_unless_it_is_kept(stand_ins, number, options, end):
     gcloud(stand_ins, [READY], first={r"spt-jax train": [WAITS]})
     stand_ins.add("tar")
-    # A terminal's Ctrl-C goes to the whole group of its foreground, the waiting gcloud among it.
-    process = subprocess.Popen(
-        ["bash", str(REPOSITORY / "launch" / "tpu_vm.sh"), *arguments(stand_ins, *options)],
-        env=stand_ins.environment(POLL_SECONDS="0"),
-        cwd=stand_ins.folder,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        deadline = time.monotonic() + 20
-        while not (stand_ins.folder / "waiting").exists():
-            assert time.monotonic() < deadline, "the training did not come"
-            time.sleep(0.01)
+    with stand_ins.started("tpu_vm.sh", *arguments(stand_ins, *options), POLL_SECONDS="0") as process:
+        wait_for(stand_ins.folder / "waiting")
+        # A terminal's Ctrl-C goes to the whole group of its foreground, the waiting gcloud among it.
         os.killpg(process.pid, number)
         _, err = process.communicate(timeout=30)
-    finally:
-        if process.poll() is None:
-            os.killpg(process.pid, signal.SIGKILL)
     assert process.returncode == 130, err
     assert steps(stand_ins) == ["send", "install", "train", *end]
     assert ("kept and costs" in err) == ("--keep" in options)
