@@ -16,6 +16,7 @@ import jax.numpy as jnp
 
 from spt_jax.generation.sampling import Rule
 from spt_jax.models.continuation import Context, Continuation, extend, read
+from spt_jax.models.cpu_products import options_for_many_rows
 from spt_jax.models.decoder import FrozenTree, embed, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
 
@@ -62,8 +63,7 @@ def read_prompts(config: DecoderConfig, params: FrozenTree, prompts: jax.Array) 
     return jnp.stack(pair).transpose(2, 1, 0, 4, 3, 5)
 
 
-@functools.partial(jax.jit, static_argnames="config")
-def prefill(
+def _prefill(
     config: DecoderConfig, params: FrozenTree, prefixes: jax.Array, tokens: jax.Array, lengths: jax.Array
 ) -> tuple[Context, jax.Array]:
     """Reads texts behind their prefixes in one pass.
@@ -81,6 +81,21 @@ def prefill(
     last = jnp.maximum(lengths - 1, 0)[:, None]
     hidden, context = read(config, params, embed(config, params, tokens), lengths, prefixes, last)
     return context, vocabulary_logits(config, params, hidden[:, 0])
+
+
+prefill = jax.jit(_prefill, static_argnames="config")
+
+
+def prefill_on_one_cpu(
+    config: DecoderConfig, params: FrozenTree, prefixes: jax.Array, tokens: jax.Array, lengths: jax.Array
+) -> tuple[Context, jax.Array]:
+    """`prefill` of arrays that lie on one CPU, compiled for it (`spt_jax.models.cpu_products`)."""
+    return _prefill_compiled_for_cpu()(config, params, prefixes, tokens, lengths)
+
+
+@functools.cache
+def _prefill_compiled_for_cpu() -> Any:
+    return jax.jit(_prefill, static_argnames="config", compiler_options=options_for_many_rows())
 
 
 # rule: every rule is another program; room: the width of the output, an array shape; apart: the state's structure.

@@ -11,7 +11,7 @@ import numpy as np
 
 from spt_jax.errors import UserError
 from spt_jax.generation.batch import Batch, Continued
-from spt_jax.generation.decode import prefill, read_prompts
+from spt_jax.generation.decode import prefill, prefill_on_one_cpu, read_prompts
 from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.seeds import row_keys, strand_keys
 from spt_jax.models.decoder import FrozenTree
@@ -72,7 +72,7 @@ class GenerationEngine:
         self._row_sharding = row_sharding
         self._eos_ids = np.asarray(tuple(eos_ids), np.int32)
         self._kept: tuple[jax.Array, jax.Array] | None = None
-        # For the steps of decoding, whose rows are few.
+        # Layers that lie apart are for the steps of decoding, whose rows are few.
         self._apart = on_one_cpu(params)
         self._step_params = params | {"layers": layers_apart(params["layers"])} if self._apart else params
 
@@ -218,7 +218,8 @@ class GenerationEngine:
             lengths[place] = len(contexts[row])
             prompts[place] = selected[row]
         placed = self._on_devices(self._prefixes(bank, prompts), tokens, lengths)
-        context, logits = prefill(self.config, self.params, *placed)
+        read = prefill_on_one_cpu if self._apart else prefill
+        context, logits = read(self.config, self.params, *placed)
         real = np.arange(size) < len(rows)
         context = context.taken_apart() if self._apart else context
         return Batch(self.config, self._step_params, self._eos_ids, self.vocab_size, context, logits, real)

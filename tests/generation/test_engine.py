@@ -180,7 +180,7 @@ def recorded(monkeypatch, module, name: str) -> list[tuple[int, ...]]:
 
 
 def test_a_call_compiles_once_a_width(tiny, monkeypatch):
-    shapes = recorded(monkeypatch, engine_module, "prefill")
+    shapes = recorded(monkeypatch, engine_module, "prefill_on_one_cpu")
     engine = make_engine(tiny, max_batch=8, length_multiple=16)
     engine.generate(tiny.bank, [[1] * (1 + row % 40) for row in range(50)], [0] * 50, max_new_tokens=2)
     assert len(shapes) == 7
@@ -238,7 +238,7 @@ def test_several_samples_of_a_row_are_its_first_and_others_from_one_reading(tiny
     several = dataclasses.replace(SAMPLED, samples=5)
     arguments = {"max_new_tokens": NEW, "seed": 4}
     one = engine.generate(tiny.bank, contexts, selected, decoding=SAMPLED, **arguments)
-    shapes = recorded(monkeypatch, engine_module, "prefill")
+    shapes = recorded(monkeypatch, engine_module, "prefill_on_one_cpu")
     rows = engine.continuations(tiny.bank, contexts, selected, decoding=several, **arguments)
     assert len(shapes) == 3
     assert (
