@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from spt_jax.errors import UserError
+from spt_jax.user_paths import present
 
 
 def check_writable(path: Path) -> None:
@@ -15,6 +16,7 @@ def check_writable(path: Path) -> None:
     Raises:
         UserError: If its folder does not exist or may not be written, or if it is a folder itself.
     """
+    present(path, "the file")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file to write")
     if _is_device(path):

@@ -12,14 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import fast_compilation
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile many small programs and run each of them briefly: the compiler's optimisation is not worth its time.
-os.environ.setdefault(
-    "XLA_FLAGS",
-    "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
-    # It halves the time of compilation; later versions of jax refuse to know it.
-    + " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jax").startswith("0.10."),
-)
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {fast_compilation.FLAGS}")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Nothing is kept in, or taken from, the caches of the one who runs the tests; xdist's workers share their parent's.
 os.environ.setdefault("SPT_JAX_TESTS_CACHE", f"{tempfile.gettempdir()}/spt-jax-tests-{os.getpid()}")

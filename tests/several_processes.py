@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.metadata
 import os
 import re
 import socket
@@ -11,6 +10,8 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+
+import fast_compilation
 
 GREETING = re.compile(
     r"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+"
@@ -49,9 +50,8 @@ def free_port() -> int:
 
 
 def environment(devices: int) -> dict[str, str]:
-    emitters = " --xla_cpu_use_fusion_emitters=false" * importlib.metadata.version("jax").startswith("0.10.")
     return os.environ | {
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} --xla_backend_optimization_level=0{emitters}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {fast_compilation.FLAGS}",
         "PYTHONUNBUFFERED": "1",
         "JAX_COMPILATION_CACHE_DIR": f"{os.environ['SPT_JAX_TESTS_CACHE']}/programs",
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",

@@ -64,3 +64,5 @@ def test_what_cannot_be_written_is_told_before_the_work(tmp_path):
         check_writable(tmp_path)
     with pytest.raises(UserError, match=r"the folder .*missing does not exist"):
         check_writable(tmp_path / "missing" / "a")
+    with pytest.raises(UserError, match="cannot be looked up"):
+        check_writable(tmp_path / ("x" * 300))

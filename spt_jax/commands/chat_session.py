@@ -18,6 +18,7 @@ from spt_jax.commands.replying import Responder, Selection
 from spt_jax.commands.shown_text import shown, shown_line
 from spt_jax.errors import UserError
 from spt_jax.generation.decoding import Decoding
+from spt_jax.user_paths import expanded, present
 
 LineReader = Callable[[], str]
 """Gives the next line without its end; raises EOFError when there is none."""
@@ -151,6 +152,8 @@ class ChatSession:
                 self._console.out(shown(piece), end="", highlight=False)
                 piece = next(pieces, "")
         except KeyboardInterrupt:
+            if not stream.text:
+                raise
             self._console.out(" (stopped)", end="", style="dim", highlight=False)
         self._console.out("" if stream.text else "(an empty reply: /retry, or other words)", highlight=False)
         exchange = Exchange(
@@ -204,9 +207,9 @@ class ChatSession:
 
     def _save(self, argument: str) -> None:
         stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S-%f")
-        path = Path(argument).expanduser() if argument else self._saved_in / f"chat-{stamp}.json"
+        path = expanded(argument, "/save") if argument else self._saved_in / f"chat-{stamp}.json"
         path = path.absolute()
-        if path.exists() and path not in self._saved:
+        if present(path, "/save") and path not in self._saved:
             raise UserError(f"{path} exists already; /save FILE takes another name.")
         transcript = {
             "workdir": self._workdir,

@@ -20,6 +20,7 @@ from absl import flags
 
 from spt_jax.commands.workdirs import local_workdir
 from spt_jax.errors import UserError
+from spt_jax.user_paths import present
 
 ARGUMENTS: dict[str, Any] = {"positional": "runs"}
 """How `spt_jax.commands.flag_reading.read_flags` reads this door's arguments."""
@@ -52,7 +53,7 @@ def run(flag_values: flags.FlagValues) -> int:
     if not given["runs"]:
         raise UserError("no run is given; name the working directories of evaluated runs, as in: compare runs/a runs/b")
     out = Path(given["out"]) if given["out"] else None
-    if out is not None and out.exists() and not out.is_dir():
+    if out is not None and present(out, "--out") and not out.is_dir():
         raise UserError(f"--out={out} is a file; allowed: a folder, new or old")
     from rich.console import Console
 

@@ -14,8 +14,10 @@ Examples:
 from __future__ import annotations
 
 import contextlib
+import functools
 import shlex
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -108,13 +110,14 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
     with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
         checkpoint = checkpoints.meta(given["checkpoint"])
     source, dialogues = heldout_dialogues(config, given["data"], given["limit"], given["split"])
-    asked = question(config, checkpoint, dialogues, given["baselines"], given["replies"]) if checkpoint else ""
+    ask = functools.partial(question, config, dialogues=dialogues, **{n: given[n] for n in ("baselines", "replies")})
+    asked = ask(checkpoint) if checkpoint else ""
     _check_same(asked)
     chat = f"spt-jax chat --workdir={shlex.quote(given['workdir'])}"
     results = kept_results(workdir, asked) if given["reuse"] and is_lead() else None
     if not any_process(results is not None):
         changes = {"evaluation": options, "generation": decoding}
-        results = _measured(given, changes, workdir, dialogues, source=source, chat=chat, question=asked)
+        results = _measured(given, changes, workdir, dialogues, source=source, chat=chat, ask=ask)
     if results is not None:
         _show(results)
         print(f"\nreport: {workdir / 'report.html'}\ntalk to it: {chat}")
@@ -140,7 +143,7 @@ def _measured(
     *,
     source: str,
     chat: str,
-    question: str,
+    ask: Callable[[dict[str, Any]], str],
 ) -> dict[str, Any] | None:
     """What ``results.json`` holds now; None for a process that is not the first of several, which wrote nothing."""
     from spt_jax.atomic_file import check_writable
@@ -148,10 +151,19 @@ def _measured(
     from spt_jax.evaluation.journal import Journal
     from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
     from spt_jax.parallel.distributed import is_lead
+    from spt_jax.training.checkpoint import Checkpoints
+    from spt_jax.training.workdir import CHECKPOINT_FOLDER
 
     restored = open_run(str(workdir), given["checkpoint"])
     for section, values in changes.items():
         restored.config[section].update(values)
+    # While the LM was loaded a training beside this may have saved a later or a better checkpoint.
+    with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
+        checkpoint = checkpoints.meta(str(restored.step))
+    if checkpoint is None:
+        raise UserError(f"checkpoint {restored.step} of {workdir} was deleted while it was read; evaluate again")
+    question = ask(checkpoint)
+    _check_same(question)
     journal = Journal(workdir, question)
     if is_lead():
         check_writable(workdir / "results.json")
@@ -167,6 +179,7 @@ def _measured(
         template=restored.template,
         replies=given["replies"],
         journal=journal,
+        say=lambda line: print(line, file=sys.stderr, flush=True),
     )
     if not is_lead():
         return None
@@ -204,9 +217,12 @@ def _show(results: dict[str, Any]) -> None:
     Console().print(rich_table(results["columns"]))
     for note in results.get("notes", []):
         print(note)
+    mixed = results.get("settings", {}).get("evaluation.selection") == "soft"
     for sample in results["samples"][:_SAMPLES_PRINTED]:
         selected = sample["selected"]
         who = f"soft prompt {selected}" if len(sample["replies"]) > 1 else "it"
+        if mixed and len(sample["replies"]) > 1:
+            who = f"{who}, the most of the mixture, alone"
         said = "the persona says" if sample.get("own_last") else "they say"
         print(f"\npersona: {shown_line(' '.join(sample['persona']))}\n  {said}: {shown_line(sample['history'][-1])}")
         print(f"  {who} answers: {shown_line(sample['replies'][selected]) or '(nothing)'}")

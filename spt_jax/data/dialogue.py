@@ -31,6 +31,11 @@ class Dialogue:
     partner_persona: tuple[str, ...] = ()
     source: str = ""
 
+    @property
+    def told(self) -> tuple[object, ...]:
+        """Everything in it that rows, prompts or figures may follow from, as JSON has it: all but where it was read."""
+        return self.persona, self.partner_persona, [(t.query, t.response, t.candidates) for t in self.turns]
+
 
 @dataclass(frozen=True)
 class DialogueSet:

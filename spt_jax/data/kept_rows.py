@@ -29,7 +29,7 @@ def kept_rows(make: Callable[[], PackedRows], dialogues: Sequence[Dialogue], dep
       dialogues: what the rows are made of; where they come from does not matter.
       depends_on: what else the rows depend on, but for the code of `PACKAGES`: tokenizer, template, limits.
     """
-    said = (repr((d.persona, d.partner_persona, [(t.query, t.response) for t in d.turns])) for d in dialogues)
+    said = (repr(dialogue.told) for dialogue in dialogues)
     code = (code_digest(package) for package in PACKAGES)
     entry = entry_path("rows", key_of(*code, str(len(depends_on)), *depends_on, *said))
     if entry is None:

@@ -111,8 +111,8 @@ def official_rows(
         tokenizer itself names, else the eos (or the bos: `pad_token: bos` in its YAML).
 
     Raises:
-      UserError: `max_length` below 1, `max_turns` below 0, a dialogue without turns, no turn at all, or a turn in which
-        nothing is learned (the program's loss becomes NaN there).
+      UserError: `max_length` below 1, `max_turns` below 0, a dialogue without turns, or a turn in which nothing is
+        learned (the program's loss becomes NaN there).
     """
     if max_length < 1:
         raise UserError(f"data.max_length is {max_length}; a row needs at least 1 token.")

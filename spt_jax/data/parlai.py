@@ -52,10 +52,11 @@ def parse_parlai(lines: Iterable[bytes], problems: Problems) -> list[Dialogue]:
             raw = raw.removeprefix(b"\xef\xbb\xbf")
         if not raw.strip():
             continue
+        line, undecodable = _decoded(raw)
         try:
-            number, text = _numbered(decode_line(raw))
+            number, text = _numbered(line)
         except MalformedError as error:
-            problems.add(line_number, str(error))
+            problems.add(line_number, str(undecodable or error))
             after_numberless = True
             continue
         expected = draft.number + 1 if draft else 1
@@ -63,10 +64,12 @@ def parse_parlai(lines: Iterable[bytes], problems: Problems) -> list[Dialogue]:
         gap = number != 1 and number != expected and not (after_numberless and draft and number > draft.number)
         if draft is None or number == 1 or number < draft.number:
             _finish(draft, dialogues, problems)
-            draft = _Draft(first_line=line_number, number=number, broken_start=gap)
+            draft = _Draft(first_line=line_number, number=number, broken_start=gap or undecodable is not None)
         draft.number = number
         after_numberless = False
         try:
+            if undecodable:
+                raise undecodable
             if gap:
                 raise MalformedError(f"line number {number} does not continue: expected {hint}")
             _read_body(text, draft)
@@ -86,6 +89,14 @@ def decode_line(raw: bytes) -> str:
         return raw.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise MalformedError(f"not valid UTF-8 (byte 0x{raw[error.start]:02x} at byte {error.start + 1})") from None
+
+
+def _decoded(raw: bytes) -> tuple[str, MalformedError | None]:
+    """A line, and what is wrong with its bytes: its number says nevertheless which dialogue goes on."""
+    try:
+        return decode_line(raw), None
+    except MalformedError as error:
+        return raw.decode("utf-8", errors="replace").rstrip("\r\n"), error
 
 
 def _numbered(line: str) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 
 from spt_jax.data.dialogue import Dialogue, Turn
@@ -137,7 +138,7 @@ def _turn(turn: object, where: str) -> Turn:
 def _row_dialogue(row: Mapping[str, object], place: str) -> Dialogue:
     history = row.get("history")
     if isinstance(history, str):
-        history = [line for line in history.splitlines() if line.strip()]
+        history = _split(history)
     utterances = list(_texts(history, "'history'"))
     if not utterances:
         raise MalformedError("'history' is empty; it must end with the partner's utterance")
@@ -165,8 +166,13 @@ def _continues(later: Dialogue, earlier: Dialogue) -> bool:
 
 def _lines(value: object, name: str, table: bool) -> tuple[str, ...]:
     if table and isinstance(value, str):
-        value = [line for line in value.splitlines() if line.strip()]
+        value = _split(value)
     return _texts(value, repr(name))
+
+
+def _split(text: str) -> list[str]:
+    """The lines of a text, blank ones left out: other separators of Unicode's, as U+2028, are part of what was said."""
+    return [line for line in re.split(r"\r\n|\r|\n", text) if line.strip()]
 
 
 def _texts(value: object, where: str) -> tuple[str, ...]:

@@ -22,6 +22,8 @@ from spt_jax.json_text import json_object
 
 PAPERS_MODEL = "microsoft/deberta-xlarge-mnli"
 _BATCH = 64
+_NO_LIMIT = 10**9
+"""Tokens; transformers' word for none is larger."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,13 @@ def bert_scores(
     scores = np.zeros((3, len(predictions)))
     if scored:
         scorer = _scorer(library, encoder.model_type, encoder.layer)
-        found = scorer.score([predictions[i] for i in scored], [references[i] for i in scored], batch_size=_BATCH)
+        pairs = [predictions[i] for i in scored], [references[i] for i in scored]
+        try:
+            found = scorer.score(*pairs, batch_size=_BATCH)
+        except (OverflowError, ValueError, IndexError, TypeError) as error:
+            raise UserError(
+                f"BERTScore's encoder {model!r} cannot score these texts: {str(error) or type(error).__name__}"
+            ) from error
         # Characters that an encoder drops (control marks, say) leave a text without tokens: 0 / 0.
         scores[:, scored] = np.nan_to_num(np.asarray([part.double().numpy() for part in found]))
     versions = {name: importlib.metadata.version(name) for name in ("bert-score", "torch", "transformers")}
@@ -166,9 +174,14 @@ def _scorer(library: Any, model_type: str, layer: int) -> Any:
     try:
         # Loading prints a bar for every encoder.
         with open(os.devnull, "w", encoding="utf-8") as nowhere, contextlib.redirect_stderr(nowhere):
-            return library.BERTScorer(model_type=model_type, num_layers=layer)
+            scorer = library.BERTScorer(model_type=model_type, num_layers=layer)
     except Exception as error:
         raise _cannot_load(model_type, error) from error
+    # A tokenizer whose files name no limit, as DeBERTa's, has one that no integer of its own code can hold.
+    tokenizer = scorer._tokenizer
+    if tokenizer.model_max_length > _NO_LIMIT:
+        tokenizer.model_max_length = getattr(scorer._model.config, "max_position_embeddings", None) or _NO_LIMIT
+    return scorer
 
 
 def _cannot_load(model: str, error: Exception) -> UserError:

@@ -190,7 +190,10 @@ def compare_runs(
     columns = tuple(c for c in known if any(c.key in row.figures for row in rows))
     dialogues = measured.statistics[0].dialogues
     notes += [*remarks(groups, dialogues), *_limits(rows, base, samples)]
-    definitions = runs[0].results.get("definitions", {}) | metric_definitions() | definitions
+    told: dict[str, str] = {}
+    for run in reversed(runs):
+        told |= run.results.get("definitions", {})
+    definitions = told | metric_definitions() | definitions
     return Comparison(
         rows=tuple(rows),
         columns=columns,

@@ -14,6 +14,7 @@ from spt_jax.errors import UserError
 from spt_jax.evaluation.evaluation_files import predictions_of, results_of, selected_nll, settings_of
 from spt_jax.evaluation.resampling import KEPT
 from spt_jax.json_text import is_number
+from spt_jax.user_paths import present
 
 MEASURED = "after training"
 
@@ -82,7 +83,7 @@ def read_run(name: str, folder: Path | None = None) -> EvaluatedRun:
         UserError: It is not a run, has not been evaluated, or a file (with its line) cannot be read.
     """
     workdir = folder or Path(name)
-    if not (workdir / "config.json").is_file():
+    if not present(workdir / "config.json", "the run"):
         raise UserError(f"{name} is not the working directory of a run: it has no config.json")
     if not all((workdir / file).is_file() for file in ("results.json", "predictions.jsonl")):
         raise UserError(f"{name} has not been evaluated; run: spt-jax evaluate --workdir={name}")

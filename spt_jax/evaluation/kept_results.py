@@ -32,7 +32,7 @@ def question(
         "config": config.to_dict(),
         "trainable": checkpoint["digests"]["trainable"],
         "lm": checkpoint["lm"],
-        "dialogues": [(d.persona, [(t.query, t.response, t.candidates) for t in d.turns]) for d in dialogues],
+        "dialogues": [dialogue.told for dialogue in dialogues],
         "baselines": baselines,
         "replies": replies,
     }

@@ -6,8 +6,7 @@ import dataclasses
 import json
 import os
 import platform
-import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -71,6 +70,7 @@ def evaluate_run(
     template: Template | None = None,
     replies: int | None = None,
     journal: Journal | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Evaluation:
     """Measures a trained tree on dialogues.
 
@@ -85,6 +85,7 @@ def evaluate_run(
         template: How their rows are written; None for the paper's template.
         replies: How many turns get a reply, 0 for all; None takes ``evaluation.replies``.
         journal: What an evaluation of the same question that was stopped has left, and where this one writes.
+        say: Told, on the first process alone, of rows that lost text or turns.
 
     Raises:
         UserError: There is no dialogue.
@@ -96,7 +97,7 @@ def evaluate_run(
     template = template or PlainTemplate()
     packed = pack_dialogues(config, dialogues, experiment.lm.tokenizer, template)
     if is_lead() and (remark := rows_remark(config, "to evaluate on", packed)):
-        print(remark, file=sys.stderr)
+        say(remark)
     rows = packed.rows
     how = ColumnOptions(
         batch_size=options.batch,
@@ -290,7 +291,9 @@ def write_results(
         command=chat,
     )
     lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in evaluation.predictions]
+    # It vouches for the other two: gone before the first of them is another one, and written last.
+    (workdir / "results.json").unlink(missing_ok=True)
     write_atomically(workdir / "predictions.jsonl", "".join(lines))
     write_report(workdir / "report.html", report)
-    write_json(workdir / "results.json", results)  # last, because it vouches for the other two
+    write_json(workdir / "results.json", results)
     return results

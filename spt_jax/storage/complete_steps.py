@@ -88,25 +88,36 @@ def _read_marker(bucket: Bucket, step: int) -> Manifest | None:
 
 
 def push_step(bucket: Bucket, step: int, folder: Path) -> None:
-    """Copies a local step, its marker last.
+    """Copies a local step, its marker last; one that has only grown, as by its rating, stays complete all the while.
 
     Raises:
         FileNotFoundError: The step is being deleted here; what was copied has no marker.
         BucketError: The bucket cannot be written.
     """
     manifest = manifest_of(folder)
-    delete_step(bucket, step)  # what an interrupted push, or another start, left under this number
+    there = complete_steps(bucket, _files_of(bucket, step)).get(step)
+    if there is None or not there.files.items() <= manifest.files.items():
+        delete_step(bucket, step)  # what an interrupted push, or another start, left under this number
+        there = Manifest({})
     for name in manifest.files:
-        bucket.upload(folder / name, f"{CHECKPOINTS}/{step}/{name}")
+        if name not in there.files:
+            bucket.upload(folder / name, f"{CHECKPOINTS}/{step}/{name}")
     bucket.write(marker_name(step), manifest.to_json())
 
 
 def delete_step(bucket: Bucket, step: int) -> None:
     """Removes a step, its marker first, so that no reader takes half of it for the whole."""
-    bucket.delete(marker_name(step))
-    for name in bucket.files():
-        if name.startswith(f"{CHECKPOINTS}/{step}/"):
+    marker = marker_name(step)
+    bucket.delete(marker)
+    for name in _files_of(bucket, step):
+        if name != marker:
             bucket.delete(name)
+
+
+def _files_of(bucket: Bucket, step: int) -> dict[str, int]:
+    """Sizes of what a bucket holds under a step's number, its marker among it."""
+    own = f"{CHECKPOINTS}/{step}/"
+    return {n: size for n, size in bucket.files().items() if n == marker_name(step) or n.startswith(own)}
 
 
 def pull_step(

@@ -62,9 +62,15 @@ class ReadCopy:
         for path in place.iterdir() if place.is_dir() else ():
             if names_a_step(path.name) and not self._is_copy(int(path.name), steps):
                 shutil.rmtree(path)
-        for step, manifest in steps.items():
-            if not (place / str(step)).is_dir():
+        for step, manifest in tuple(steps.items()):
+            if (place / str(step)).is_dir():
+                continue
+            try:
                 self._pull_step(step, manifest, lambda name: not name.startswith(_ARRAYS))
+            except BucketError:
+                del steps[step]
+                if step in complete_steps(self._bucket) or not steps:
+                    raise  # not for a trainer that deleted it
         place.mkdir(parents=True, exist_ok=True)
         failure = None
         for step in preference(place):

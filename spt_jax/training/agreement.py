@@ -65,8 +65,7 @@ def check_same_start(trainable: Trainable) -> None:
 
 
 def _digest(dialogues: Sequence[Dialogue]) -> str:
-    told = [(d.persona, d.partner_persona, [(turn.query, turn.response) for turn in d.turns]) for d in dialogues]
-    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([dialogue.told for dialogue in dialogues]).encode()).hexdigest()
 
 
 def _check(mine: Mapping[str, Any]) -> None:

@@ -249,7 +249,7 @@ def contrastive_texts(config: Config, rows: Sequence[Row], dialogues: Sequence[D
         persona = {
             (d, turn.turn): " ".join(turn.persona)
             for d, dialogue in enumerate(dialogues)
-            for turn in official_turns(dialogue)
+            for turn in official_turns(dialogue, last_turn_only=config.data.last_turn_only)
         }
         return [[persona[row.dialogue, int(turn)] for turn in row.turns] for row in rows]
     return pair_texts(rows, dialogues, o.pair_text)

@@ -295,6 +295,30 @@ def test_save_without_a_name_goes_into_the_workdir(talk, script, tmp_path):
     assert json.loads(saved.read_text())["turns"][0]["reply"] == "fine."
 
 
+@pytest.mark.parametrize("name", ["~nobody-of-this-name/x.json", "x" * 300])
+def test_save_to_what_cannot_be_looked_up_is_told_and_the_conversation_goes_on(talk, script, name):
+    script("fine.", "yes.")
+    printed = talk("hi", f"/save {name}", "so?")
+    assert "cannot be looked up" in printed and "yes." in printed
+
+
+def test_a_retry_stopped_before_its_first_word_keeps_the_reply_that_was_there(talk, script, fake_run, monkeypatch):
+    asked = script("fine.", "yes.")
+    scripted, calls = GenerationEngine.stream, []
+
+    def stopped_at_the_second(self, *arguments, **options):
+        calls.append(options)
+        return iter(stopped()) if len(calls) == 2 else scripted(self, *arguments, **options)
+
+    def stopped():
+        raise KeyboardInterrupt
+        yield 0
+
+    monkeypatch.setattr(GenerationEngine, "stream", stopped_at_the_second)
+    assert talk("hi", "/retry", "so?").count("(stopped)") == 1
+    assert asked[-1]["context"] == fake_run.encode_context((), ["hi", "fine.", "so?"])
+
+
 def test_save_never_overwrites_a_file_of_someone_else(talk, tmp_path):
     target = tmp_path / "mine.json"
     target.write_text("precious")

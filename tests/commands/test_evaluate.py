@@ -202,6 +202,20 @@ def test_results_are_shown_again_on_request_while_the_question_is_the_same(copy_
         asked.clear()
 
 
+def test_results_stand_under_the_checkpoint_that_was_measured(copy_of, monkeypatch):
+    """A training beside the evaluation saves while the LM is loaded."""
+    from spt_jax.commands import restored
+    from spt_jax.evaluation import run_evaluation
+
+    earlier = min(int(path.name) for path in (copy_of / "checkpoints").iterdir() if path.name.isdecimal())
+    opened = restored.open_run
+    monkeypatch.setattr(restored, "open_run", lambda workdir, step: opened(workdir, str(earlier)))
+    walk("evaluate", f"--workdir={copy_of}", "--checkpoint=latest", "--nobaselines", "--replies=1")
+    assert results_of(copy_of)["step"] == earlier
+    monkeypatch.setattr(run_evaluation, "evaluate_run", None)
+    walk("evaluate", f"--workdir={copy_of}", f"--checkpoint={earlier}", "--nobaselines", "--replies=1", "--reuse")
+
+
 def test_flags_of_decoding_override_the_runs_options(trained, copy_of, capsys):
     free = [p["prediction"] for p in lines_of(trained / "run" / "predictions.jsonl")]
     stop = next(text for text in free if len(text) > 1)[1]

@@ -77,12 +77,16 @@ def test_other_dialogues_or_conditions_are_another_entry(cache_home: Path) -> No
     assert len(kept(cache_home)) == len(sets) * len(conditions)
 
 
-def test_the_place_of_a_dialogue_and_its_candidates_do_not_matter(cache_home: Path) -> None:
+def test_the_place_of_a_dialogue_does_not_matter_but_everything_in_it(cache_home: Path) -> None:
     packed = pack(DIALOGUES, CharacterEncoder(), layout="turn", max_length=300)
     kept_rows(lambda: packed, DIALOGUES, [])
     moved = [dataclasses.replace(dialogue, source="b.txt:7") for dialogue in DIALOGUES]
-    moved[0] = dataclasses.replace(moved[0], turns=(Turn("hi", "hello é", ("no", "yes")), moved[0].turns[1]))
     assert_same(kept_rows(never, moved, []), packed)
+    # Official rows leave out a turn whose line, candidates and all, holds a persona's mark.
+    with_candidates = dataclasses.replace(moved[0], turns=(Turn("hi", "hello é", ("no", "yes")), moved[0].turns[1]))
+    for other in (with_candidates, dataclasses.replace(moved[0], partner_persona=("i sail.",))):
+        with pytest.raises(AssertionError, match="were packed"):
+            kept_rows(never, [other, *moved[1:]], [])
 
 
 def test_rows_that_cannot_be_packed_are_not_kept(cache_home: Path) -> None:

@@ -116,6 +116,20 @@ def test_after_a_line_left_out_the_dialogue_goes_on():
     assert [s.split(": ")[0] for s in skipped] == ["f.txt:3", "f.txt:5", "f.txt:7"]
 
 
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (b"1 hello\thi\n1 caf\xe9\tfoo\n2 bar\tbaz", [((), ["hello"]), ((), ["bar"])]),
+        (b"1 q\tr\n1 your persona: caf\xe9\n2 your persona: i sail\n3 x\ty", [((), ["q"]), (("i sail",), ["x"])]),
+        (b"1 q\tr\n2 caf\xe9\tfoo\n3 x\ty", [((), ["q", "x"])]),
+    ],
+)
+def test_the_number_of_a_line_that_is_not_utf_8_says_which_dialogue_goes_on(text, expected):
+    dialogues, skipped = parse(text)
+    assert [(d.persona, [turn.query for turn in d.turns]) for d in dialogues] == expected
+    assert len(skipped) == 1 and "not valid UTF-8" in skipped[0]
+
+
 def test_a_number_that_goes_back_begins_a_new_dialogue():
     dialogues, skipped = parse(GOOD + "\n2 your persona: b\n3 x\ty")
     assert [d.source for d in dialogues] == ["f.txt:1", "f.txt:4"] and len(skipped) == 1

@@ -79,6 +79,12 @@ def rows(*records: dict[str, object]) -> list[Dialogue]:
     return dialogues
 
 
+def test_only_line_ends_part_the_utterances_of_a_history():
+    rows = [{"persona": "i sail.", "history": "hi\nhello\u2028there\x0b\u0085you\r\nso?", "response": "yes"}]
+    (dialogue,) = parse_rows(rows, Problems("f", "raise"))
+    assert dialogue.turns == (Turn("hi", "hello\u2028there\x0b\u0085you"), Turn("so?", "yes"))
+
+
 def test_rows_of_a_growing_history_become_one_dialogue_and_every_turn_is_learned_once():
     a = {"persona": ["i run."], "history": ["q1"], "response": "r1"}
     b = {"persona": ["i run."], "history": ["q1", "r1", "q2"], "response": "r2"}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -51,6 +53,19 @@ def test_empty_replies_score_zero_and_equal_texts_score_one(encoder: str) -> Non
     assert scores.f1[2] == pytest.approx(1, abs=1e-5)
     assert scores.f1[0] > scores.f1[3]
     assert bert_scores(["", " "], ["a", "b"], encoder).f1.tolist() == [0, 0]
+
+
+@pytest.mark.torch
+def test_a_tokenizer_that_names_no_limit_gets_the_encoders(encoder: str, tmp_path: Path) -> None:
+    """As that of the paper's DeBERTa."""
+    folder = Path(shutil.copytree(find_encoder(encoder).model_type, tmp_path / "encoder"))
+    named = json.loads((folder / "tokenizer_config.json").read_text())
+    assert named.pop("model_max_length") == 512
+    (folder / "tokenizer_config.json").write_text(json.dumps(named))
+    long = " ".join(PREDICTIONS * 60)
+    found = bert_scores([PREDICTIONS[0], long], [REFERENCES[0], long], str(folder))
+    assert found.f1[0] == pytest.approx(bert_scores(PREDICTIONS[:1], REFERENCES[:1], encoder).f1[0], abs=1e-6)
+    assert found.f1[1] == pytest.approx(1, abs=1e-5)
 
 
 @pytest.mark.torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 
 import jax
@@ -11,6 +12,7 @@ import numpy as np
 import pytest
 import tiny
 
+from spt_jax.evaluation import nearest_tokens as nearest_tokens_module
 from spt_jax.evaluation.likelihood import Likelihoods
 from spt_jax.evaluation.nearest_tokens import nearest_tokens
 from spt_jax.evaluation.selection import (
@@ -99,15 +101,24 @@ def test_a_map_without_differences_is_finite(contexts):
 def test_vectors_are_what_the_scores_compare(kind):
     model = dataclasses.replace(tiny.MODEL, retriever_config=RetrieverConfig(kind=kind, feed_forward=16))
     trainable, batch = tiny.trainable(model), tiny.packed("dialogue").batch()
-    contexts, prompts = retriever_vectors(model, tiny.params(), trainable, batch)
+    compiled = functools.partial(jax.jit, static_argnums=0)
+    contexts, prompts = compiled(retriever_vectors)(model, tiny.params(), trainable, batch)
     scores = softplus_score(cosine_similarity(contexts, prompts))
-    np.testing.assert_allclose(scores, batch_scores(model, tiny.params(), trainable, batch), rtol=1e-5)
+    np.testing.assert_allclose(scores, compiled(batch_scores)(model, tiny.params(), trainable, batch), rtol=1e-5)
 
 
-@pytest.mark.parametrize(("chunk", "last"), [(4096, None), (17, None), (17, 40)])
-def test_nearest_tokens_are_those_of_the_whole_table(chunk, last, monkeypatch):
-    monkeypatch.setattr("spt_jax.evaluation.nearest_tokens._CHUNK", chunk)
-    jax.clear_caches()
+@pytest.fixture(params=[4096, 17])
+def _chunks_of(request, monkeypatch):
+    """So many tokens at a time; no program that was traced with another number serves, here or later."""
+    monkeypatch.setattr(nearest_tokens_module, "_CHUNK", request.param)
+    nearest_tokens_module._merged.clear_cache()
+    yield
+    nearest_tokens_module._merged.clear_cache()
+
+
+@pytest.mark.usefixtures("_chunks_of")
+@pytest.mark.parametrize("last", [None, 40])
+def test_nearest_tokens_are_those_of_the_whole_table(last):
     prompts = jax.random.normal(jax.random.key(3), (2, 3, tiny.CONFIG.hidden_size))
     prompts = prompts.at[1, 2].set(7.0 * embed(tiny.CONFIG, tiny.params(), jnp.asarray([5]))[0])
     found = nearest_tokens(tiny.CONFIG, tiny.params(), prompts, count=4, vocab_size=last)

@@ -13,6 +13,7 @@ import sys
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
+import fast_compilation
 from disturbances import Disturbance, disturbed
 from phases import PhaseBoard, announced
 
@@ -102,7 +103,7 @@ def environment(caches: Path) -> dict[str, str]:
     """One device, programs compiled fast, and the caches in a folder of their own."""
     return {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": fast_compilation.FLAGS,
         "HF_HUB_OFFLINE": "1",
         "PYTHONUNBUFFERED": "1",
         "XDG_CACHE_HOME": str(caches),

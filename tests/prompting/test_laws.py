@@ -145,7 +145,7 @@ def test_with_only_the_selection_loss_the_bank_learns_through_its_side_of_the_co
         weights = batch["turn_mask"] / batch["turn_mask"].sum()
         return selection_loss(selection_target(losses.nll, 1.0), scores, weights, 1.0)
 
-    expected = jax.grad(through_scores)(tiny.trainable())
+    expected = jax.jit(jax.grad(through_scores))(tiny.trainable())
     difference = jax.tree.map(lambda a, b: a - b, with_selection, lm_alone)
     assert tiny.relative_difference(difference["retriever"], expected["retriever"]) <= 1e-5
     assert tiny.relative_difference(difference["bank"], expected["bank"]) <= 1e-3  # a small difference of large numbers
@@ -180,23 +180,25 @@ def test_one_prompt_without_the_other_losses_is_plain_prompt_tuning():
     assert all(not np.asarray(g).any() for g in jax.tree.leaves(gradients["retriever"]))
 
 
+SCORED = jax.jit(score_turns, static_argnums=0)
+
+
 def test_scoring_alone_gives_what_training_sees():
     batch = tiny.packed("dialogue").batch()
     losses, _ = _run(batch)
-    scored = jax.jit(score_turns, static_argnums=0)(tiny.MODEL, tiny.params(), tiny.trainable(), batch)
+    scored = SCORED(tiny.MODEL, tiny.params(), tiny.trainable(), batch)
     assert tiny.relative_difference((scored.nll, scored.scores), (losses.nll, losses.scores)) <= 1e-6
     assert float(scored.tokens.sum()) == float(batch["target_mask"].sum())
 
 
 def test_without_a_prompt_the_lm_is_scored_as_it_is():
     batch = tiny.packed("dialogue").batch()
-    scored = score_turns(without_prompt(tiny.MODEL), tiny.params(), {}, batch)
+    scored = SCORED(without_prompt(tiny.MODEL), tiny.params(), {}, batch)
     frozen = tiny.params()
     row = tiny.packed("dialogue").rows[3]
     positions = jnp.arange(len(row))[None]
-    hidden, _ = decode(
-        tiny.CONFIG, frozen, embed(tiny.CONFIG, frozen, jnp.asarray(row.tokens))[None], positions, positions >= 0
-    )
+    embeddings = embed(tiny.CONFIG, frozen, jnp.asarray(row.tokens))[None]
+    hidden, _ = jax.jit(decode, static_argnums=0)(tiny.CONFIG, frozen, embeddings, positions, positions >= 0)
     logits = jax.nn.log_softmax(vocabulary_logits(tiny.CONFIG, frozen, hidden[0]))
     assert float(scored.nll[3, 0, 0]) == pytest.approx(
         -float(logits[row.target_positions, row.target_ids].mean()), rel=1e-5
@@ -209,7 +211,7 @@ def test_the_frozen_lm_in_bfloat16_keeps_float32_losses_and_trainables():
     model = dataclasses.replace(tiny.MODEL, decoder=config)
     half = jax.tree.map(lambda x: x.astype(jnp.bfloat16), tiny.params())
     batch = tiny.packed("dialogue").batch()
-    losses, gradients = losses_and_gradients(model, OBJECTIVE, half, tiny.trainable(), batch)
+    losses, gradients = tiny.STEP(model, OBJECTIVE, half, tiny.trainable(), batch)
     exact, _ = _run(batch)
     assert {g.dtype for g in jax.tree.leaves((losses, gradients))} == {jnp.dtype("float32")}
     assert float(losses.total) == pytest.approx(float(exact.total), rel=3e-2)

@@ -88,6 +88,32 @@ def test_a_step_pushed_over_another_of_its_number_is_never_a_mixture(tmp_path):
     assert set(bucket.files()) == {f"checkpoints/5/{name}" for name in contents(new)} | {"complete/5.json"}
 
 
+def test_a_step_that_has_grown_stays_complete_while_it_is_pushed_again(tmp_path):
+    """As one that is rated after it was copied."""
+    step = write_step(tmp_path, 5)
+    saved, pushed = manifest_of(step), new_url()
+    push_step(open_bucket(pushed), 5, step)
+    (step / "rated").mkdir()
+    (step / "rated" / "perplexity").write_text("12.5")
+    for budget in range(100):
+        url = new_url()
+        for name, content in contents(step).items():
+            if not name.startswith("rated/"):
+                open_bucket(url).write(f"checkpoints/5/{name}", content)
+        open_bucket(url).write("complete/5.json", saved.to_json())
+        bucket, network = networked(url, budget=budget)
+        try:
+            push_step(bucket, 5, step)
+        except BucketError:
+            network.budget = None
+            assert complete_steps(bucket)[5] in (saved, manifest_of(step))
+        else:
+            break
+    network.budget = None
+    assert budget == 2  # what was added, and the marker
+    assert complete_steps(bucket) == {5: manifest_of(step)}
+
+
 @pytest.mark.parametrize("damage", ["missing", "shorter", "marker cut", "marker empty"])
 def test_a_step_with_a_missing_or_shorter_file_or_a_torn_marker_is_not_there(damage, tmp_path):
     bucket = open_bucket(new_url())
