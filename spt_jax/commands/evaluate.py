@@ -110,7 +110,9 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
     with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
         checkpoint = checkpoints.meta(given["checkpoint"])
     source, dialogues = heldout_dialogues(config, given["data"], given["limit"], given["split"])
-    ask = functools.partial(question, config, dialogues=dialogues, **{n: given[n] for n in ("baselines", "replies")})
+    ask = functools.partial(
+        question, config, dialogues=dialogues, baselines=given["baselines"], replies=given["replies"]
+    )
     asked = ask(checkpoint) if checkpoint else ""
     _check_same(asked)
     chat = f"spt-jax chat --workdir={shlex.quote(given['workdir'])}"
@@ -151,18 +153,12 @@ def _measured(
     from spt_jax.evaluation.journal import Journal
     from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
     from spt_jax.parallel.distributed import is_lead
-    from spt_jax.training.checkpoint import Checkpoints
-    from spt_jax.training.workdir import CHECKPOINT_FOLDER
 
     restored = open_run(str(workdir), given["checkpoint"])
     for section, values in changes.items():
         restored.config[section].update(values)
     # While the LM was loaded a training beside this may have saved a later or a better checkpoint.
-    with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
-        checkpoint = checkpoints.meta(str(restored.step))
-    if checkpoint is None:
-        raise UserError(f"checkpoint {restored.step} of {workdir} was deleted while it was read; evaluate again")
-    question = ask(checkpoint)
+    question = ask(restored.record)
     _check_same(question)
     journal = Journal(workdir, question)
     if is_lead():
@@ -217,12 +213,11 @@ def _show(results: dict[str, Any]) -> None:
     Console().print(rich_table(results["columns"]))
     for note in results.get("notes", []):
         print(note)
-    mixed = results.get("settings", {}).get("evaluation.selection") == "soft"
+    soft = results.get("settings", {}).get("evaluation.selection") == "soft"
+    mixed = ", the most of the mixture, alone" if soft else ""
     for sample in results["samples"][:_SAMPLES_PRINTED]:
         selected = sample["selected"]
-        who = f"soft prompt {selected}" if len(sample["replies"]) > 1 else "it"
-        if mixed and len(sample["replies"]) > 1:
-            who = f"{who}, the most of the mixture, alone"
+        who = f"soft prompt {selected}{mixed}" if len(sample["replies"]) > 1 else "it"
         said = "the persona says" if sample.get("own_last") else "they say"
         print(f"\npersona: {shown_line(' '.join(sample['persona']))}\n  {said}: {shown_line(sample['history'][-1])}")
         print(f"  {who} answers: {shown_line(sample['replies'][selected]) or '(nothing)'}")

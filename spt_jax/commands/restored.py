@@ -7,6 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -43,12 +44,14 @@ class Run:
         experiment: Configuration, mesh, LM and model.
         trainable: What was learned, of the restored step.
         step: The restored step.
+        record: The JSON values beside it, see `spt_jax.training.checkpoint.Checkpoints.restore`.
     """
 
     workdir: Path
     experiment: Experiment
     trainable: Trainable
     step: int
+    record: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def config(self) -> Config:
@@ -155,7 +158,7 @@ def open_run(workdir: str, step: str = "best") -> Run:
         restored = checkpoints.restore(step, targets)
     if restored is None:
         raise UserError(f"there is no checkpoint in {folder / CHECKPOINT_FOLDER}; train first")
-    return Run(folder, experiment, restored[1]["trainable"], restored[0])
+    return Run(folder, experiment, restored[1]["trainable"], restored[0], restored[2])
 
 
 def _targets(experiment: Experiment) -> Trainable:

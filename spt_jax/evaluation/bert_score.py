@@ -91,13 +91,7 @@ def bert_scores(
     scores = np.zeros((3, len(predictions)))
     if scored:
         scorer = _scorer(library, encoder.model_type, encoder.layer)
-        pairs = [predictions[i] for i in scored], [references[i] for i in scored]
-        try:
-            found = scorer.score(*pairs, batch_size=_BATCH)
-        except (OverflowError, ValueError, IndexError, TypeError) as error:
-            raise UserError(
-                f"BERTScore's encoder {model!r} cannot score these texts: {str(error) or type(error).__name__}"
-            ) from error
+        found = scorer.score([predictions[i] for i in scored], [references[i] for i in scored], batch_size=_BATCH)
         # Characters that an encoder drops (control marks, say) leave a text without tokens: 0 / 0.
         scores[:, scored] = np.nan_to_num(np.asarray([part.double().numpy() for part in found]))
     versions = {name: importlib.metadata.version(name) for name in ("bert-score", "torch", "transformers")}

@@ -83,7 +83,7 @@ def read_run(name: str, folder: Path | None = None) -> EvaluatedRun:
         UserError: It is not a run, has not been evaluated, or a file (with its line) cannot be read.
     """
     workdir = folder or Path(name)
-    if not present(workdir / "config.json", "the run"):
+    if not (present(workdir / "config.json", "the run") and (workdir / "config.json").is_file()):
         raise UserError(f"{name} is not the working directory of a run: it has no config.json")
     if not all((workdir / file).is_file() for file in ("results.json", "predictions.jsonl")):
         raise UserError(f"{name} has not been evaluated; run: spt-jax evaluate --workdir={name}")

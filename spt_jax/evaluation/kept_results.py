@@ -60,6 +60,7 @@ def _is_whole(results: Mapping[str, Any]) -> bool:
     columns, samples = results.get("columns"), results.get("samples")
     return (
         all(type(results.get(count)) is int for count in ("turns", "replies"))
+        and isinstance(results.get("settings", {}), dict)
         and isinstance(columns, dict)
         and all(isinstance(column, dict) for column in columns.values())
         and isinstance(samples, list)
