@@ -15,8 +15,8 @@ The weights are gated: accept the terms on https://huggingface.co/google/gemma-3
 1b, whose frozen weights take 2.0 GB in bfloat16 and fit on one device. For NVIDIA GPUs install '.[cuda,hub]', for
 TPUs '.[tpu,hub]'.
 
-Five layers of six see the last 512 tokens, soft prompt included. ConvAI2's dialogues are shorter (403 tokens at most
-with a vocabulary of 49,152), so the soft prompt stays in sight.
+Five layers of six see the last 512 tokens (1,024 in 4b), soft prompt included. ConvAI2's dialogues are shorter (403
+tokens at most with a vocabulary of 49,152), so the soft prompt stays in sight.
 
 The paper has no figures for this LM. Learning rate, epochs, row length, temperatures and loss weights are those of the
 authors' published command for OPT-125M, and were not tuned on this data.

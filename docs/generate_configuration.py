@@ -50,6 +50,91 @@ RELATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
         "`nli` among `evaluation.metrics` needs `evaluation.nli`.",
         {"evaluation.metrics": ("nli",)},
     ),
+    (
+        "`generation.min_new_tokens` is at most `evaluation.max_new_tokens`.",
+        {"generation.min_new_tokens": 33},
+    ),
+    (
+        "`generation.top_k`, `generation.top_p`, `generation.min_p` and `generation.typical_p` cut a draw, so they need "
+        "a `generation.temperature` above 0.",
+        {"generation.top_k": 5, "generation.top_p": 0.9, "generation.min_p": 0.1, "generation.typical_p": 0.9},
+    ),
+    (
+        "`generation.beams` above 1 needs a `generation.temperature` of 0.",
+        {"generation.beams": 2, "generation.temperature": 1.0},
+    ),
+    (
+        "`generation.samples` at a temperature of 0 are at most the beams.",
+        {"generation.samples": 3},
+    ),
+    (
+        "`data.task = persona` needs `data.template = plain`.",
+        {"data.task": "persona", "data.template": "chat"},
+    ),
+    (
+        "`data.task = persona` does not go with `method.kind = few_shot`.",
+        {"data.task": "persona", "method.kind": "few_shot"},
+    ),
+    (
+        "`method.kind = few_shot` needs `data.template = plain`.",
+        {"method.kind": "few_shot", "data.template": "chat"},
+    ),
+    (
+        "`method.kind = full` needs `model.quantization = none`.",
+        {"method.kind": "full", "model.quantization": "int8"},
+    ),
+    (
+        "`method.hidden_size` above 0 needs a `method.kind` of p_tuning or prefix_tuning.",
+        {"method.hidden_size": 8},
+    ),
+    (
+        "`model.dropout` is 0 with zero-shot and few-shot, which train nothing.",
+        {"method.kind": "zero_shot", "model.dropout": 0.1},
+    ),
+    (
+        "`bank.init` other than vocabulary and normal needs a `method.kind` of spt or prompt_tuning.",
+        {"method.kind": "p_tuning", "bank.init": "clusters"},
+    ),
+    (
+        "`bank.kind = prefixes` needs `method.kind = spt`.",
+        {"method.kind": "prompt_tuning", "bank.kind": "prefixes"},
+    ),
+    (
+        "`bank.kind = prefixes` needs `bank.init = normal` and `evaluation.selection = hard`.",
+        {"bank.kind": "prefixes", "evaluation.selection": "soft"},
+    ),
+    (
+        "`objective.annealing_min` is at most `objective.annealing_max` where there is annealing.",
+        {"objective.annealing": 1.0, "objective.annealing_min": 2.0},
+    ),
+    (
+        "`objective.prompts_per_step` is 0, or 2 to `bank.num_prompts`.",
+        {"objective.prompts_per_step": 1},
+    ),
+    (
+        "`objective.prompts_per_step` of fewer than K needs a `retriever.activation` of softplus or relu.",
+        {"objective.prompts_per_step": 2, "retriever.activation": "leaky_relu"},
+    ),
+    (
+        "`retriever.context = official` needs `method.kind = spt`, `bank.kind = prompts`, `data.layout = turn`, "
+        "`data.template = plain`, `data.task = response`, `retriever.share = true`, `evaluation.selection = hard` and "
+        "`objective.prompts_per_step = 0`.",
+        {
+            "retriever.context": "official",
+            "method.kind": "lora",
+            "bank.kind": "prefixes",
+            "data.template": "chat",
+            "data.task": "persona",
+            "retriever.share": False,
+            "evaluation.selection": "soft",
+            "objective.prompts_per_step": 2,
+        },
+    ),
+    (
+        "`data.freeze_persona`, `data.freeze_context` and `data.official_pad` keep their defaults unless "
+        "`retriever.context` is official.",
+        {"data.freeze_persona": False, "data.freeze_context": False, "data.official_pad": "bos"},
+    ),
 )
 """Rules that tie options together, each with values that break it."""
 
@@ -68,6 +153,9 @@ A run is described by a Python file whose `get_config()` returns an `ml_collecti
 ```bash
 spt-jax train --config=configs/quickstart.py --workdir=runs/a --config.bank.num_prompts=8 --config.seed=1
 ```
+
+An option that holds several texts is written as in Python, `--config.lora.targets="('q_proj', 'v_proj')"`; a text that
+is no such list is its one element, commas and all.
 
 A name that does not exist, a value of another type and a value that is not allowed each end the command with exit code
 2 and one sentence that says what is allowed. The configuration of a run is kept in its working directory, in

@@ -3,7 +3,7 @@
 #
 #   bash launch/quickstart.sh                      the dialogues that ship with the package
 #   bash launch/quickstart.sh --data FILE          92 dialogues of a ConvAI2 file; test dialogues are cut by persona
-#   bash launch/quickstart.sh --workdir DIR        where the run goes (default: runs/quickstart)
+#   bash launch/quickstart.sh --workdir DIR        where the run goes (default: runs/quickstart, or runs/quickstart-NAME)
 #
 # Needs Python 3.11 or newer with pip; everything goes into .venv. A second run reuses what is there.
 set -euo pipefail

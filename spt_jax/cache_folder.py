@@ -1,4 +1,4 @@
-"""The user's cache folder: what can be made again, is found faster, and may be deleted at any time.
+"""The user's cache folder: what can be made again, is found faster, and may be deleted at any time, but for buckets.
 
 Entries are content-addressed: their names are digests of everything they depend on, so none is ever stale, and two
 processes that write one write the same. They appear whole or not at all. Nothing here fails where the folder cannot be

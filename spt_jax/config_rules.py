@@ -249,7 +249,9 @@ def _method_relations(config: Any) -> list[str]:
     if config.model.dropout and config.method.kind in ("zero_shot", "few_shot"):
         problems.append(f"model.dropout is {config.model.dropout}; {config.method.kind} trains nothing")
     if o.annealing and o.annealing_min > o.annealing_max:
-        problems.append(f"objective.annealing_min is {o.annealing_min}; allowed: up to annealing_max {o.annealing_max}")
+        problems.append(
+            f"objective.annealing_min is {o.annealing_min}; allowed: up to objective.annealing_max ({o.annealing_max})"
+        )
     if spt and config.bank.kind == "prefixes":
         problems += _needs(config, "bank.init", ("normal",), "bank.kind = prefixes")
         problems += _needs(config, "evaluation.selection", ("hard",), "bank.kind = prefixes")

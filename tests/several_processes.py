@@ -13,9 +13,7 @@ from pathlib import Path
 
 import fast_compilation
 
-GREETING = re.compile(
-    r"\[Gloo\] Rank |\d+ is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+"
-)
+GREETING = re.compile(r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : ")
 SECONDS = 300
 """After which a process that should have ended is taken for one that hangs."""
 
@@ -36,8 +34,9 @@ class Job:
         return [process.returncode for process in self.processes]
 
     def said(self, index: int) -> str:
-        """What a process wrote, without Gloo's greetings, of which two threads may write pieces in one line."""
-        return GREETING.sub("", self.out[index] + self.err[index]).strip()
+        """What a process wrote, without Gloo's greetings, which two threads may write into one another."""
+        text, pieces = GREETING.subn(" ", self.out[index] + self.err[index])
+        return (re.sub(r"(?<!\S)\d+(?!\S)", "", text, count=pieces) if pieces else text).strip()
 
     def kill(self) -> None:
         for process in self.processes:
