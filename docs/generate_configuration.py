@@ -55,8 +55,8 @@ RELATIONS: tuple[tuple[str, dict[str, Any]], ...] = (
         {"generation.min_new_tokens": 33},
     ),
     (
-        "`generation.top_k`, `generation.top_p`, `generation.min_p` and `generation.typical_p` cut a draw, so they need "
-        "a `generation.temperature` above 0.",
+        "`generation.top_k`, `generation.top_p`, `generation.min_p` and `generation.typical_p` cut a draw, so they "
+        "need a `generation.temperature` above 0.",
         {"generation.top_k": 5, "generation.top_p": 0.9, "generation.min_p": 0.1, "generation.typical_p": 0.9},
     ),
     (

@@ -87,9 +87,7 @@ def default_config() -> Config:
 
     c.data = ConfigDict()
     c.data.train = "builtin:train"  # Dialogues: ParlAI .txt, .jsonl, hf:NAME, datasets folder, or builtin:train
-    c.data.development = (
-        ""  # Dialogues that choose the best checkpoint; empty cuts them from the training dialogues
-    )
+    c.data.development = ""  # Dialogues that choose the best checkpoint; empty cuts them from the training dialogues
     c.data.development_dialogues = 16  # How many dialogues to cut, disjoint by persona
     c.data.test = ""  # Dialogues for the final figures; empty cuts them from the training dialogues
     c.data.test_dialogues = 24  # How many dialogues to cut for the test, disjoint by persona
