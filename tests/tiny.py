@@ -70,6 +70,7 @@ class CharacterEncoder:
     eos_id = 2
     pad_id = 0
     own_pad_id = 0
+    lm_vocab_size = None
     stop_ids = (2,)
     vocab_size = 128
 

@@ -171,6 +171,8 @@ def official_prompt(
 ) -> np.ndarray:
     """The authors' inference prompt of a conversation: `<bos>given persona: ...; context: Q: ... R: `.
 
+    Lines and utterances are those that their reader would make of them, as in `official_turns`.
+
     Args:
       persona: the persona's lines.
       history: alternating utterances, oldest first, of which the last is the partner's.
@@ -186,8 +188,9 @@ def official_prompt(
     if not history:
         raise UserError("The history is empty; it must end with the partner's utterance.")
     marks = (QUERY_MARK, RESPONSE_MARK)
-    context = tuple(f"{marks[(len(history) - 1 - i) % 2]} {text}" for i, text in enumerate(history))
-    text = _text(OfficialTurn(0, tuple(persona), context, ""), "")
+    context = tuple(f"{marks[(len(history) - 1 - i) % 2]} {_as_written(text)}" for i, text in enumerate(history))
+    lines = tuple(_between_colons(f"persona:{line}") for line in persona)
+    text = _text(OfficialTurn(0, lines, context, ""), "")
     return np.asarray(_Spelling(tokenizer).encode([text])[0][-max_length:], dtype=np.int32)
 
 

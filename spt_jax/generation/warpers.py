@@ -111,7 +111,8 @@ def _first_mass(distances: jax.Array, masses: jax.Array, mass: float) -> jax.Arr
     The largest distance that stays is found by bisection over the 2³² floats in their order: 32 sums over the
     vocabulary take a tenth of the time of a sort.
     """
-    bits = jax.lax.bitcast_convert_type(distances.astype(jnp.float32) + 0.0, jnp.int32)  # -0.0 becomes 0.0
+    distances = jnp.where(distances == 0, 0, distances.astype(jnp.float32))  # -0.0 is no other place than 0.0
+    bits = jax.lax.bitcast_convert_type(distances, jnp.int32)
     ordered = jnp.where(bits < 0, jnp.int32(-(2**31)) - bits - 1, bits)  # as integers in the floats' order
 
     def holds_less(bound: jax.Array) -> jax.Array:

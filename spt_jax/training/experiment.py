@@ -181,11 +181,21 @@ def template_of(config: Config, tokenizer: Tokenizer, demonstrations: Sequence[D
 
 
 def pad_id_of(config: Config, tokenizer: Tokenizer) -> int:
-    """What fills rows: any id, since it is masked; in the official mode, where it is averaged, the authors' choice."""
+    """What fills rows: any id, since it is masked; in the official mode, where it is averaged, the authors' choice.
+
+    Raises:
+        UserError: In the official mode the tokenizer names a padding that the LM has no embedding of.
+    """
     if config.retriever.context != "official":
         return tokenizer.pad_id
-    if tokenizer.own_pad_id is not None:
-        return tokenizer.own_pad_id
+    own, vocabulary = tokenizer.own_pad_id, tokenizer.lm_vocab_size
+    if own is not None:
+        if vocabulary is not None and not 0 <= own < vocabulary:
+            raise UserError(
+                f"{config.model.source}: the tokenizer's pad token is {own}; allowed with retriever.context = "
+                f"official, which reads the padding: 0 to {vocabulary - 1}, the LM's vocabulary, or none of its own"
+            )
+        return own
     if config.data.official_pad == "bos" and tokenizer.bos_id is not None:
         return tokenizer.bos_id
     return tokenizer.eos_id

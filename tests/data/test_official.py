@@ -242,6 +242,16 @@ def test_a_conversation_may_begin_with_the_personas_own_words() -> None:
     prompt = official_prompt(["i ski"], ["hello", "hi"], TOKENIZER, max_length=500)
     assert shown(prompt) == "<s>given persona: i ski; context: R: hello Q: hi R: "
     assert shown(official_prompt([], ["hello", "hi"], TOKENIZER, max_length=9)) == " Q: hi R: "[-9:]
+
+
+def test_a_conversation_reads_as_the_same_turn_of_a_file() -> None:
+    """Their reader cuts a persona's line at its second colon and takes a line break for two characters."""
+    persona, query = "my motto: carpe diem", "hi\nthere "
+    prompt = official_prompt([persona], [query], TOKENIZER, max_length=500)
+    assert prompt.tolist() == prompt_of(row_of(single(query, "yes", [persona]), TOKENIZER)).tolist()
+
+
+def test_a_conversation_needs_an_utterance() -> None:
     with pytest.raises(UserError, match="history is empty"):
         official_prompt([], [], TOKENIZER, max_length=9)
 

@@ -19,9 +19,10 @@ from spt_jax.data.few_shot import FewShot
 from spt_jax.data.packing import PackedRows, Row
 from spt_jax.data.persona_task import PersonaTemplate
 from spt_jax.data.template import PlainTemplate, Template
+from spt_jax.errors import UserError
 from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.training import experiment
-from spt_jax.training.experiment import pack_dialogues
+from spt_jax.training.experiment import pack_dialogues, pad_id_of
 
 
 def tokenizer(**changes: Any) -> Tokenizer:
@@ -122,3 +123,14 @@ def test_rows_of_an_encoder_or_template_of_somebody_else_are_not_kept(cache_home
         pack_dialogues(config(), tiny.DIALOGUES, tokenizer(), template)
         pack_dialogues(config(), tiny.DIALOGUES, stranger)
     assert kept(cache_home) == []
+
+
+def test_the_official_mode_refuses_a_padding_that_the_lm_has_no_embedding_of() -> None:
+    """It is read there, and what `jnp.take` gives for an id beyond the table is NaN."""
+    size = tokenizer().vocab_size
+    last = tokenizer(own_pad_id=size - 1).fitted(size, "a model")
+    beyond = tokenizer(own_pad_id=size).fitted(size, "a model")
+    assert pad_id_of(OFFICIAL, last) == size - 1
+    with pytest.raises(UserError, match=f"pad token is {size}; allowed .* 0 to {size - 1}"):
+        pad_id_of(OFFICIAL, beyond)
+    assert pad_id_of(config(), beyond) == 0
