@@ -268,9 +268,8 @@ class _Measured:
         if self.statistics[0].dialogues < 2:
             return np.full((2, len(FIGURES)), np.nan)
         interval = percentile_interval(self._bootstrap[self.places(runs)].mean(axis=0))
-        jackknifed = jackknife_interval(self.figures(runs), self.without(runs))
         places = [FIGURES.index(name) for name in DIST]
-        interval[:, places] = jackknifed[:, places]
+        interval[:, places] = jackknife_interval(self.figures(runs)[places], self.without(runs)[:, places])
         return interval
 
 
@@ -283,7 +282,7 @@ def _row(group: RunGroup, measured: _Measured) -> ComparedRow:
         seeds.append(SeedFigures(run.name, run.seed, figures, _intervals(measured.interval([run]))))
     names = [name for name in (*FIGURES, *SET_FIGURES) if all(name in seed.figures for seed in seeds)]
     table = np.asarray([[seed.figures[name] for name in names] for seed in seeds])
-    spread = dict(zip(names, table.std(axis=0, ddof=1).tolist(), strict=True)) if len(seeds) > 1 else {}
+    spread = dict(zip(names, _deviation(table).tolist(), strict=True)) if len(seeds) > 1 else {}
     return ComparedRow(
         label=group.label,
         seeds=tuple(seeds),
@@ -291,6 +290,12 @@ def _row(group: RunGroup, measured: _Measured) -> ComparedRow:
         intervals=_intervals(measured.interval(group.runs)),
         spread=spread,
     )
+
+
+def _deviation(table: np.ndarray) -> np.ndarray:
+    """Standard deviation (n - 1) of each column of ``[n, C]``, of figures whose squares no float holds too."""
+    scale = np.maximum(np.abs(table).max(axis=0), 1.0)
+    return scale * (table / scale).std(axis=0, ddof=1)
 
 
 def _against(
@@ -308,10 +313,10 @@ def _against(
     mean = mean_change({k: row.figures[k] for k in shared}, base.figures)
     places = [FIGURES.index(name) for name in shared if name in changes]
     interval = None
-    if places:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = measured.without(group.runs)[:, places] / measured.without(base_group.runs)[:, places]
-        means = 100.0 * (ratios.mean(axis=1) - 1.0)
+    below = measured.without(base_group.runs)[:, places]
+    # Where one dialogue alone keeps the baseline above 0 there is no change without it, and so no spread.
+    if places and (below > 0).all():
+        means = 100.0 * ((measured.without(group.runs)[:, places] / below).mean(axis=1) - 1.0)
         interval = _intervals(jackknife_interval(np.asarray([mean]), means[:, None]), ["mean"]).get("mean")
     draws = randomised_differences(
         [measured.statistics[i] for i in measured.places(group.runs)],

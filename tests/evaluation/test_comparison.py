@@ -129,6 +129,25 @@ def test_one_dialogue_has_figures_without_intervals(tmp_path: Path) -> None:
     assert "One dialogue tells of no spread, so there are no intervals." in found.notes
 
 
+def test_where_one_dialogue_alone_keeps_the_baseline_above_0_the_mean_change_has_no_interval(tmp_path: Path) -> None:
+    turns = [(d, 0, f"we sing number {d}") for d in range(3)]
+    right = [text for _, _, text in turns]
+    write_run(tmp_path / "a", turns, [right[0], "blue", "red"], settings={"method": {"kind": "a"}})
+    write_run(tmp_path / "b", turns, right)
+    found = compared(tmp_path / "a", tmp_path / "b").rows[1]
+    assert found.mean_change is not None and found.change["f1"] > 0
+    assert found.mean_change_interval is None
+    assert set(found.intervals) >= {"f1", "dist_1"}
+
+
+def test_a_model_that_has_diverged_has_a_spread_over_seeds_and_intervals(tmp_path: Path) -> None:
+    for seed, nats in enumerate((400.0, 401.0)):
+        write_run(tmp_path / f"a{seed}", TURNS, replies(TURNS, 0.3, 1), seed=seed, nll=[nats] * len(TURNS))
+    [row] = compared(tmp_path / "a0", tmp_path / "a1").rows
+    assert row.spread["perplexity"] == pytest.approx((np.exp(401) - np.exp(400)) / np.sqrt(2))
+    assert np.isfinite(row.intervals["perplexity"]).all() and "dist_1" in row.intervals
+
+
 def test_rows_are_means_over_seeds_with_each_seeds_own_figures(runs: list[Path]) -> None:
     found = compared(*runs)
     assert [row.label for row in found.rows] == ["tuned", "selected_100%", "bare-seed0"]
