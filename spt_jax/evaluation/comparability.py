@@ -145,9 +145,10 @@ def same_tokens(groups: Sequence[RunGroup], baseline: int, notes: list[str]) -> 
 
 
 def remarks(groups: Sequence[RunGroup], dialogues: int) -> list[str]:
-    """What a reader must know about how the runs were evaluated, sentences."""
-    notes = []
-    run = groups[0].runs[0]
+    """What a reader must know about how the runs, which answer the same turns, were evaluated: sentences."""
+    runs = [run for group in groups for run in group.runs]
+    notes = [*_told_otherwise(runs, "personas"), *_told_otherwise(runs, "histories")]
+    run = runs[0]
     turns = run.results.get("turns", len(run.references))
     if turns > len(run.references):
         notes.append(f"Figures are of the {len(run.references)} turns that have a reply, of {turns}.")
@@ -172,3 +173,21 @@ def remarks(groups: Sequence[RunGroup], dialogues: int) -> list[str]:
         shown = ", ".join(f"{value!r} ({group.label})" for value, group in zip(values, groups, strict=True))
         notes.append(f"The runs were evaluated with different {name}: {shown}.")
     return notes
+
+
+def _told_otherwise(runs: Sequence[EvaluatedRun], what: str) -> list[str]:
+    """A sentence where the ``"personas"`` or ``"histories"`` behind the same turns differ among runs that tell them."""
+    first, *others = [run for run in runs if getattr(run, what) is not None] or [runs[0]]
+    differing: dict[str, list[int]] = {}
+    for run in others:
+        pairs = zip(getattr(first, what), getattr(run, what), strict=True)
+        if found := [u for u, (here, there) in enumerate(pairs) if here != there]:
+            differing[run.name] = found
+    if not differing:
+        return []
+    turns = sorted(set().union(*differing.values()))
+    place = turn_name(int(first.dialogue[turns[0]]), int(first.turn[turns[0]]))
+    return [
+        f"The {what} behind {len(turns)} of {len(first.references)} turns, {place} the first, are not the same in "
+        f"{', '.join(differing)} as in {first.name}."
+    ]

@@ -104,6 +104,26 @@ def test_what_the_flags_of_an_evaluation_changed_is_told_and_parts_seeds(tmp_pat
     assert "The runs were evaluated with different generation.beams: 10 (a), 1 (b1)." in found.notes
 
 
+@pytest.mark.parametrize(("field", "what"), [("persona", "personas"), ("history", "histories")])
+def test_runs_that_were_told_other_things_behind_the_same_turns_are_compared_with_a_remark(
+    tmp_path: Path, field: str, what: str
+) -> None:
+    texts = replies(TURNS, 0.3, 1)
+    original = [[f"i say {text}"] for _, _, text in TURNS]
+    revised, dropped = [*original[:3], ["i revise"], ["i too"], *original[5:]], [*original[:-1], []]
+    for name, told in (("old", None), ("a", original), ("b", revised), ("c", original), ("d", dropped)):
+        more = None if told is None else {field: told}
+        write_run(tmp_path / name, TURNS, texts, settings={"method": {"kind": name}}, more=more)
+    folders = {name: tmp_path / name for name in ("old", "a", "b", "c", "d")}
+    remark = (
+        f"The {what} behind 3 of {len(TURNS)} turns, turn {TURNS[3][1]} of dialogue {TURNS[3][0]} the first, "
+        f"are not the same in {folders['b']}, {folders['d']} as in {folders['a']}."
+    )
+    assert [note for note in compared(*folders.values()).notes if what in note] == [remark]
+    for alike in (("a", "c"), ("old", "b"), ("b", "old")):
+        assert not [note for note in compared(*(folders[name] for name in alike)).notes if what in note]
+
+
 @pytest.mark.parametrize(
     ("names", "label"),
     [
