@@ -128,7 +128,10 @@ def _scored_anew(
 
 
 def same_tokens(groups: Sequence[RunGroup], baseline: int, notes: list[str]) -> list[bool]:
-    """Whether each group's perplexity is over the baseline's target tokens; `notes` takes a sentence on the others."""
+    """Whether each group's perplexity is over the baseline's target tokens; `notes` takes a sentence on the others.
+
+    None is where the baseline's own are not known, or not the same in all of its runs.
+    """
     tokens = groups[baseline].runs[0].target_tokens
     same, others = [], []
     for group in groups:
@@ -139,9 +142,10 @@ def same_tokens(groups: Sequence[RunGroup], baseline: int, notes: list[str]) -> 
     if others:
         notes.append(
             f"The perplexity of {', '.join(others)} is per token of another tokenizer, or of other texts, than the "
-            "baseline's: the two cannot be compared and are not tested."
+            "baseline's: the two cannot be compared, so it has neither change nor test, and no perplexity is marked as "
+            "the best."
         )
-    return same
+    return [found and same[baseline] for found in same]
 
 
 def remarks(groups: Sequence[RunGroup], dialogues: int) -> list[str]:
@@ -159,8 +163,8 @@ def remarks(groups: Sequence[RunGroup], dialogues: int) -> list[str]:
     untold = [group.label for group in groups if any(r.nll is None or r.target_tokens is None for r in group.runs)]
     if untold:
         notes.append(
-            f"The perplexity of {', '.join(untold)} is that of results.json, without interval and test, for "
-            "predictions.jsonl does not say how many tokens each response has."
+            f"The perplexity of {', '.join(untold)} is that of results.json, without interval and compared with no "
+            "other, for predictions.jsonl does not say how many tokens each response has."
         )
     decoding = differing_settings(groups, "generation.")
     ways = differing_settings(groups, "evaluation.") | {

@@ -26,7 +26,15 @@ from spt_jax.evaluation.comparison import (
     mean_change,
     relative_changes,
 )
-from spt_jax.evaluation.comparison_tables import csv_text, explanations, html_text, json_value, latex_text, rich_tables
+from spt_jax.evaluation.comparison_tables import (
+    csv_text,
+    explanations,
+    figure_cells,
+    html_text,
+    json_value,
+    latex_text,
+    rich_tables,
+)
 from spt_jax.evaluation.evaluated_runs import read_run
 from spt_jax.evaluation.text_metrics import text_metrics
 
@@ -329,6 +337,48 @@ def test_perplexities_over_other_tokens_and_other_limits_are_told(tmp_path: Path
     assert f"{len(TURNS)} turns that have a reply, of 99" in notes
     assert "With 12 dialogues" in notes
     assert "no p-value can be below" in notes
+
+
+def perplexities(folder: Path, **tokens: int | None) -> list[Path]:
+    """Runs of perplexities 1, 2, … times e², with so many more tokens in every response; None keeps none."""
+    folders = []
+    for i, (name, more) in enumerate(tokens.items(), start=1):
+        nll = None if more is None else [2.0 + np.log(i)] * len(TURNS)
+        counts = {} if more is None else {"target_tokens": [len(text.split()) + 1 + more for _, _, text in TURNS]}
+        texts, settings = replies(TURNS, 0.3, i), {"method": {"kind": name}}
+        folders.append(write_run(folder / name, TURNS, texts, settings=settings, nll=nll, more=counts))
+    return folders
+
+
+def bold(found: Comparison, label: str) -> list[bool]:
+    place = [column.label for column in found.columns].index(label)
+    return [line[place].best for line in figure_cells(found)]
+
+
+def test_perplexities_that_cannot_be_compared_have_no_change_and_no_best_among_them(tmp_path: Path) -> None:
+    found = compared(*perplexities(tmp_path, a=0, b=0, c=1))
+    base, same, other = found.rows
+    assert all("perplexity" in row.figures and "perplexity" in row.intervals for row in found.rows)
+    assert same.change["perplexity"] == pytest.approx(100) and "perplexity" in same.p
+    assert "perplexity" not in other.change | other.p | other.p_holm and "f1" in other.change
+    assert same.mean_change == pytest.approx(mean_change(same.figures, base.figures))
+    assert other.mean_change == pytest.approx(mean_change(other.figures, base.figures))
+    assert bold(found, "Perplexity") == [False, False, False] and any(bold(found, "F1"))
+    [note] = [note for note in found.notes if "perplexity" in note]
+    assert note.startswith("The perplexity of c is per token of another tokenizer, or of other texts, than the")
+    assert note.endswith("it has neither change nor test, and no perplexity is marked as the best.")
+    alike = compared(tmp_path / "a", tmp_path / "b")
+    assert bold(alike, "Perplexity") == [True, False] and "perplexity" in alike.rows[1].change
+
+
+def test_a_perplexity_whose_tokens_nobody_kept_is_compared_with_no_other(tmp_path: Path) -> None:
+    folders = perplexities(tmp_path, a=None, b=0, c=0)
+    for baseline, compares in ((folders[0], []), (folders[1], ["c"])):
+        found = compared(*folders, baseline=str(baseline))
+        assert [row.label for row in found.rows if "perplexity" in row.change] == compares
+        assert bold(found, "Perplexity") == [False, False, False]
+        [note] = [note for note in found.notes if "perplexity" in note]
+        assert "The perplexity of a is that of results.json, without interval and compared with no other" in note
 
 
 @pytest.mark.parametrize("model", ["", "an encoder"])
