@@ -179,8 +179,8 @@ def _measured(
     )
     if not is_lead():
         return None
-    about = {"source": source, "step": restored.step, "chat": chat, "question": question}
-    results = write_results(workdir, evaluation, restored.config, **about)
+    about = {"source": source, "checkpoint": given["checkpoint"], "chat": chat, "question": question}
+    results = write_results(workdir, evaluation, restored.config, step=restored.step, **about)
     journal.close()
     return results
 

@@ -9,11 +9,12 @@ import numpy as np
 
 from spt_jax.errors import UserError, nearest
 from spt_jax.evaluation.bert_score import bert_scores
-from spt_jax.evaluation.evaluated_runs import EvaluatedRun, RunGroup, differing_settings
+from spt_jax.evaluation.evaluated_runs import CHECKPOINT, EvaluatedRun, RunGroup, differing_settings
 from spt_jax.evaluation.evaluation_files import turn_name
 from spt_jax.evaluation.resampling import KEPT
 
 _FEW_DIALOGUES = 20
+_UNTOLD_BY_OLDER_RUNS = ("generation.", CHECKPOINT)  # which decoded greedily, as the defaults do
 _TURNS_SCORED = 1024  # at once by BERTScore, which keeps the hidden states of all their texts
 
 
@@ -166,16 +167,14 @@ def remarks(groups: Sequence[RunGroup], dialogues: int) -> list[str]:
             f"The perplexity of {', '.join(untold)} is that of results.json, without interval and compared with no "
             "other, for predictions.jsonl does not say how many tokens each response has."
         )
-    decoding = differing_settings(groups, "generation.")
-    ways = differing_settings(groups, "evaluation.") | {
-        # An older run has no such section, and decoded greedily, as the defaults do.
-        name: values
-        for name, values in decoding.items()
-        if None not in values
-    }
+    ways = differing_settings(groups, "evaluation.") | differing_settings(groups, "generation.")
     for name, values in ways.items():
-        shown = ", ".join(f"{value!r} ({group.label})" for value, group in zip(values, groups, strict=True))
-        notes.append(f"The runs were evaluated with different {name}: {shown}.")
+        told = list(zip(values, groups, strict=True))
+        if name.startswith(_UNTOLD_BY_OLDER_RUNS):
+            told = [(value, group) for value, group in told if value is not None]
+        if any(value != told[0][0] for value, _ in told):
+            shown = ", ".join(f"{value!r} ({group.label})" for value, group in told)
+            notes.append(f"The runs were evaluated with different {name}: {shown}.")
     return notes
 
 

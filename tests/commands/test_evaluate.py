@@ -118,13 +118,13 @@ def test_the_best_checkpoint_is_restored_not_the_latest(trained, copy_of, capsys
     }
     best = min(logged, key=lambda step: logged[step])
     assert best not in (0, max(logged)), "the tiny run no longer has its best step in the middle"
-    assert results_of(trained / "run")["step"] == best
+    assert (results_of(trained / "run")["checkpoint"], results_of(trained / "run")["step"]) == ("best", best)
     walk("evaluate", f"--workdir={copy_of}", f"--checkpoint={best}", "--nobaselines", "--replies=1")
     expected = results_of(trained / "run")["columns"]["after training"]["perplexity"]
     assert results_of(copy_of)["columns"]["after training"]["perplexity"] == expected
     assert list(results_of(copy_of)["columns"]) == ["after training"]
     walk("evaluate", f"--workdir={copy_of}", "--checkpoint=latest", "--nobaselines", "--replies=1")
-    assert results_of(copy_of)["step"] == max(logged)
+    assert (results_of(copy_of)["checkpoint"], results_of(copy_of)["step"]) == ("latest", max(logged))
     assert results_of(copy_of)["columns"]["after training"]["perplexity"] != expected
     capsys.readouterr()
     assert main(["evaluate", f"--workdir={copy_of}", "--checkpoint=3"]) == 2

@@ -112,6 +112,29 @@ def test_what_the_flags_of_an_evaluation_changed_is_told_and_parts_seeds(tmp_pat
     assert "The runs were evaluated with different generation.beams: 10 (a), 1 (b1)." in found.notes
 
 
+def test_which_checkpoint_was_asked_for_is_told_and_parts_seeds_where_every_run_tells_it(tmp_path: Path) -> None:
+    texts = replies(TURNS, 0.5, 1)
+    asked = {"old0": "", "best1": "best", "best2": "best", "latest3": "latest", "old4": ""}
+    for name, checkpoint in asked.items():
+        write_run(tmp_path / name, TURNS, texts, seed=int(name[-1]), checkpoint=checkpoint)
+
+    def found(*names: str) -> tuple[list[list[int]], list[str]]:
+        comparison = compared(*(tmp_path / name for name in names))
+        seeds = [[seed.seed for seed in row.seeds] for row in comparison.rows]
+        return seeds, [note for note in comparison.notes if "checkpoint" in note]
+
+    told = "The runs were evaluated with different evaluation.checkpoint:"
+    assert found("best1", "latest3") == ([[1], [3]], [f"{told} 'best' (best1), 'latest' (latest3)."])
+    assert found("best1", "best2") == ([[1, 2]], [])
+    for unknown in (("old0", "old4"), ("old0", "latest3"), ("latest3", "old0"), ("old0", "best1", "best2")):
+        assert found(*unknown) == ([[int(name[-1]) for name in unknown]], [])
+    seeds, [note] = found("old0", "best1", "latest3", "old4")
+    assert seeds == [[0, 1, 4], [3]]
+    assert note.startswith(told) and note.endswith("'latest' (latest3).") and "None" not in note
+    alone = compared(*(tmp_path / name for name in asked), group=False).notes
+    assert f"{told} 'best' (best1), 'best' (best2), 'latest' (latest3)." in alone
+
+
 @pytest.mark.parametrize(("field", "what"), [("persona", "personas"), ("history", "histories")])
 def test_runs_that_were_told_other_things_behind_the_same_turns_are_compared_with_a_remark(
     tmp_path: Path, field: str, what: str
