@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import TALK, walk, write_dialogues
+from tiny_run import TALK, train_arguments, walk, write_dialogues
 from tiny_wordnet import readers_closed, write_wordnet
 
 from spt_jax.commands.main import main
@@ -200,6 +200,24 @@ def test_results_are_shown_again_on_request_while_the_question_is_the_same(copy_
         walk("evaluate", f"--workdir={copy_of}", "--reuse", "--replies=2", changed)
         assert len(asked) == 1, changed
         asked.clear()
+
+
+def test_results_of_few_shot_prompting_follow_from_the_dialogues_it_shows(tmp_path, monkeypatch):
+    from spt_jax.evaluation import run_evaluation
+
+    run, train = tmp_path / "run", tmp_path / "train.txt"
+    options = {"method.kind": "few_shot", "method.shots": 1, "tracking.tensorboard": "false", "evaluation.samples": 0}
+    arguments = train_arguments(tmp_path, workdir=run)
+    walk(*arguments, *(f"--config.{name}={value}" for name, value in options.items()))
+    walk("evaluate", f"--workdir={run}", "--replies=1", "--limit=1")
+    first = results_of(run)["columns"]
+    compute, asked = run_evaluation.evaluate_run, []
+    monkeypatch.setattr(run_evaluation, "evaluate_run", lambda *a, **b: asked.append(1) or compute(*a, **b))
+    walk("evaluate", f"--workdir={run}", "--replies=1", "--limit=1", "--reuse")
+    assert not asked
+    write_dialogues(train, [(persona, [(query, f"{said}?!") for query, said in turns]) for persona, turns in TALK])
+    walk("evaluate", f"--workdir={run}", "--replies=1", "--limit=1", "--reuse")
+    assert asked and results_of(run)["columns"] != first
 
 
 def test_results_stand_under_the_checkpoint_that_was_measured(copy_of, monkeypatch):
