@@ -184,6 +184,20 @@ def test_control_characters_of_a_reply_never_reach_the_terminal(copy_of, capsys,
     assert f"talk to it: spt-jax chat --workdir={copy_of}" in said
 
 
+def test_the_terminal_says_whose_reply_it_shows(copy_of, capsys):
+    record = json.loads((copy_of / "config.json").read_text())
+    asked = ("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=1", "--limit=1")
+    for selection, who in (("hard", ""), ("soft", ", the most of the mixture, alone")):
+        record["config"]["evaluation"]["selection"] = selection
+        (copy_of / "config.json").write_text(json.dumps(record))
+        walk(*asked)
+        [sample] = results_of(copy_of)["samples"]
+        shown = capsys.readouterr().out
+        assert f"  soft prompt {sample['selected']}{who} answers: " in shown
+        walk(*asked, "--reuse")
+        assert f"  soft prompt {sample['selected']}{who} answers: " in capsys.readouterr().out
+
+
 def test_results_are_shown_again_on_request_while_the_question_is_the_same(copy_of, capsys, monkeypatch):
     from spt_jax.evaluation import run_evaluation
 
@@ -196,8 +210,11 @@ def test_results_are_shown_again_on_request_while_the_question_is_the_same(copy_
     assert not asked
     assert "Perplexity per token" in shown.out
     assert shown.out.count("answers: ") == 2
+    answers = (copy_of / "results.json").read_bytes()
     for changed in ("--limit=1", "--nobaselines", "--replies=1", "--checkpoint=latest", "--no_repeat_ngram=2"):
-        walk("evaluate", f"--workdir={copy_of}", "--reuse", "--replies=2", changed)
+        # One part of the question at a time: behind another evaluation two would differ.
+        (copy_of / "results.json").write_bytes(answers)
+        walk("evaluate", f"--workdir={copy_of}", "--reuse", changed)
         assert len(asked) == 1, changed
         asked.clear()
 

@@ -14,7 +14,7 @@ from tiny_experiment import experiment
 
 from spt_jax.data.persona_task import PersonaTemplate
 from spt_jax.errors import UserError
-from spt_jax.evaluation import columns
+from spt_jax.evaluation import columns, run_evaluation
 from spt_jax.evaluation.candidate_scores import CandidateScores
 from spt_jax.evaluation.journal import Journal, KeptColumn
 from spt_jax.evaluation.kept_results import kept_results
@@ -211,6 +211,26 @@ def test_files_hold_what_was_found(setting, evaluation, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("metrics.jsonl", "predictions.jsonl", "report.html", "results.json"),
     ]
+
+
+@pytest.mark.parametrize("failing", ["write_atomically", "write_report", "write_json"])
+def test_results_never_vouch_for_replies_that_another_evaluation_failed_to_finish(
+    setting, evaluation, tmp_path, monkeypatch, failing
+):
+    def write() -> None:
+        about = {"checkpoint": "best", "step": 7, "chat": "c", "question": "q"}
+        write_results(tmp_path, evaluation, setting.config, source="x", **about)
+
+    def fails(path, *_):
+        assert not (tmp_path / "results.json").exists()
+        raise UserError(f"{path} cannot be written")
+
+    write()
+    assert kept_results(tmp_path, "q") is not None
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be written"):
+        patch.setattr(run_evaluation, failing, fails)
+        write()
+    assert not (tmp_path / "results.json").exists() and kept_results(tmp_path, "q") is None
 
 
 def test_every_figure_shown_is_defined(evaluation):
