@@ -115,6 +115,16 @@ def test_settings_whose_values_no_option_has_part_rows_and_are_told(folders, cap
     assert told in capsys.readouterr().out
 
 
+def test_control_characters_of_results_never_reach_the_terminal(folders, capsys) -> None:
+    path = folders[0] / "results.json"
+    steering = {"data": "\x1b[2Jvalid.txt", "settings": {"evaluation.\x1b[2J": 1}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | steering))
+    assert main(["compare", *map(str, folders[:2]), "--samples=100"]) == 0
+    said = capsys.readouterr().out
+    assert "dialogues of [2Jvalid.txt" in said and "different evaluation.[2J" in said
+    assert "\x1b[2J" not in said
+
+
 def test_a_real_evaluation_can_be_compared(trained: Path, capsys) -> None:
     assert main(["compare", str(trained / "run"), "--samples=100"]) == 0
     assert "5 replies in" in capsys.readouterr().out
