@@ -45,10 +45,12 @@ def write_run(
     total_turns: int | None = None,
     more: Mapping[str, list[Any]] | None = None,
     evaluated_with: Mapping[str, Any] | None = None,
+    checkpoint: str = "",
 ) -> Path:
     """Writes ``config.json``, ``results.json`` and ``predictions.jsonl``; perplexity in the results is 20.
 
-    `more` holds further fields of the predictions, a value a turn; `evaluated_with` options as the evaluation had them.
+    `more` holds further fields of the predictions, a value a turn; `evaluated_with` options as the evaluation had them;
+    an empty `checkpoint` is not told, as by older evaluations.
     """
     folder.mkdir(parents=True)
     config = {"seed": seed, "method": {"kind": "spt"}, "evaluation": {"max_new_tokens": 32}, **(settings or {})}
@@ -60,6 +62,7 @@ def write_run(
         "data": "valid.txt",
         "definitions": {"perplexity": "exp of nats a token", **(definitions or {})},
         "settings": dict(evaluated_with or {}),
+        **({"checkpoint": checkpoint} if checkpoint else {}),
     }
     lines = []
     for i, ((dialogue, turn, response), text) in enumerate(zip(turns, texts, strict=True)):

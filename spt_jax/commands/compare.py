@@ -18,6 +18,7 @@ from typing import Any
 
 from absl import flags
 
+from spt_jax.commands.shown_text import shown_line
 from spt_jax.commands.workdirs import local_workdir
 from spt_jax.errors import UserError
 from spt_jax.user_paths import present
@@ -84,7 +85,7 @@ def run(flag_values: flags.FlagValues) -> int:
     for table in rich_tables(comparison, console.width):
         console.print(table)
     for line in explanations(comparison):
-        console.print(line, markup=False, highlight=False)
+        console.print(shown_line(line), markup=False, highlight=False)
     if out is not None:
         _write(out, comparison)
         print(f"\nwritten: {', '.join(str(out / name) for name in ('table.csv', 'table.tex', 'table.html'))}")

@@ -92,7 +92,7 @@ def run(flag_values: flags.FlagValues) -> int:
 
 
 def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) -> int:
-    from spt_jax.commands.restored import heldout_dialogues
+    from spt_jax.commands.restored import demonstrations_of, heldout_dialogues
     from spt_jax.config import validate
     from spt_jax.evaluation.kept_results import kept_results, question
     from spt_jax.parallel.distributed import any_process, is_lead
@@ -111,7 +111,12 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
         checkpoint = checkpoints.meta(given["checkpoint"])
     source, dialogues = heldout_dialogues(config, given["data"], given["limit"], given["split"])
     ask = functools.partial(
-        question, config, dialogues=dialogues, baselines=given["baselines"], replies=given["replies"]
+        question,
+        config,
+        dialogues=dialogues,
+        baselines=given["baselines"],
+        replies=given["replies"],
+        demonstrations=demonstrations_of(config),
     )
     asked = ask(checkpoint) if checkpoint else ""
     _check_same(asked)
@@ -179,8 +184,8 @@ def _measured(
     )
     if not is_lead():
         return None
-    about = {"source": source, "step": restored.step, "chat": chat, "question": question}
-    results = write_results(workdir, evaluation, restored.config, **about)
+    about = {"source": source, "checkpoint": given["checkpoint"], "chat": chat, "question": question}
+    results = write_results(workdir, evaluation, restored.config, step=restored.step, **about)
     journal.close()
     return results
 

@@ -16,6 +16,7 @@ from spt_jax.commands.workdirs import local_workdir
 from spt_jax.config import Config
 from spt_jax.data.collate import inference_contexts
 from spt_jax.data.dialogue import Dialogue
+from spt_jax.data.few_shot import draw_demonstrations
 from spt_jax.data.official import official_prompt
 from spt_jax.data.template import Template, encode_context
 from spt_jax.errors import UserError
@@ -184,6 +185,17 @@ def _fit_mesh(config: Config, devices: int) -> None:
 
 SPLITS = {"test": "test", "development": "validation", "train": "train"}
 """A run's parts of its data, and what Hugging Face datasets call them."""
+
+
+def demonstrations_of(config: Config) -> tuple[Dialogue, ...]:
+    """The training dialogues that a run shows before its contexts; none but for few-shot prompting.
+
+    Raises:
+        UserError: They cannot be read, or are too few to draw from.
+    """
+    if config.method.kind != "few_shot":
+        return ()
+    return draw_demonstrations(read_splits(config).train, config.method.shots, config.seed)
 
 
 def heldout_dialogues(config: Config, source: str, limit: int = 0, split: str = "test") -> tuple[str, list[Dialogue]]:

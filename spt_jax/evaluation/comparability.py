@@ -9,11 +9,12 @@ import numpy as np
 
 from spt_jax.errors import UserError, nearest
 from spt_jax.evaluation.bert_score import bert_scores
-from spt_jax.evaluation.evaluated_runs import EvaluatedRun, RunGroup, differing_settings
+from spt_jax.evaluation.evaluated_runs import CHECKPOINT, EvaluatedRun, RunGroup, differing_settings
 from spt_jax.evaluation.evaluation_files import turn_name
 from spt_jax.evaluation.resampling import KEPT
 
 _FEW_DIALOGUES = 20
+_UNTOLD_BY_OLDER_RUNS = ("generation.", CHECKPOINT)  # which decoded greedily, as the defaults do
 _TURNS_SCORED = 1024  # at once by BERTScore, which keeps the hidden states of all their texts
 
 
@@ -128,7 +129,10 @@ def _scored_anew(
 
 
 def same_tokens(groups: Sequence[RunGroup], baseline: int, notes: list[str]) -> list[bool]:
-    """Whether each group's perplexity is over the baseline's target tokens; `notes` takes a sentence on the others."""
+    """Whether each group's perplexity is over the baseline's target tokens; `notes` takes a sentence on the others.
+
+    None is where the baseline's own are not known, or not the same in all of its runs.
+    """
     tokens = groups[baseline].runs[0].target_tokens
     same, others = [], []
     for group in groups:
@@ -139,15 +143,17 @@ def same_tokens(groups: Sequence[RunGroup], baseline: int, notes: list[str]) -> 
     if others:
         notes.append(
             f"The perplexity of {', '.join(others)} is per token of another tokenizer, or of other texts, than the "
-            "baseline's: the two cannot be compared and are not tested."
+            "baseline's: the two cannot be compared, so it has neither change nor test, and no perplexity is marked as "
+            "the best."
         )
-    return same
+    return [found and same[baseline] for found in same]
 
 
 def remarks(groups: Sequence[RunGroup], dialogues: int) -> list[str]:
-    """What a reader must know about how the runs were evaluated, sentences."""
-    notes = []
-    run = groups[0].runs[0]
+    """What a reader must know about how the runs, which answer the same turns, were evaluated: sentences."""
+    runs = [run for group in groups for run in group.runs]
+    notes = [*_told_otherwise(runs, "personas"), *_told_otherwise(runs, "histories")]
+    run = runs[0]
     turns = run.results.get("turns", len(run.references))
     if turns > len(run.references):
         notes.append(f"Figures are of the {len(run.references)} turns that have a reply, of {turns}.")
@@ -158,17 +164,33 @@ def remarks(groups: Sequence[RunGroup], dialogues: int) -> list[str]:
     untold = [group.label for group in groups if any(r.nll is None or r.target_tokens is None for r in group.runs)]
     if untold:
         notes.append(
-            f"The perplexity of {', '.join(untold)} is that of results.json, without interval and test, for "
-            "predictions.jsonl does not say how many tokens each response has."
+            f"The perplexity of {', '.join(untold)} is that of results.json, without interval and compared with no "
+            "other, for predictions.jsonl does not say how many tokens each response has."
         )
-    decoding = differing_settings(groups, "generation.")
-    ways = differing_settings(groups, "evaluation.") | {
-        # An older run has no such section, and decoded greedily, as the defaults do.
-        name: values
-        for name, values in decoding.items()
-        if None not in values
-    }
+    ways = differing_settings(groups, "evaluation.") | differing_settings(groups, "generation.")
     for name, values in ways.items():
-        shown = ", ".join(f"{value!r} ({group.label})" for value, group in zip(values, groups, strict=True))
-        notes.append(f"The runs were evaluated with different {name}: {shown}.")
+        told = list(zip(values, groups, strict=True))
+        if name.startswith(_UNTOLD_BY_OLDER_RUNS):
+            told = [(value, group) for value, group in told if value is not None]
+        if any(value != told[0][0] for value, _ in told):
+            shown = ", ".join(f"{value!r} ({group.label})" for value, group in told)
+            notes.append(f"The runs were evaluated with different {name}: {shown}.")
     return notes
+
+
+def _told_otherwise(runs: Sequence[EvaluatedRun], what: str) -> list[str]:
+    """A sentence where the ``"personas"`` or ``"histories"`` behind the same turns differ among runs that tell them."""
+    first, *others = [run for run in runs if getattr(run, what) is not None] or [runs[0]]
+    differing: dict[str, list[int]] = {}
+    for run in others:
+        pairs = zip(getattr(first, what), getattr(run, what), strict=True)
+        if found := [u for u, (here, there) in enumerate(pairs) if here != there]:
+            differing[run.name] = found
+    if not differing:
+        return []
+    turns = sorted(set().union(*differing.values()))
+    place = turn_name(int(first.dialogue[turns[0]]), int(first.turn[turns[0]]))
+    return [
+        f"The {what} behind {len(turns)} of {len(first.references)} turns, {place} the first, are not the same in "
+        f"{', '.join(differing)} as in {first.name}."
+    ]

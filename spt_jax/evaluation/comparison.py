@@ -63,7 +63,8 @@ class ComparedRow:
         figures: Name -> figure, the mean over seeds; names that are not known are absent, here and below.
         intervals: Name -> 95 % interval of `figures` over dialogues, the runs given.
         spread: Name -> standard deviation over seeds (n - 1); empty for one run.
-        change: Name -> change over the baseline's figure in percent; empty for the baseline.
+        change: Name -> change over the baseline's figure in percent, where the two can be compared; empty for the
+            baseline.
         mean_change: Mean of `change` over the columns of the paper that every row has; None for the baseline.
         mean_change_interval: Its 95 % interval.
         p: Name -> p-value of the difference from the baseline.
@@ -99,6 +100,7 @@ class Comparison:
         definitions: Name of a figure -> one sentence.
         versions: Library -> version.
         examples: Turns with the reply of every row, see `examples_of`.
+        unranked: Names of figures that cannot be compared between all rows, so that none is the best.
     """
 
     rows: tuple[ComparedRow, ...]
@@ -113,6 +115,7 @@ class Comparison:
     definitions: dict[str, str]
     versions: dict[str, str]
     examples: tuple[dict[str, Any], ...] = ()
+    unranked: tuple[str, ...] = ()
 
 
 def relative_changes(figures: Mapping[str, float], baseline: Mapping[str, float]) -> dict[str, float]:
@@ -178,13 +181,16 @@ def compare_runs(
         on_step(1)
     measured = _Measured([statistics[run.name] for run in runs], [run.name for run in runs], sets, samples, seed)
     rows = [_row(found, measured) for found in groups]
+    unranked: tuple[str, ...] = ()
     if len(rows) > 1:
         comparable = same_tokens(groups, base, notes)
+        if not all(same for same, row in zip(comparable, rows, strict=True) if "perplexity" in row.figures):
+            unranked = ("perplexity",)
         shared = [c.key for c in PAPER_COLUMNS if all(c.key in row.figures for row in rows)]
         for i, row in enumerate(rows):
             if i != base:
-                untested = () if comparable[i] else ("perplexity",)
-                rows[i] = _against(row, rows[base], groups[i], groups[base], measured, shared, untested)
+                apart = () if comparable[i] else ("perplexity",)
+                rows[i] = _against(row, rows[base], groups[i], groups[base], measured, shared, apart)
             on_step(len(row.seeds))
     known = (*PAPER_COLUMNS, PERPLEXITY, *FURTHER_COLUMNS)
     columns = tuple(c for c in known if any(c.key in row.figures for row in rows))
@@ -207,6 +213,7 @@ def compare_runs(
         definitions={c.key: definitions[c.key] for c in columns if c.key in definitions},
         versions=metric_versions() | versions,
         examples=examples_of(groups),
+        unranked=unranked,
     )
 
 
@@ -268,9 +275,8 @@ class _Measured:
         if self.statistics[0].dialogues < 2:
             return np.full((2, len(FIGURES)), np.nan)
         interval = percentile_interval(self._bootstrap[self.places(runs)].mean(axis=0))
-        jackknifed = jackknife_interval(self.figures(runs), self.without(runs))
         places = [FIGURES.index(name) for name in DIST]
-        interval[:, places] = jackknifed[:, places]
+        interval[:, places] = jackknife_interval(self.figures(runs)[places], self.without(runs)[:, places])
         return interval
 
 
@@ -283,7 +289,7 @@ def _row(group: RunGroup, measured: _Measured) -> ComparedRow:
         seeds.append(SeedFigures(run.name, run.seed, figures, _intervals(measured.interval([run]))))
     names = [name for name in (*FIGURES, *SET_FIGURES) if all(name in seed.figures for seed in seeds)]
     table = np.asarray([[seed.figures[name] for name in names] for seed in seeds])
-    spread = dict(zip(names, table.std(axis=0, ddof=1).tolist(), strict=True)) if len(seeds) > 1 else {}
+    spread = dict(zip(names, _deviation(table).tolist(), strict=True)) if len(seeds) > 1 else {}
     return ComparedRow(
         label=group.label,
         seeds=tuple(seeds),
@@ -293,6 +299,12 @@ def _row(group: RunGroup, measured: _Measured) -> ComparedRow:
     )
 
 
+def _deviation(table: np.ndarray) -> np.ndarray:
+    """Standard deviation (n - 1) of each column of ``[n, C]``, of figures whose squares no float holds too."""
+    scale = np.maximum(np.abs(table).max(axis=0), 1.0)
+    return scale * (table / scale).std(axis=0, ddof=1)
+
+
 def _against(
     row: ComparedRow,
     base: ComparedRow,
@@ -300,18 +312,18 @@ def _against(
     base_group: RunGroup,
     measured: _Measured,
     shared: Sequence[str],
-    untested: Sequence[str],
+    apart: Sequence[str],
 ) -> ComparedRow:
-    """The row with its changes over the baseline and their significance."""
-    changes = relative_changes(row.figures, base.figures)
+    """The row with its changes over the baseline and their significance, but for figures that stand `apart`."""
+    changes = relative_changes({k: v for k, v in row.figures.items() if k not in apart}, base.figures)
     # Rows are to be compared with one another, so their means are over the same columns.
     mean = mean_change({k: row.figures[k] for k in shared}, base.figures)
     places = [FIGURES.index(name) for name in shared if name in changes]
     interval = None
-    if places:
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = measured.without(group.runs)[:, places] / measured.without(base_group.runs)[:, places]
-        means = 100.0 * (ratios.mean(axis=1) - 1.0)
+    below = measured.without(base_group.runs)[:, places]
+    # Where one dialogue alone keeps the baseline above 0 there is no change without it, and so no spread.
+    if places and (below > 0).all():
+        means = 100.0 * ((measured.without(group.runs)[:, places] / below).mean(axis=1) - 1.0)
         interval = _intervals(jackknife_interval(np.asarray([mean]), means[:, None]), ["mean"]).get("mean")
     draws = randomised_differences(
         [measured.statistics[i] for i in measured.places(group.runs)],
@@ -320,7 +332,7 @@ def _against(
         measured.seed,
     )
     p = p_values(measured.figures(group.runs) - measured.figures(base_group.runs), draws)
-    p[[FIGURES.index(name) for name in untested]] = np.nan
+    p[[FIGURES.index(name) for name in apart]] = np.nan
     return ComparedRow(
         label=row.label,
         seeds=row.seeds,

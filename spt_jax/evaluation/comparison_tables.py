@@ -33,7 +33,7 @@ class Cell:
         interval: 95 % interval, empty where unknown.
         stars: Significance of the difference from the baseline.
         worse: Whether a significant difference is on the worse side.
-        best: Whether no row has a better value and at least one a worse.
+        best: Whether no row has a better value and at least one a worse, where all rows can be compared.
     """
 
     value: str
@@ -241,6 +241,7 @@ def _cell(comparison: Comparison, row: ComparedRow, column: Row) -> Cell:
     others = [r.figures[column.key] for r in comparison.rows if column.key in r.figures]
     shown = [format_number(other, column.digits) for other in others]
     best = format_number(min(others) if column.better == "low" else max(others), column.digits)
+    ranked = column.key not in comparison.unranked
     base = next((r.figures.get(column.key) for r in comparison.rows if r.label == comparison.baseline), None)
     worse = base is not None and (value > base if column.better == "low" else value < base)
     return Cell(
@@ -250,7 +251,7 @@ def _cell(comparison: Comparison, row: ComparedRow, column: Row) -> Cell:
         stars=stars,
         worse=bool(stars) and worse,
         # Compared as shown, as in the table of results.
-        best=format_number(value, column.digits) == best and set(shown) != {best},
+        best=ranked and format_number(value, column.digits) == best and set(shown) != {best},
     )
 
 

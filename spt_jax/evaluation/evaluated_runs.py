@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,8 @@ from spt_jax.json_text import is_number
 from spt_jax.user_paths import present
 
 MEASURED = "after training"
+CHECKPOINT = "evaluation.checkpoint"
+"""What `EvaluatedRun.settings` calls the checkpoint that an evaluation was asked for; older results do not tell it."""
 
 
 @dataclass(frozen=True)
@@ -25,8 +27,8 @@ class EvaluatedRun:
 
     Attributes:
         name: Its working directory as the user wrote it.
-        settings: Its configuration, flat, as it was evaluated, with the identities of LM and tokenizer; without seed
-            and tracking.
+        settings: Its configuration, flat, as it was evaluated, with the identities of LM and tokenizer and, where the
+            results tell it, `CHECKPOINT`; without seed and tracking.
         seed: The configuration's seed.
         dialogue: int ``[U]``, number of the dialogue.
         turn: int ``[U]``, number of the turn in it.
@@ -98,10 +100,11 @@ def read_run(name: str, folder: Path | None = None) -> EvaluatedRun:
     nll = [selected_nll(row) for row in rows]
     tokens = [row.get("target_tokens") for row in rows]
     bert = [row.get("bert_score") for row in rows]
+    asked = {CHECKPOINT: results["checkpoint"]} if "checkpoint" in results else {}
     scored = all(isinstance(value, list) and len(value) == 3 and all(map(is_number, value)) for value in bert)
     return EvaluatedRun(
         name=name,
-        settings=settings | results["settings"],
+        settings=settings | results["settings"] | asked,
         seed=seed,
         dialogue=np.asarray([row["dialogue"] for row in rows]),
         turn=np.asarray([row["turn"] for row in rows]),
@@ -131,7 +134,8 @@ def group_by_seed(runs: Sequence[EvaluatedRun], *, group: bool = True) -> list[R
     found: list[list[EvaluatedRun]] = []
     for run in runs:
         for members in found if group else ():
-            if members[0].settings == run.settings and run.seed not in [member.seed for member in members]:
+            alike = all(_alike(member.settings, run.settings) for member in members)
+            if alike and run.seed not in [member.seed for member in members]:
                 members.append(run)
                 break
         else:
@@ -143,11 +147,24 @@ def group_by_seed(runs: Sequence[EvaluatedRun], *, group: bool = True) -> list[R
     return [RunGroup(label, tuple(members)) for label, members in zip(labels, found, strict=True)]
 
 
+def _alike(first: Mapping[str, Any], second: Mapping[str, Any]) -> bool:
+    """Whether settings are equal; a checkpoint that one of them does not tell parts nothing."""
+    untold = {CHECKPOINT} - (first.keys() & second.keys())
+    return all(first.get(key, ...) == second.get(key, ...) for key in (first.keys() | second.keys()) - untold)
+
+
 def differing_settings(groups: Sequence[RunGroup], section: str) -> dict[str, list[Any]]:
-    """Options of a section (``"evaluation."``) whose values are not the same in every group -> one value a group."""
-    names = {key for group in groups for key in group.runs[0].settings if key.startswith(section)}
-    values = {key: [group.runs[0].settings.get(key) for group in groups] for key in sorted(names)}
+    """Options of a section (``"evaluation."``) whose values are not the same in every group -> one value a group.
+
+    None stands for what no run of a group tells.
+    """
+    names = {key for group in groups for run in group.runs for key in run.settings if key.startswith(section)}
+    values = {key: [_told(group, key) for group in groups] for key in sorted(names)}
     return {key: found for key, found in values.items() if any(value != found[0] for value in found)}
+
+
+def _told(group: RunGroup, key: str) -> Any:
+    return next((run.settings[key] for run in group.runs if key in run.settings), None)
 
 
 def _short_names(names: Sequence[str]) -> dict[str, str]:

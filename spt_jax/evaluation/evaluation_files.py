@@ -49,6 +49,8 @@ def results_of(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: its 'definitions' are not sentences by name")
     if not isinstance(settings, dict) or not all(map(is_text, settings)):
         raise UserError(f"{path} cannot be read: its 'settings' are not values by name")
+    if "checkpoint" in results and not is_text(results["checkpoint"]):
+        raise UserError(f"{path} cannot be read: its 'checkpoint' is no text")
     for name in ("turns", "replies"):
         if name in results and type(results[name]) is not int:
             raise UserError(f"{path} cannot be read: {name!r} is no whole number")

@@ -16,7 +16,12 @@ from spt_jax.json_text import is_text, json_object
 
 
 def question(
-    config: Config, checkpoint: Mapping[str, Any], dialogues: Sequence[Dialogue], baselines: bool, replies: int | None
+    config: Config,
+    checkpoint: Mapping[str, Any],
+    dialogues: Sequence[Dialogue],
+    baselines: bool,
+    replies: int | None,
+    demonstrations: Sequence[Dialogue] = (),
 ) -> str:
     """A sha256 of everything that the results of an evaluation follow from.
 
@@ -26,6 +31,7 @@ def question(
         dialogues: What it is measured on.
         baselines: Whether the LM without a prompt and the bank before training are measured too.
         replies: The number of replies asked for; None for the configuration's.
+        demonstrations: What few-shot prompting shows before the contexts.
     """
     parts = {
         "version": spt_jax.__version__,
@@ -36,6 +42,8 @@ def question(
         "baselines": baselines,
         "replies": replies,
     }
+    if demonstrations:  # without them the question is what it was before they were part of it
+        parts["demonstrations"] = [dialogue.told for dialogue in demonstrations]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

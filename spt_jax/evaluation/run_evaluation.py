@@ -40,6 +40,8 @@ NO_PROMPT, BEFORE, AFTER = "no soft prompt", "before training", "after training"
 PACKAGES = ("spt_jax", "jax", "flax", "transformers")
 _OF_REPLIES = ("generation.", "evaluation.max_new_tokens", "evaluation.selection")
 """Options that change replies, by the beginnings of their names: flags of an evaluation may override the run's."""
+_OFFICIAL = (*_OF_REPLIES, "evaluation.batch")
+"""The same in the official mode, whose scores depend on the rows of their batch."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,13 +151,14 @@ def evaluate_run(
 def _results(experiment: Experiment, columns: dict[str, Column], evaluator: ColumnEvaluator) -> dict[str, Any]:
     after = columns[AFTER]
     device = jax.devices()[0]
+    changing = _OFFICIAL if experiment.model.official else _OF_REPLIES
     return {
         "columns": {name: column.figures for name, column in columns.items()},
         "turns": evaluator.turns,
         "replies": len(evaluator.answered),
         "definitions": after.definitions,
         "notes": evaluator.notes(after),
-        "settings": {name: value for name, value in flatten(experiment.config).items() if name.startswith(_OF_REPLIES)},
+        "settings": {name: value for name, value in flatten(experiment.config).items() if name.startswith(changing)},
         "versions": after.metrics.versions | {name: metadata.version(name) for name in PACKAGES},
         "model": experiment.lm.identity.to_dict(),
         "hardware": {
@@ -255,7 +258,15 @@ def _selection(column: Column, dialogues: int) -> list[dict[str, Any]]:
 
 
 def write_results(
-    workdir: Path, evaluation: Evaluation, config: Config, *, source: str, step: int, chat: str, question: str
+    workdir: Path,
+    evaluation: Evaluation,
+    config: Config,
+    *,
+    source: str,
+    checkpoint: str,
+    step: int,
+    chat: str,
+    question: str,
 ) -> dict[str, Any]:
     """Writes ``results.json``, ``predictions.jsonl`` and ``report.html`` into the working directory.
 
@@ -264,6 +275,7 @@ def write_results(
         evaluation: What was found.
         config: The run's configuration.
         source: Where the dialogues came from.
+        checkpoint: Which one was asked for: ``best``, ``latest`` or a step's number.
         step: The checkpoint's step.
         chat: The command that opens the chat.
         question: What was asked, as `spt_jax.evaluation.kept_results.question` gives it.
@@ -276,6 +288,7 @@ def write_results(
     """
     results = evaluation.results | {
         "data": source,
+        "checkpoint": checkpoint,
         "step": step,
         "samples": evaluation.samples,
         "question": question,

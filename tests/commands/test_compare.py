@@ -85,6 +85,46 @@ def test_runs_on_other_turns_are_refused_with_the_first_difference(folders, tmp_
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("damage", "sentence"),
+    [
+        ({"settings": 3}, "its 'settings' are not values by name"),
+        ({"settings": "x"}, "its 'settings' are not values by name"),
+        ({"settings": [["evaluation.selection", "soft"]]}, "its 'settings' are not values by name"),
+        ({"settings": {"evaluation.selection": "\ud83d"}}, "holds half of a surrogate pair"),
+        ({"checkpoint": 3}, "its 'checkpoint' is no text"),
+        ({"checkpoint": None}, "its 'checkpoint' is no text"),
+    ],
+)
+def test_damaged_settings_of_an_evaluation_are_one_sentence(folders, capsys, damage, sentence) -> None:
+    path = folders[1] / "results.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | damage))
+    said = refused(capsys, str(folders[0]), str(folders[1]))
+    assert str(path) in said and sentence in said
+
+
+@pytest.mark.parametrize("value", [None, [3], {"a": [None]}, {}, float("nan"), 10**400])
+def test_settings_whose_values_no_option_has_part_rows_and_are_told(folders, capsys, monkeypatch, value) -> None:
+    monkeypatch.setenv("COLUMNS", "1000")
+    for folder, selection in zip(folders[:2], ("hard", value), strict=True):
+        path = folder / "results.json"
+        settings = {"evaluation.selection": selection}
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"settings": settings}))
+    assert main(["compare", *map(str, folders[:2]), "--samples=100"]) == 0
+    told = f"different evaluation.selection: 'hard' (pt0), {value!r} (pt1)."
+    assert told in capsys.readouterr().out
+
+
+def test_control_characters_of_results_never_reach_the_terminal(folders, capsys) -> None:
+    path = folders[0] / "results.json"
+    steering = {"data": "\x1b[2Jvalid.txt", "settings": {"evaluation.\x1b[2J": 1}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | steering))
+    assert main(["compare", *map(str, folders[:2]), "--samples=100"]) == 0
+    said = capsys.readouterr().out
+    assert "dialogues of [2Jvalid.txt" in said and "different evaluation.[2J" in said
+    assert "\x1b[2J" not in said
+
+
 def test_a_real_evaluation_can_be_compared(trained: Path, capsys) -> None:
     assert main(["compare", str(trained / "run"), "--samples=100"]) == 0
     assert "5 replies in" in capsys.readouterr().out

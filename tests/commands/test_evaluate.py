@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tiny_run import TALK, walk, write_dialogues
+from tiny_run import TALK, train_arguments, walk, write_dialogues
 from tiny_wordnet import readers_closed, write_wordnet
 
 from spt_jax.commands.main import main
@@ -118,13 +118,13 @@ def test_the_best_checkpoint_is_restored_not_the_latest(trained, copy_of, capsys
     }
     best = min(logged, key=lambda step: logged[step])
     assert best not in (0, max(logged)), "the tiny run no longer has its best step in the middle"
-    assert results_of(trained / "run")["step"] == best
+    assert (results_of(trained / "run")["checkpoint"], results_of(trained / "run")["step"]) == ("best", best)
     walk("evaluate", f"--workdir={copy_of}", f"--checkpoint={best}", "--nobaselines", "--replies=1")
     expected = results_of(trained / "run")["columns"]["after training"]["perplexity"]
     assert results_of(copy_of)["columns"]["after training"]["perplexity"] == expected
     assert list(results_of(copy_of)["columns"]) == ["after training"]
     walk("evaluate", f"--workdir={copy_of}", "--checkpoint=latest", "--nobaselines", "--replies=1")
-    assert results_of(copy_of)["step"] == max(logged)
+    assert (results_of(copy_of)["checkpoint"], results_of(copy_of)["step"]) == ("latest", max(logged))
     assert results_of(copy_of)["columns"]["after training"]["perplexity"] != expected
     capsys.readouterr()
     assert main(["evaluate", f"--workdir={copy_of}", "--checkpoint=3"]) == 2
@@ -184,6 +184,20 @@ def test_control_characters_of_a_reply_never_reach_the_terminal(copy_of, capsys,
     assert f"talk to it: spt-jax chat --workdir={copy_of}" in said
 
 
+def test_the_terminal_says_whose_reply_it_shows(copy_of, capsys):
+    record = json.loads((copy_of / "config.json").read_text())
+    asked = ("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=1", "--limit=1")
+    for selection, who in (("hard", ""), ("soft", ", the most of the mixture, alone")):
+        record["config"]["evaluation"]["selection"] = selection
+        (copy_of / "config.json").write_text(json.dumps(record))
+        walk(*asked)
+        [sample] = results_of(copy_of)["samples"]
+        shown = capsys.readouterr().out
+        assert f"  soft prompt {sample['selected']}{who} answers: " in shown
+        walk(*asked, "--reuse")
+        assert f"  soft prompt {sample['selected']}{who} answers: " in capsys.readouterr().out
+
+
 def test_results_are_shown_again_on_request_while_the_question_is_the_same(copy_of, capsys, monkeypatch):
     from spt_jax.evaluation import run_evaluation
 
@@ -196,10 +210,31 @@ def test_results_are_shown_again_on_request_while_the_question_is_the_same(copy_
     assert not asked
     assert "Perplexity per token" in shown.out
     assert shown.out.count("answers: ") == 2
+    answers = (copy_of / "results.json").read_bytes()
     for changed in ("--limit=1", "--nobaselines", "--replies=1", "--checkpoint=latest", "--no_repeat_ngram=2"):
-        walk("evaluate", f"--workdir={copy_of}", "--reuse", "--replies=2", changed)
+        # One part of the question at a time: behind another evaluation two would differ.
+        (copy_of / "results.json").write_bytes(answers)
+        walk("evaluate", f"--workdir={copy_of}", "--reuse", changed)
         assert len(asked) == 1, changed
         asked.clear()
+
+
+def test_results_of_few_shot_prompting_follow_from_the_dialogues_it_shows(tmp_path, monkeypatch):
+    from spt_jax.evaluation import run_evaluation
+
+    run, train = tmp_path / "run", tmp_path / "train.txt"
+    options = {"method.kind": "few_shot", "method.shots": 1, "tracking.tensorboard": "false", "evaluation.samples": 0}
+    arguments = train_arguments(tmp_path, workdir=run)
+    walk(*arguments, *(f"--config.{name}={value}" for name, value in options.items()))
+    walk("evaluate", f"--workdir={run}", "--replies=1", "--limit=1")
+    first = results_of(run)["columns"]
+    compute, asked = run_evaluation.evaluate_run, []
+    monkeypatch.setattr(run_evaluation, "evaluate_run", lambda *a, **b: asked.append(1) or compute(*a, **b))
+    walk("evaluate", f"--workdir={run}", "--replies=1", "--limit=1", "--reuse")
+    assert not asked
+    write_dialogues(train, [(persona, [(query, f"{said}?!") for query, said in turns]) for persona, turns in TALK])
+    walk("evaluate", f"--workdir={run}", "--replies=1", "--limit=1", "--reuse")
+    assert asked and results_of(run)["columns"] != first
 
 
 def test_results_stand_under_the_checkpoint_that_was_measured(copy_of, monkeypatch):

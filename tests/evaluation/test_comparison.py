@@ -26,7 +26,15 @@ from spt_jax.evaluation.comparison import (
     mean_change,
     relative_changes,
 )
-from spt_jax.evaluation.comparison_tables import csv_text, explanations, html_text, json_value, latex_text, rich_tables
+from spt_jax.evaluation.comparison_tables import (
+    csv_text,
+    explanations,
+    figure_cells,
+    html_text,
+    json_value,
+    latex_text,
+    rich_tables,
+)
 from spt_jax.evaluation.evaluated_runs import read_run
 from spt_jax.evaluation.text_metrics import text_metrics
 
@@ -104,6 +112,49 @@ def test_what_the_flags_of_an_evaluation_changed_is_told_and_parts_seeds(tmp_pat
     assert "The runs were evaluated with different generation.beams: 10 (a), 1 (b1)." in found.notes
 
 
+def test_which_checkpoint_was_asked_for_is_told_and_parts_seeds_where_every_run_tells_it(tmp_path: Path) -> None:
+    texts = replies(TURNS, 0.5, 1)
+    asked = {"old0": "", "best1": "best", "best2": "best", "latest3": "latest", "old4": ""}
+    for name, checkpoint in asked.items():
+        write_run(tmp_path / name, TURNS, texts, seed=int(name[-1]), checkpoint=checkpoint)
+
+    def found(*names: str) -> tuple[list[list[int]], list[str]]:
+        comparison = compared(*(tmp_path / name for name in names))
+        seeds = [[seed.seed for seed in row.seeds] for row in comparison.rows]
+        return seeds, [note for note in comparison.notes if "checkpoint" in note]
+
+    told = "The runs were evaluated with different evaluation.checkpoint:"
+    assert found("best1", "latest3") == ([[1], [3]], [f"{told} 'best' (best1), 'latest' (latest3)."])
+    assert found("best1", "best2") == ([[1, 2]], [])
+    for unknown in (("old0", "old4"), ("old0", "latest3"), ("latest3", "old0"), ("old0", "best1", "best2")):
+        assert found(*unknown) == ([[int(name[-1]) for name in unknown]], [])
+    seeds, [note] = found("old0", "best1", "latest3", "old4")
+    assert seeds == [[0, 1, 4], [3]]
+    assert note.startswith(told) and note.endswith("'latest' (latest3).") and "None" not in note
+    alone = compared(*(tmp_path / name for name in asked), group=False).notes
+    assert f"{told} 'best' (best1), 'best' (best2), 'latest' (latest3)." in alone
+
+
+@pytest.mark.parametrize(("field", "what"), [("persona", "personas"), ("history", "histories")])
+def test_runs_that_were_told_other_things_behind_the_same_turns_are_compared_with_a_remark(
+    tmp_path: Path, field: str, what: str
+) -> None:
+    texts = replies(TURNS, 0.3, 1)
+    original = [[f"i say {text}"] for _, _, text in TURNS]
+    revised, dropped = [*original[:3], ["i revise"], ["i too"], *original[5:]], [*original[:-1], []]
+    for name, told in (("old", None), ("a", original), ("b", revised), ("c", original), ("d", dropped)):
+        more = None if told is None else {field: told}
+        write_run(tmp_path / name, TURNS, texts, settings={"method": {"kind": name}}, more=more)
+    folders = {name: tmp_path / name for name in ("old", "a", "b", "c", "d")}
+    remark = (
+        f"The {what} behind 3 of {len(TURNS)} turns, turn {TURNS[3][1]} of dialogue {TURNS[3][0]} the first, "
+        f"are not the same in {folders['b']}, {folders['d']} as in {folders['a']}."
+    )
+    assert [note for note in compared(*folders.values()).notes if what in note] == [remark]
+    for alike in (("a", "c"), ("old", "b"), ("b", "old")):
+        assert not [note for note in compared(*(folders[name] for name in alike)).notes if what in note]
+
+
 @pytest.mark.parametrize(
     ("names", "label"),
     [
@@ -127,6 +178,25 @@ def test_one_dialogue_has_figures_without_intervals(tmp_path: Path) -> None:
     found = compared(*folders)
     assert all(row.figures["f1"] >= 0 and row.intervals == {} for row in found.rows)
     assert "One dialogue tells of no spread, so there are no intervals." in found.notes
+
+
+def test_where_one_dialogue_alone_keeps_the_baseline_above_0_the_mean_change_has_no_interval(tmp_path: Path) -> None:
+    turns = [(d, 0, f"we sing number {d}") for d in range(3)]
+    right = [text for _, _, text in turns]
+    write_run(tmp_path / "a", turns, [right[0], "blue", "red"], settings={"method": {"kind": "a"}})
+    write_run(tmp_path / "b", turns, right)
+    found = compared(tmp_path / "a", tmp_path / "b").rows[1]
+    assert found.mean_change is not None and found.change["f1"] > 0
+    assert found.mean_change_interval is None
+    assert set(found.intervals) >= {"f1", "dist_1"}
+
+
+def test_a_model_that_has_diverged_has_a_spread_over_seeds_and_intervals(tmp_path: Path) -> None:
+    for seed, nats in enumerate((400.0, 401.0)):
+        write_run(tmp_path / f"a{seed}", TURNS, replies(TURNS, 0.3, 1), seed=seed, nll=[nats] * len(TURNS))
+    [row] = compared(tmp_path / "a0", tmp_path / "a1").rows
+    assert row.spread["perplexity"] == pytest.approx((np.exp(401) - np.exp(400)) / np.sqrt(2))
+    assert np.isfinite(row.intervals["perplexity"]).all() and "dist_1" in row.intervals
 
 
 def test_rows_are_means_over_seeds_with_each_seeds_own_figures(runs: list[Path]) -> None:
@@ -290,6 +360,48 @@ def test_perplexities_over_other_tokens_and_other_limits_are_told(tmp_path: Path
     assert f"{len(TURNS)} turns that have a reply, of 99" in notes
     assert "With 12 dialogues" in notes
     assert "no p-value can be below" in notes
+
+
+def perplexities(folder: Path, **tokens: int | None) -> list[Path]:
+    """Runs of perplexities 1, 2, … times e², with so many more tokens in every response; None keeps none."""
+    folders = []
+    for i, (name, more) in enumerate(tokens.items(), start=1):
+        nll = None if more is None else [2.0 + np.log(i)] * len(TURNS)
+        counts = {} if more is None else {"target_tokens": [len(text.split()) + 1 + more for _, _, text in TURNS]}
+        texts, settings = replies(TURNS, 0.3, i), {"method": {"kind": name}}
+        folders.append(write_run(folder / name, TURNS, texts, settings=settings, nll=nll, more=counts))
+    return folders
+
+
+def bold(found: Comparison, label: str) -> list[bool]:
+    place = [column.label for column in found.columns].index(label)
+    return [line[place].best for line in figure_cells(found)]
+
+
+def test_perplexities_that_cannot_be_compared_have_no_change_and_no_best_among_them(tmp_path: Path) -> None:
+    found = compared(*perplexities(tmp_path, a=0, b=0, c=1))
+    base, same, other = found.rows
+    assert all("perplexity" in row.figures and "perplexity" in row.intervals for row in found.rows)
+    assert same.change["perplexity"] == pytest.approx(100) and "perplexity" in same.p
+    assert "perplexity" not in other.change | other.p | other.p_holm and "f1" in other.change
+    assert same.mean_change == pytest.approx(mean_change(same.figures, base.figures))
+    assert other.mean_change == pytest.approx(mean_change(other.figures, base.figures))
+    assert bold(found, "Perplexity") == [False, False, False] and any(bold(found, "F1"))
+    [note] = [note for note in found.notes if "perplexity" in note]
+    assert note.startswith("The perplexity of c is per token of another tokenizer, or of other texts, than the")
+    assert note.endswith("it has neither change nor test, and no perplexity is marked as the best.")
+    alike = compared(tmp_path / "a", tmp_path / "b")
+    assert bold(alike, "Perplexity") == [True, False] and "perplexity" in alike.rows[1].change
+
+
+def test_a_perplexity_whose_tokens_nobody_kept_is_compared_with_no_other(tmp_path: Path) -> None:
+    folders = perplexities(tmp_path, a=None, b=0, c=0)
+    for baseline, compares in ((folders[0], []), (folders[1], ["c"])):
+        found = compared(*folders, baseline=str(baseline))
+        assert [row.label for row in found.rows if "perplexity" in row.change] == compares
+        assert bold(found, "Perplexity") == [False, False, False]
+        [note] = [note for note in found.notes if "perplexity" in note]
+        assert "The perplexity of a is that of results.json, without interval and compared with no other" in note
 
 
 @pytest.mark.parametrize("model", ["", "an encoder"])

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
+import json
 
 import pytest
 
+import spt_jax
 from spt_jax.config import default_config
 from spt_jax.data import Dialogue, Turn
 from spt_jax.evaluation.kept_results import question
@@ -15,8 +18,8 @@ DIALOGUE = Dialogue(("i sing.",), (TURN,), ("i dance.",), "a.txt:1")
 CHECKPOINT = {"digests": {"trainable": "a"}, "lm": {"sha256": "b"}}
 
 
-def asked(*, config=None, checkpoint=None, dialogue=DIALOGUE, baselines=True, replies=None) -> str:
-    return question(config or default_config(), checkpoint or CHECKPOINT, [dialogue], baselines, replies)
+def asked(*, config=None, checkpoint=None, dialogue=DIALOGUE, baselines=True, replies=None, shown=()) -> str:
+    return question(config or default_config(), checkpoint or CHECKPOINT, [dialogue], baselines, replies, shown)
 
 
 def other_config():
@@ -33,6 +36,7 @@ def other_config():
         {"checkpoint": CHECKPOINT | {"lm": {"sha256": "c"}}},
         {"baselines": False},
         {"replies": 3},
+        {"shown": [DIALOGUE]},
         *(
             {"dialogue": dataclasses.replace(DIALOGUE, **part)}
             for part in (
@@ -50,4 +54,21 @@ def test_whatever_results_follow_from_makes_it_another_question(changed):
 
 
 def test_where_a_dialogue_was_read_does_not():
-    assert asked(dialogue=dataclasses.replace(DIALOGUE, source="b.txt:9")) == asked()
+    moved = dataclasses.replace(DIALOGUE, source="b.txt:9")
+    assert asked(dialogue=moved) == asked()
+    assert asked(shown=[moved]) == asked(shown=[DIALOGUE])
+
+
+def test_what_is_demonstrated_makes_another_question_and_nothing_demonstrated_the_one_it_was():
+    other = dataclasses.replace(DIALOGUE, turns=(dataclasses.replace(TURN, response="ho"),))
+    assert asked(shown=[other]) != asked(shown=[DIALOGUE])
+    parts = {
+        "version": spt_jax.__version__,
+        "config": default_config().to_dict(),
+        "trainable": CHECKPOINT["digests"]["trainable"],
+        "lm": CHECKPOINT["lm"],
+        "dialogues": [DIALOGUE.told],
+        "baselines": True,
+        "replies": None,
+    }
+    assert asked() == hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

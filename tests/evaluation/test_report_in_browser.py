@@ -29,7 +29,9 @@ def report(tmp_path_factory) -> Path:
     evaluation = evaluate_run(setting, tiny.trainable(setting.model), tiny.trainable(setting.model, 2), tiny.DIALOGUES)
     metrics = "".join(f'{{"step": {step}, "loss/total": {5 / step}, "usage/0": 0.5}}\n' for step in range(1, 9))
     (workdir / "metrics.jsonl").write_text(metrics)
-    write_results(workdir, evaluation, setting.config, source="tiny", step=8, chat="spt-jax chat", question="")
+    write_results(
+        workdir, evaluation, setting.config, source="tiny", checkpoint="best", step=8, chat="spt-jax chat", question=""
+    )
     return workdir / "report.html"
 
 

@@ -9,18 +9,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import tiny
+from official_tokenizer import small_tokenizer
 from tiny_experiment import experiment
 
 from spt_jax.data.persona_task import PersonaTemplate
 from spt_jax.errors import UserError
-from spt_jax.evaluation import columns
+from spt_jax.evaluation import columns, run_evaluation
 from spt_jax.evaluation.candidate_scores import CandidateScores
 from spt_jax.evaluation.journal import Journal, KeptColumn
 from spt_jax.evaluation.kept_results import kept_results
 from spt_jax.evaluation.report import ReportInputs, render_report
 from spt_jax.evaluation.report_samples import sample_section
 from spt_jax.evaluation.run_evaluation import AFTER, BEFORE, NO_PROMPT, Evaluation, evaluate_run, write_results
+from spt_jax.models.frozen_tree import random_params
 from spt_jax.prompting.adapters import SoftPrompts
+from spt_jax.prompting.retriever import RetrieverConfig
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +93,19 @@ def test_results_tell_how_replies_were_made(setting, evaluation):
     }
 
 
+def test_in_the_official_mode_results_tell_the_batch_on_which_scores_depend():
+    setting, tokenizer = experiment(batch=3), small_tokenizer()
+    setting.config.update({"retriever": {"context": "official"}, "data": {"layout": "turn"}})
+    decoder = dataclasses.replace(tiny.CONFIG, vocab_size=tokenizer.vocab_size, max_position_embeddings=512)
+    lm = dataclasses.replace(
+        setting.lm, config=decoder, params=random_params(decoder, jax.random.key(0)), tokenizer=tokenizer
+    )
+    model = dataclasses.replace(setting.model, decoder=decoder, retriever_config=RetrieverConfig(context="official"))
+    official = dataclasses.replace(setting, lm=lm, model=model)
+    found = evaluate_run(official, tiny.trainable(model), None, tiny.DIALOGUES[:1], replies=1)
+    assert found.results["settings"]["evaluation.batch"] == 3
+
+
 def test_dialogues_have_one_number_in_every_part_of_the_report(evaluation):
     assert [dialogue["dialogue"] for dialogue in evaluation.selection] == list(range(len(tiny.DIALOGUES)))
     page = render_report(
@@ -112,7 +128,9 @@ def test_without_a_retriever_nothing_tells_of_a_selection(tmp_path):
     tree = model.init(jax.random.key(0))
     found = evaluate_run(dataclasses.replace(single, model=model), tree, None, tiny.DIALOGUES, replies=2)
     assert found.selection == []
-    write_results(tmp_path, found, single.config, source="x", step=3, chat="spt-jax chat", question="")
+    write_results(
+        tmp_path, found, single.config, source="x", checkpoint="best", step=3, chat="spt-jax chat", question=""
+    )
     page = (tmp_path / "report.html").read_text()
     for untrue in ("Which prompt serves what", "under every prompt", "the retriever's", "prompt 0", "selected</span>"):
         assert untrue not in page
@@ -121,7 +139,9 @@ def test_without_a_retriever_nothing_tells_of_a_selection(tmp_path):
 def test_of_a_mixture_no_prompt_alone_is_said_to_answer(tmp_path):
     mixing = experiment(selection="soft")
     found = evaluate_run(mixing, tiny.trainable(), None, tiny.DIALOGUES, replies=2)
-    write_results(tmp_path, found, mixing.config, source="x", step=3, chat="spt-jax chat", question="")
+    write_results(
+        tmp_path, found, mixing.config, source="x", checkpoint="best", step=3, chat="spt-jax chat", question=""
+    )
     page = (tmp_path / "report.html").read_text()
     assert "a mixture of all answers" in page
     assert "reply, a mixture, prompt" in page
@@ -156,7 +176,9 @@ def test_one_prompt_of_a_bank_is_enough(tmp_path):
     found = evaluate_run(single, tree, tree, tiny.DIALOGUES, replies=1)
     assert found.results["columns"][AFTER]["usage"] == [1.0]
     assert all(len(sample["replies"]) == 1 for sample in found.samples)
-    write_results(tmp_path, found, single.config, source="x", step=3, chat="spt-jax chat", question="")
+    write_results(
+        tmp_path, found, single.config, source="x", checkpoint="best", step=3, chat="spt-jax chat", question=""
+    )
     assert "spt-jax chat" in (tmp_path / "report.html").read_text()
 
 
@@ -174,12 +196,13 @@ def test_no_dialogue_is_refused(setting):
 
 def test_files_hold_what_was_found(setting, evaluation, tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/total": 2.5}\n{"step": 2, "loss/tot')
-    about = {"step": 7, "chat": "spt-jax chat --workdir=x", "question": "4f2a"}
+    about = {"checkpoint": "latest", "step": 7, "chat": "spt-jax chat --workdir=x", "question": "4f2a"}
     written = write_results(tmp_path, evaluation, setting.config, source="here.txt", **about)
     results = json.loads((tmp_path / "results.json").read_text())
     assert results == json.loads(json.dumps(written))
     assert json.loads(json.dumps(evaluation.results)).items() <= results.items()
     assert (results["data"], results["step"], results["question"]) == ("here.txt", 7, "4f2a")
+    assert results["checkpoint"] == "latest"
     assert results["samples"] == evaluation.samples
     lines = (tmp_path / "predictions.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line) for line in lines] == evaluation.predictions
@@ -188,6 +211,26 @@ def test_files_hold_what_was_found(setting, evaluation, tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         *("metrics.jsonl", "predictions.jsonl", "report.html", "results.json"),
     ]
+
+
+@pytest.mark.parametrize("failing", ["write_atomically", "write_report", "write_json"])
+def test_results_never_vouch_for_replies_that_another_evaluation_failed_to_finish(
+    setting, evaluation, tmp_path, monkeypatch, failing
+):
+    def write() -> None:
+        about = {"checkpoint": "best", "step": 7, "chat": "c", "question": "q"}
+        write_results(tmp_path, evaluation, setting.config, source="x", **about)
+
+    def fails(path, *_):
+        assert not (tmp_path / "results.json").exists()
+        raise UserError(f"{path} cannot be written")
+
+    write()
+    assert kept_results(tmp_path, "q") is not None
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="cannot be written"):
+        patch.setattr(run_evaluation, failing, fails)
+        write()
+    assert not (tmp_path / "results.json").exists() and kept_results(tmp_path, "q") is None
 
 
 def test_every_figure_shown_is_defined(evaluation):
@@ -289,5 +332,5 @@ def test_what_cannot_be_ranked_is_said_in_a_sentence(dialogues, template, senten
     [note] = found.results["notes"]
     assert note.startswith("hits@1 is left out: ") and sentence in note
     assert "hits_1" not in found.results["columns"][AFTER] and "f1" in found.results["columns"][AFTER]
-    write_results(tmp_path, found, setting.config, source="x", step=3, chat="c", question="q")
+    write_results(tmp_path, found, setting.config, source="x", checkpoint="best", step=3, chat="c", question="q")
     assert kept_results(tmp_path, "q") is None
