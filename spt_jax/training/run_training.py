@@ -92,7 +92,7 @@ def run_training(
         keep = {"keep_latest": config.train.keep_latest, "keep_best": config.train.keep_best}
         with StopSignal() as stop, Checkpoints(workdir / CHECKPOINT_FOLDER, **keep) as checkpoints:
             state, saved_step = _resumed(checkpoints, prepared, say)
-            pending = evaluation_pending(checkpoints, saved_step)
+            pending = evaluation_pending(checkpoints, saved_step, prepared.total_steps)
             options = config.tracking.to_dict() | {"config": config.to_dict(), "pending": pending}
             trackers = open_trackers(workdir, saved_step, **options) if is_lead() else []
             try:
@@ -244,7 +244,8 @@ def _resumed(checkpoints: Checkpoints, prepared: _Preparation, say: Callable[[st
     restored = checkpoints.restore("latest", targets)
     assert restored is not None, "a checkpoint that is there is restored, or refused in a sentence"
     step, trees, _ = restored
-    say(f"resuming from step {step} of {prepared.total_steps}")
+    left = "" if step < prepared.total_steps else "; no step is left to train"
+    say(f"resuming from step {step} of {prepared.total_steps}{left}")
     return TrainState(trees["trainable"], trees["optimizer"]["state"], **trees["optimizer"]["counters"]), step
 
 

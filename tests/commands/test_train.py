@@ -11,7 +11,9 @@ from tiny_run import train_arguments, walk, write_config, write_dialogues, write
 from spt_jax.commands.main import main
 from spt_jax.config import default_config
 from spt_jax.evaluation.likelihood import DevelopmentEvaluator
+from spt_jax.exit_codes import STOPPED
 from spt_jax.training import loop, run_training
+from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.loop import save
 from spt_jax.training.remat import with_remat
 
@@ -85,6 +87,33 @@ def test_more_steps_go_on_where_the_run_stopped(trained, copy_of, capsys):
     walk(*arguments_of(trained, copy_of, "--config.train.steps=5"))
     assert "resuming from step 4 of 5" in capsys.readouterr().out
     assert [row["step"] for row in rows(copy_of) if "loss/total" in row] == [1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("steps", [3, 2])
+def test_a_run_shortened_to_what_it_has_done_is_rated_and_says_that_no_step_is_left(
+    trained, tmp_path, capsys, monkeypatch, steps
+):
+    def save_and_stop(checkpoints, state, meta, perplexity):
+        save(checkpoints, state, meta, perplexity)
+        if int(state.step) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "save", save_and_stop)
+        assert main(arguments_of(trained, workdir)) == STOPPED
+    shorter = arguments_of(trained, workdir, f"--config.train.steps={steps}")
+    capsys.readouterr()
+    walk(*shorter)
+    out = capsys.readouterr().out
+    assert f"resuming from step 3 of {steps}; no step is left to train" in out
+    assert "finished 3 steps" in out
+    assert [row["step"] for row in rows(workdir) if "development/perplexity" in row] == [0, 2, 3]
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        assert (checkpoints.meta("3") or {})["perplexity"] == rows(workdir)[-1]["development/perplexity"]
+    before = rows(workdir)
+    walk(*shorter)
+    assert rows(workdir) == before
 
 
 def test_another_run_is_refused_with_both_values_and_nothing_is_changed(trained, copy_of, capsys):
