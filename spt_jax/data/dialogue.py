@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -35,6 +37,14 @@ class Dialogue:
     def told(self) -> tuple[object, ...]:
         """Everything in it that rows, prompts or figures may follow from, as JSON has it: all but where it was read."""
         return self.persona, self.partner_persona, [(t.query, t.response, t.candidates) for t in self.turns]
+
+
+def dialogues_digest(dialogues: Iterable[Dialogue]) -> str:
+    """The sha256 of all that dialogues tell (`Dialogue.told`), in their order; not of where, or in what format."""
+    digest = hashlib.sha256()
+    for dialogue in dialogues:
+        digest.update(json.dumps(dialogue.told).encode() + b"\n")
+    return digest.hexdigest()
 
 
 @dataclass(frozen=True)

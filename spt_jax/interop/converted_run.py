@@ -61,7 +61,7 @@ def write_converted_run(workdir: Path, experiment: Experiment, trainable: Traina
     state = init_state(trainable, make_optimizer(config.optimizer, max(1, config.train.steps)), experiment.mesh)
     meta = {"lm": lm.identity.to_dict(), "tokenizer": lm.tokenizer.fingerprint}
     with new_folder(workdir) as folder:
-        claim_workdir(folder, config, lm.identity, lm.tokenizer.fingerprint)
+        claim_workdir(folder, config, lm.identity, lm.tokenizer.fingerprint, {})
         write_initial(folder, initial)
         with Checkpoints(folder / CHECKPOINT_FOLDER) as checkpoints:
             save(checkpoints, state, meta, None)

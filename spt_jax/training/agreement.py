@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 
 import spt_jax
 from spt_jax.config import Config, flatten
-from spt_jax.data.dialogue import Dialogue
 from spt_jax.errors import UserError
 from spt_jax.models.loading import LanguageModel
 from spt_jax.parallel.distributed import json_told_by_lead
@@ -35,19 +33,19 @@ def check_same_options(config: Config) -> None:
     _check({"the version of spt_jax": spt_jax.__version__, "the version of jax": jax.__version__, **options})
 
 
-def check_same_content(lm: LanguageModel, dialogues: Mapping[str, Sequence[Dialogue]]) -> None:
+def check_same_content(lm: LanguageModel, dialogues: Mapping[str, str]) -> None:
     """Refuses an LM or dialogues that differ from those of the first process; every process must ask.
 
     Args:
         lm: The LM with its tokenizer.
-        dialogues: Those of each part of the data, by the part's name.
+        dialogues: The `spt_jax.data.dialogue.dialogues_digest` of each part of the data, by the part's name.
 
     Raises:
         UserError: Names what differs.
     """
     if jax.process_count() == 1:
         return
-    told = {f"the {part} dialogues": _digest(found) for part, found in dialogues.items()}
+    told = {f"the {part} dialogues": digest for part, digest in dialogues.items()}
     _check({"the LM's weights": lm.identity.sha256, "the tokenizer": lm.tokenizer.fingerprint, **told})
 
 
@@ -62,10 +60,6 @@ def check_same_start(trainable: Trainable) -> None:
     """
     if jax.process_count() > 1:
         _check({"what is learned, before the first step (bank.init_file)": tree_digest(trainable)})
-
-
-def _digest(dialogues: Sequence[Dialogue]) -> str:
-    return hashlib.sha256(json.dumps([dialogue.told for dialogue in dialogues]).encode()).hexdigest()
 
 
 def _check(mine: Mapping[str, Any]) -> None:

@@ -72,10 +72,21 @@ def save(checkpoints: Checkpoints, state: TrainState, meta: Mapping[str, Any], p
     checkpoints.save(int(state.step), state.trainable, optimizer, dict(meta), perplexity)
 
 
-def evaluation_pending(checkpoints: Checkpoints, step: int) -> bool:
-    """Whether a step was saved at a polite stop before the evaluation that was due; False for one that is not saved."""
+def evaluation_pending(checkpoints: Checkpoints, step: int, total_steps: int) -> bool:
+    """Whether a saved step lacks an evaluation; every process must ask.
+
+    It was due when the step was saved at a polite stop, or it is the last one: of a run whose steps were lowered, so
+    that none remains after this one.
+
+    Args:
+        checkpoints: Of the run.
+        step: The restored step; one that is not saved lacks nothing.
+        total_steps: Of the whole run.
+    """
     meta = checkpoints.meta(str(step)) if step in checkpoints.steps() else None
-    return bool(meta and meta.get(PENDING, False) and meta.get(METRIC) is None)
+    if meta is None or meta.get(METRIC) is not None:
+        return False
+    return step >= total_steps or meta.get(PENDING, False)
 
 
 def train(
@@ -92,7 +103,7 @@ def train(
     meta: Mapping[str, Any],
     stop: StopSignal,
 ) -> Outcome:
-    """Trains from ``state.step`` to ``options.total_steps``.
+    """Trains from ``state.step`` to ``options.total_steps``; a state that is there, or further, is evaluated at most.
 
     Args:
         state: The state, fresh or restored; donated.
@@ -111,10 +122,11 @@ def train(
         UserError: ``max_bad_steps`` updates in a row were not finite, or a checkpoint could not be written.
     """
     start = int(state.step)
+    end = max(start, options.total_steps)  # a run may be shortened to less than it has done
     alarm = CollapseAlarm()
-    bar = ProgressBar("training", options.total_steps, start, shown=is_lead())
+    bar = ProgressBar("training", end, start, shown=is_lead())
     asked = SharedFlag()
-    pending = evaluation_pending(checkpoints, start)
+    pending = evaluation_pending(checkpoints, start, options.total_steps)
     interrupted = False
 
     def between() -> None:
@@ -122,9 +134,9 @@ def train(
             raise _StoppedError
 
     with bar, _Watch(options, trackers) as watch:
-        steps = batches(start, options.total_steps)
-        for step in range(start, options.total_steps + 1):
-            last = step == options.total_steps
+        steps = batches(start, end)
+        for step in range(start, end + 1):
+            last = step == end
             perplexity: float | None = None
             stopping = asked.ask(stop.requested) and not last
             # Who asks a run to stop may not wait for an evaluation; the next start makes up for it.
@@ -151,7 +163,7 @@ def train(
             watch.submitted(step + 1, metrics, bar)
         watch.finish(bar)
         checkpoints.wait()
-    return Outcome(state, finished=int(state.step) >= options.total_steps and not interrupted)
+    return Outcome(state, finished=int(state.step) == end and not interrupted)
 
 
 def _evaluate(

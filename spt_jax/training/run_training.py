@@ -14,6 +14,7 @@ import jax
 import optax
 
 from spt_jax.config import Config
+from spt_jax.data.dialogue import dialogues_digest
 from spt_jax.data.loader import DialogueLoader
 from spt_jax.data.packing import PackedRows, Row
 from spt_jax.models.quantized import tree_bytes
@@ -33,7 +34,13 @@ from spt_jax.training.remat import device_memory, fitting_remat, with_remat
 from spt_jax.training.signals import StopSignal
 from spt_jax.training.step import TrainState, init_state, make_train_step, state_shardings
 from spt_jax.training.tracking import open_trackers
-from spt_jax.training.workdir import CHECKPOINT_FOLDER, check_workdir, claim_workdir, write_initial
+from spt_jax.training.workdir import (
+    CHECKPOINT_FOLDER,
+    check_dialogues,
+    check_workdir,
+    claim_workdir,
+    write_initial,
+)
 
 MakeEvaluators = Callable[[Experiment, Sequence[Row]], Sequence[Evaluator]]
 """Makes what measures a state, from the experiment and the rows of the development dialogues."""
@@ -45,6 +52,7 @@ class _Preparation:
 
     experiment: Experiment
     splits: setup.Splits
+    digests: dict[str, str]
     rows: PackedRows
     development: PackedRows
     loader: DialogueLoader
@@ -72,27 +80,27 @@ def run_training(
         How the loop ended, and the number of steps of the whole run.
 
     Raises:
-        UserError: The folder holds another run, a part of the input cannot be used, or this process was given another
-            run than the first of several.
+        UserError: The folder holds another run, or one of other dialogues, a part of the input cannot be used, or this
+            process was given another run than the first of several.
     """
     absolute_paths(config)
     if is_lead():
         check_workdir(workdir, config)
     check_same_options(config)
     say = say if is_lead() else _say_nothing
-    prepared = _prepare(config, say)
+    prepared = _prepare(config, workdir, say)
     e = prepared.experiment
     barrier("prepared")  # a folder is claimed when nothing of any process is wrong
     with _undone_unless_begun(workdir):
         if is_lead():
-            claim_workdir(workdir, config, e.lm.identity, e.lm.tokenizer.fingerprint)
+            claim_workdir(workdir, config, e.lm.identity, e.lm.tokenizer.fingerprint, prepared.digests)
             if keeps_initial(config):
                 write_initial(workdir, prepared.state.trainable)
         say(_summary(prepared))
         keep = {"keep_latest": config.train.keep_latest, "keep_best": config.train.keep_best}
         with StopSignal() as stop, Checkpoints(workdir / CHECKPOINT_FOLDER, **keep) as checkpoints:
             state, saved_step = _resumed(checkpoints, prepared, say)
-            pending = evaluation_pending(checkpoints, saved_step)
+            pending = evaluation_pending(checkpoints, saved_step, prepared.total_steps)
             options = config.tracking.to_dict() | {"config": config.to_dict(), "pending": pending}
             trackers = open_trackers(workdir, saved_step, **options) if is_lead() else []
             try:
@@ -167,13 +175,17 @@ def _undone_unless_begun(workdir: Path) -> Iterator[None]:
         raise
 
 
-def _prepare(config: Config, say: Callable[[str], None]) -> _Preparation:
+def _prepare(config: Config, workdir: Path, say: Callable[[str], None]) -> _Preparation:
     splits = setup.read_splits(config)
     for sentence in splits.skipped:
         say(f"skipped {sentence}")
+    parts = {"training": splits.train, "development": splits.development, "test": splits.test}
+    digests = {part: dialogues_digest(dialogues) for part, dialogues in parts.items()}
+    if is_lead():
+        check_dialogues(workdir, config, digests)
     e = setup.open_experiment(config)
     # Before the first program that all processes run together on what they have read.
-    check_same_content(e.lm, {"training": splits.train, "development": splits.development, "test": splits.test})
+    check_same_content(e.lm, digests)
     template = setup.template_of(config, e.lm.tokenizer, splits.train)
     pack = partial(setup.pack_dialogues, config, tokenizer=e.lm.tokenizer, template=template)
     rows, development = pack(splits.train, learning=True), pack(splits.development)
@@ -195,7 +207,7 @@ def _prepare(config: Config, say: Callable[[str], None]) -> _Preparation:
     if config.method.kind == "full":
         # The state holds the weights now; the frozen ones would only take memory beside them.
         e = dataclasses.replace(e, lm=dataclasses.replace(e.lm, params={}))
-    return _Preparation(e, splits, rows, development, loader, optimizer, state, shardings, total_steps)
+    return _Preparation(e, splits, digests, rows, development, loader, optimizer, state, shardings, total_steps)
 
 
 def keeps_initial(config: Config) -> bool:
@@ -244,7 +256,8 @@ def _resumed(checkpoints: Checkpoints, prepared: _Preparation, say: Callable[[st
     restored = checkpoints.restore("latest", targets)
     assert restored is not None, "a checkpoint that is there is restored, or refused in a sentence"
     step, trees, _ = restored
-    say(f"resuming from step {step} of {prepared.total_steps}")
+    left = "" if step < prepared.total_steps else "; no step is left to train"
+    say(f"resuming from step {step} of {prepared.total_steps}{left}")
     return TrainState(trees["trainable"], trees["optimizer"]["state"], **trees["optimizer"]["counters"]), step
 
 

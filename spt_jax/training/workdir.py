@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,9 @@ MAY_CHANGE = (
 )
 """Options, beside `FREE_SECTIONS`, that do not change what is learned; an LM is known by its weights, not its name."""
 
+LEARNED_FROM = ("training", "development")
+"""The parts of the dialogues that a run follows from: it learns from the one and chooses the best step by the other."""
+
 
 def write_json(path: Path, value: Any) -> None:
     """Writes JSON, whole or not at all; UserError when it cannot be written."""
@@ -61,6 +65,9 @@ def _read(workdir: Path) -> dict[str, Any]:
         raise UserError(f"{path} cannot be read: it lacks 'config', 'lm' or 'tokenizer'")
     if not isinstance(record["config"], dict) or not isinstance(record["tokenizer"], str):
         raise UserError(f"{path} cannot be read: its 'config' is not an object, or its 'tokenizer' no text")
+    dialogues = record.get("dialogues", {})  # a run of before these were kept has none
+    if not isinstance(dialogues, dict) or not all(isinstance(digest, str) for digest in dialogues.values()):
+        raise UserError(f"{path} cannot be read: its 'dialogues' are not digests by name")
     try:
         LMIdentity.from_dict(record["lm"])
     except (ValueError, TypeError) as error:
@@ -134,8 +141,44 @@ def check_workdir(workdir: Path, config: Config) -> None:
         raise UserError(f"{workdir} holds another run: {'; '.join(differing)}; choose another --workdir")
 
 
-def claim_workdir(workdir: Path, config: Config, lm: LMIdentity, tokenizer: str) -> None:
+def check_dialogues(workdir: Path, config: Config, dialogues: Mapping[str, str]) -> None:
+    """Refuses dialogues other than those with which the run in `workdir` was started, before any weight is loaded.
+
+    Those count that are used, behind ``data.limit`` and all cuts: whatever else changes in a file changes no batch.
+    A record without digests, of an older version or of a converted run, takes any; `claim_workdir` then keeps them.
+
+    Args:
+        workdir: New, or of the run.
+        config: As it was at that start, see `check_workdir`.
+        dialogues: The `spt_jax.data.dialogue.dialogues_digest` of each part, by the part's name.
+
+    Raises:
+        UserError: Names the parts that differ and the options that they are from.
+    """
+    saved = _read(workdir).get("dialogues", {}) if (workdir / CONFIG_FILE).exists() else {}
+    d = config.data
+    source = {"training": "train", "development": "development" if d.development else "train"}
+    differing = [
+        f"those for {part} (data.{source[part]} = {d[source[part]]!r})"
+        for part in LEARNED_FROM
+        if saved.get(part, dialogues[part]) != dialogues[part]
+    ]
+    if differing:
+        raise UserError(
+            f"the dialogues of the run in {workdir} have changed since it was started: {' and '.join(differing)}; "
+            "restore what was there, or choose another --workdir"
+        )
+
+
+def claim_workdir(workdir: Path, config: Config, lm: LMIdentity, tokenizer: str, dialogues: Mapping[str, str]) -> None:
     """Writes ``config.json``; a run that is there already must have been trained on the same weights.
+
+    Args:
+        workdir: Made when missing.
+        config: The configuration.
+        lm: The LM.
+        tokenizer: Its fingerprint.
+        dialogues: See `check_dialogues`; empty where none were learned from yet.
 
     Raises:
         UserError: The LM or the tokenizer is another one; both are named.
@@ -151,6 +194,7 @@ def claim_workdir(workdir: Path, config: Config, lm: LMIdentity, tokenizer: str)
         "spt_jax": spt_jax.__version__,
         "lm": lm.to_dict(),
         "tokenizer": tokenizer,
+        "dialogues": {part: digest for part, digest in dialogues.items() if part in LEARNED_FROM},
         "config": config.to_dict(),
     }
     write_json(workdir / CONFIG_FILE, record)

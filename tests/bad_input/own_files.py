@@ -126,6 +126,7 @@ _RECORD = json.dumps(
         "spt_jax": "0.1.0",
         "lm": {"name": "lm", "revision": "", "sha256": "0" * 64},
         "tokenizer": "0" * 64,
+        "dialogues": {"training": "0" * 64, "development": "0" * 64},
         "config": {"seed": 3, "bank": {"num_prompts": 2}, "train": {"steps": 7}, "data": {"train": "a.txt"}},
     }
 ).encode()

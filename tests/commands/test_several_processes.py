@@ -222,6 +222,19 @@ def test_a_process_that_was_given_another_run_ends_all_with_what_differs(argumen
     assert not workdir.exists()
 
 
+def test_dialogues_that_changed_since_the_start_end_all_with_one_sentence(arguments, two, tmp_path):
+    workdir = shutil.copytree(two[0], tmp_path / "run")
+    record = json.loads((workdir / "config.json").read_text())
+    record["dialogues"]["development"] = "0" * 64
+    (workdir / "config.json").write_text(json.dumps(record))
+    job = start([*arguments, f"--workdir={workdir}"], 2, 2)
+    assert job.wait() == [2, 2], job.err
+    said = "".join(job.err)
+    assert said.count("have changed since it was started: those for development (data.train = ") == 1, said
+    assert "Traceback" not in said
+    assert json.loads((workdir / "config.json").read_text()) == record
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize(
     "mesh",

@@ -6,12 +6,14 @@ import shutil
 import signal
 
 import pytest
-from tiny_run import train_arguments, walk, write_config, write_dialogues, write_llama
+from tiny_run import TALK, train_arguments, walk, write_config, write_dialogues, write_llama
 
 from spt_jax.commands.main import main
 from spt_jax.config import default_config
 from spt_jax.evaluation.likelihood import DevelopmentEvaluator
+from spt_jax.exit_codes import STOPPED
 from spt_jax.training import loop, run_training
+from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.loop import save
 from spt_jax.training.remat import with_remat
 
@@ -41,6 +43,7 @@ def test_a_run_leaves_the_files_of_a_working_directory(trained):
     assert record["config"]["bank"]["num_prompts"] == 3
     assert record["lm"]["name"] == str(trained / "lm")
     assert len(record["lm"]["sha256"]) == 64
+    assert {part: len(digest) for part, digest in record["dialogues"].items()} == {"training": 64, "development": 64}
 
 
 def test_every_step_and_every_evaluation_is_logged(trained):
@@ -87,11 +90,59 @@ def test_more_steps_go_on_where_the_run_stopped(trained, copy_of, capsys):
     assert [row["step"] for row in rows(copy_of) if "loss/total" in row] == [1, 2, 3, 4, 5]
 
 
+@pytest.mark.parametrize("steps", [3, 2])
+def test_a_run_shortened_to_what_it_has_done_is_rated_and_says_that_no_step_is_left(
+    trained, tmp_path, capsys, monkeypatch, steps
+):
+    def save_and_stop(checkpoints, state, meta, perplexity):
+        save(checkpoints, state, meta, perplexity)
+        if int(state.step) == 2:
+            signal.raise_signal(signal.SIGTERM)
+
+    workdir = tmp_path / "run"
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "save", save_and_stop)
+        assert main(arguments_of(trained, workdir)) == STOPPED
+    shorter = arguments_of(trained, workdir, f"--config.train.steps={steps}")
+    capsys.readouterr()
+    walk(*shorter)
+    out = capsys.readouterr().out
+    assert f"resuming from step 3 of {steps}; no step is left to train" in out
+    assert "finished 3 steps" in out
+    assert [row["step"] for row in rows(workdir) if "development/perplexity" in row] == [0, 2, 3]
+    with Checkpoints(workdir / "checkpoints", read_only=True) as checkpoints:
+        assert (checkpoints.meta("3") or {})["perplexity"] == rows(workdir)[-1]["development/perplexity"]
+    before = rows(workdir)
+    walk(*shorter)
+    assert rows(workdir) == before
+
+
 def test_another_run_is_refused_with_both_values_and_nothing_is_changed(trained, copy_of, capsys):
     before = {path: path.read_bytes() for path in copy_of.rglob("*") if path.is_file()}
     assert main(arguments_of(trained, copy_of, "--config.optimizer.learning_rate=0.5")) == 2
     assert "optimizer.learning_rate (1.0 there, 0.5 here)" in capsys.readouterr().err
     assert {path: path.read_bytes() for path in copy_of.rglob("*") if path.is_file()} == before
+
+
+def test_changed_dialogues_are_refused_until_they_are_restored(tmp_path, capsys):
+    workdir, data = tmp_path / "run", tmp_path / "train.txt"
+    arguments = train_arguments(tmp_path, workdir=workdir)
+    walk(*arguments, "--config.train.steps=1")
+    before, text = {path: path.read_bytes() for path in workdir.rglob("*") if path.is_file()}, data.read_text()
+    data.write_text(text.replace("\ttick tock", "\ttick clock"))
+    walk("evaluate", f"--workdir={workdir}", "--nobaselines", "--replies=1", "--limit=1")
+    capsys.readouterr()
+    assert main([*arguments, "--config.train.steps=2"]) == 2
+    told = capsys.readouterr()
+    assert "have changed since it was started: those for " in told.err
+    assert f"(data.train = '{data}'); restore what was there, or choose another --workdir" in told.err
+    assert "resuming" not in told.out
+    assert all(path.read_bytes() == content for path, content in before.items())
+    # Nothing is learned from other test dialogues, nor from where a dialogue stands.
+    write_dialogues(tmp_path / "test.txt", TALK[1:3])
+    data.write_text("\n" + text)
+    walk(*arguments, "--config.train.steps=2")
+    assert "resuming from step 1 of 2" in capsys.readouterr().out
 
 
 def test_another_lm_of_the_same_shape_is_refused_by_its_weights(trained, copy_of, tmp_path, capsys):

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import tracemalloc
 
@@ -8,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from spt_jax.data import Dialogue, Turn, persona_key, split_by_persona
-from spt_jax.data.dialogue import _smallest_sum_at_least, draw_fraction
+from spt_jax.data.dialogue import _smallest_sum_at_least, dialogues_digest, draw_fraction
 from spt_jax.errors import UserError
 
 
@@ -113,3 +114,22 @@ def test_memory_grows_with_what_is_held_out_and_not_with_the_square_of_the_group
     tracemalloc.stop()
     assert found == [0, 1, 2, 3, 4]
     assert peak < 20_000 * 200
+
+
+def test_a_digest_follows_from_all_that_is_said_and_its_order_but_not_from_where_it_was_read():
+    one = Dialogue(("i sail .",), (Turn("hi", "hello", ("no", "hello")),), ("i fly .",), "a.txt:1")
+    two = dataclasses.replace(one, persona=("i sail", "."))
+    elsewhere = dataclasses.replace(one, source="b.jsonl:7")
+    assert dialogues_digest([one, two]) == dialogues_digest(iter([elsewhere, two]))
+    turn = one.turns[0]
+    others = [
+        [two, one],
+        [one],
+        [one, two, two],
+        [dataclasses.replace(one, partner_persona=()), two],
+        *(
+            [dataclasses.replace(one, turns=(dataclasses.replace(turn, **{name: value}),)), two]
+            for name, value in (("query", "hi!"), ("response", "hello!"), ("candidates", ()))
+        ),
+    ]
+    assert len({dialogues_digest(dialogues) for dialogues in [[one, two], *others]}) == 1 + len(others)

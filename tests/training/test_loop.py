@@ -23,7 +23,7 @@ from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.prompting.objective import Objective
 from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.checkpoint_arrays import restore_targets
-from spt_jax.training.loop import LoopOptions, Outcome, train
+from spt_jax.training.loop import LoopOptions, Outcome, evaluation_pending, train
 from spt_jax.training.signals import StopSignal
 from spt_jax.training.step import TrainState, init_state, make_train_step
 from spt_jax.training.tracking import JsonLines
@@ -319,6 +319,44 @@ def test_a_finished_run_started_again_does_nothing(tmp_path):
     again = Run(tmp_path)
     assert again.go(run.restored()).finished
     assert again.events == []
+
+
+def shortened(folder: Path, total_steps: int) -> Run:
+    """The start with fewer steps of a run that was stopped at step 5, between two evaluations."""
+    run = Run(folder)
+    run.stop_at = "step 4"
+    run.go()
+    again = Run(folder, total_steps=total_steps)
+    again.perplexity = lambda step: 10.0
+    return again
+
+
+@pytest.mark.parametrize("total_steps", [5, 4, 1])
+def test_a_run_shortened_to_what_it_has_done_is_evaluated_and_rated_once(tmp_path, total_steps):
+    run = shortened(tmp_path, total_steps)
+    outcome = run.go(run.restored())
+    assert outcome.finished and int(outcome.state.step) == 5
+    assert run.events == ["evaluate 5", "log evaluation 5"]
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert next(checkpoints.candidates("best")) == 5
+        assert (checkpoints.meta("best") or {})["perplexity"] == 10.0
+    again = Run(tmp_path, total_steps=total_steps)
+    assert again.go(run.restored()).finished
+    assert again.events == []
+
+
+@pytest.mark.parametrize("total_steps", [5, 4])
+def test_a_stop_in_the_evaluation_of_a_shortened_run_leaves_it_to_come(tmp_path, total_steps):
+    run = shortened(tmp_path, total_steps)
+    run.evaluation_batches, run.stop_at = 3, "evaluate 5 further 1"
+    assert not run.go(run.restored()).finished
+    assert run.happened("save", "step", "log") == []
+    with Checkpoints(tmp_path, read_only=True) as checkpoints:
+        assert evaluation_pending(checkpoints, 5, total_steps)
+        assert not evaluation_pending(checkpoints, 5, 7), "nothing is missed where the run goes on"
+    last = Run(tmp_path, total_steps=total_steps)
+    assert last.go(run.restored()).finished
+    assert last.happened("evaluate") == ["evaluate 5"]
 
 
 def test_bad_steps_in_a_row_stop_the_run_and_leave_the_checkpoint(tmp_path):

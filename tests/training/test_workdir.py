@@ -15,6 +15,7 @@ from spt_jax.training.workdir import (
     CONFIG_FILE,
     FREE_SECTIONS,
     MAY_CHANGE,
+    check_dialogues,
     check_lm,
     check_workdir,
     claim_workdir,
@@ -23,6 +24,7 @@ from spt_jax.training.workdir import (
 
 LM = LMIdentity(name="tiny", revision="", sha256="a" * 64)
 TOKENIZER = "b" * 64
+DIALOGUES = {"training": "d" * 64, "development": "e" * 64, "test": "f" * 64}
 
 
 def changed(name: str, value: Any) -> Any:
@@ -32,7 +34,7 @@ def changed(name: str, value: Any) -> Any:
 
 
 def claimed(folder: Any, config: Any = None) -> Any:
-    claim_workdir(folder, config or default_config(), LM, TOKENIZER)
+    claim_workdir(folder, config or default_config(), LM, TOKENIZER, DIALOGUES)
     return folder
 
 
@@ -149,11 +151,61 @@ def test_another_lm_is_refused_with_both_named(tmp_path):
     claimed(tmp_path)
     other = LMIdentity(name="huge", revision="main", sha256="c" * 64)
     with pytest.raises(UserError, match=r"trained on tiny \(weights sha256 aaaaaaaaaaaa….*gives huge \(sha256 cccccc"):
-        claim_workdir(tmp_path, default_config(), other, TOKENIZER)
+        claim_workdir(tmp_path, default_config(), other, TOKENIZER, DIALOGUES)
     with pytest.raises(UserError, match="another tokenizer"):
         check_lm(tmp_path, LM, LM, TOKENIZER, "d" * 64)
     renamed = LMIdentity(name="copy", revision="", sha256=LM.sha256)
-    claim_workdir(tmp_path, default_config(), renamed, TOKENIZER)
+    claim_workdir(tmp_path, default_config(), renamed, TOKENIZER, DIALOGUES)
+
+
+@pytest.mark.parametrize(
+    ("development", "parts", "named"),
+    [
+        ("", ["training"], "those for training (data.train = 'talk.txt')"),
+        ("", ["development"], "those for development (data.train = 'talk.txt')"),
+        ("dev.txt", ["development"], "those for development (data.development = 'dev.txt')"),
+        (
+            "dev.txt",
+            ["training", "development"],
+            "those for training (data.train = 'talk.txt') and those for development (data.development = 'dev.txt')",
+        ),
+    ],
+)
+def test_changed_dialogues_are_refused_with_what_they_are_for_and_from(tmp_path, development, parts, named):
+    config = changed("data.train", "talk.txt")
+    config.data.development = development
+    claimed(tmp_path / "run", config)
+    check_dialogues(tmp_path / "run", config, DIALOGUES)
+    with pytest.raises(UserError) as told:
+        check_dialogues(tmp_path / "run", config, DIALOGUES | dict.fromkeys(parts, "0" * 64))
+    assert str(told.value) == (
+        f"the dialogues of the run in {tmp_path / 'run'} have changed since it was started: {named}; restore what was "
+        "there, or choose another --workdir"
+    )
+
+
+def test_changed_test_dialogues_and_dialogues_of_a_new_folder_are_taken(tmp_path):
+    check_dialogues(claimed(tmp_path / "run"), default_config(), DIALOGUES | {"test": "0" * 64})
+    check_dialogues(tmp_path / "new", default_config(), DIALOGUES)
+
+
+def test_a_record_without_digests_takes_those_of_its_next_start(tmp_path):
+    record = json.loads((claimed(tmp_path) / CONFIG_FILE).read_text())
+    del record["dialogues"]
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(record))
+    other = DIALOGUES | {"training": "0" * 64}
+    check_dialogues(tmp_path, default_config(), other)
+    claim_workdir(tmp_path, default_config(), LM, TOKENIZER, other)
+    with pytest.raises(UserError, match="have changed since it was started: those for training "):
+        check_dialogues(tmp_path, default_config(), DIALOGUES)
+
+
+@pytest.mark.parametrize("dialogues", [3, [], {"training": 3}])
+def test_a_record_whose_digests_are_none_is_told_in_a_sentence(tmp_path, dialogues):
+    record = json.loads((claimed(tmp_path) / CONFIG_FILE).read_text())
+    (tmp_path / CONFIG_FILE).write_text(json.dumps(record | {"dialogues": dialogues}))
+    with pytest.raises(UserError, match=r"config\.json cannot be read: its 'dialogues' are not digests by name"):
+        read_config(tmp_path)
 
 
 def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path):
