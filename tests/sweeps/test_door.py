@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import fast_compilation
 import pytest
 from short_run import write_short_run
 from stand_in_sweep import start_worker, workplace, write_sweep
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": fast_compilation.FLAGS,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
