@@ -64,6 +64,7 @@ def run(folder: Path, *flags: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.first_python
 def test_a_sweep_of_real_trainings_is_stopped_killed_resumed_and_its_best_config_is_the_best_trials(folder):
     out = folder / "out"
     flags = (f"--out={out}", "--jobs=2", "--config.seed=5", "--config.data.batch=2")
