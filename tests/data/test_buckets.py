@@ -102,6 +102,7 @@ def test_bad_sizes_are_refused():
         choose_buckets([row_of(3)], 1, 0)
 
 
+@pytest.mark.first_python
 def test_padding_of_the_real_training_file_is_below_a_tenth_in_both_layouts(train_rows, train_set, opt_encoder):
     turns = pack(train_set.dialogues, opt_encoder, layout="turn", max_length=512).rows
     for layout, rows in (("dialogue", train_rows), ("turn", turns)):

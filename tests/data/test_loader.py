@@ -242,6 +242,7 @@ def test_bad_arguments_are_one_sentence():
         loader_of(rows).iterate(-1, 3)
 
 
+@pytest.mark.first_python
 def test_the_real_training_file_pads_less_than_a_tenth(train_rows):
     loader = DialogueLoader(train_rows, batch_size=8, pad_id=1, seed=0)
     slots = real = 0

@@ -14,6 +14,8 @@ from spt_jax.data import Dialogue, DialogueSet, Row, Turn
 from spt_jax.data.official import official_prompt, official_rows
 from spt_jax.models.tokenization.folder_tokenizer import tokenizer_of_folder
 
+pytestmark = pytest.mark.first_python
+
 CASES = (
     "llama436_gqa_b4_k4_v1",
     "llama_b2_k4_v1",

@@ -173,6 +173,7 @@ def test_rows_are_int32_and_dense():
     assert len(row.target_ids) == len(row.target_positions) == len(row.target_turns) == 2
 
 
+@pytest.mark.first_python
 @pytest.mark.parametrize("name", ["opt_encoder", "smollm2_encoder"])
 def test_real_tokenizers_need_no_fallback_on_the_whole_validation_file(name, valid_set, request):
     encoder = request.getfixturevalue(name)
@@ -186,6 +187,7 @@ def test_real_tokenizers_need_no_fallback_on_the_whole_validation_file(name, val
         assert round(sum(len(row.target_ids) for row in packed.rows) / valid_set.turns, 1) == 13.7
 
 
+@pytest.mark.first_python
 @pytest.mark.parametrize("name", ["opt_encoder", "smollm2_encoder", "llama_encoder"])
 def test_real_tokenizers_learn_the_same_targets_in_both_layouts(name, valid_set, request):
     packed, turns = both(valid_set.dialogues[:150], request.getfixturevalue(name), 300)

@@ -39,6 +39,7 @@ def named_tokenizer(request: pytest.FixtureRequest) -> tuple[str, Tokenizer]:
     return request.param, tokenizer_of_folder(folder, {"opt": "opt", "llama2": "llama"}[request.param])
 
 
+@pytest.mark.first_python
 @pytest.mark.parametrize("count", [150, pytest.param(1000, marks=pytest.mark.campaign)])
 def test_no_validation_dialogue_falls_back(
     named_tokenizer: tuple[str, Tokenizer], valid_set: DialogueSet, prefix_check: ModuleType, count: int

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -183,11 +186,9 @@ def test_nothing_found_leaves_no_folder(tmp_path):
     assert not (tmp_path / FOLDER).exists()
 
 
-@pytest.mark.parametrize("temperature", [0.0, 0.7])
-@pytest.mark.parametrize("batches", [0, 1, 4, 6])
-def test_an_evaluation_that_was_stopped_goes_on_and_generates_no_reply_twice(
-    tmp_path, monkeypatch, batches, temperature
-):
+@functools.cache
+def undisturbed(temperature: float) -> tuple[Callable[[Journal | None], Any], Any]:
+    """An evaluation, and what it finds when nobody stops it."""
     setting = experiment(batch=2, samples=0)
     setting.config.generation.temperature = temperature
     trainable = tiny.trainable(setting.model)
@@ -195,7 +196,15 @@ def test_an_evaluation_that_was_stopped_goes_on_and_generates_no_reply_twice(
     def evaluated(journal: Journal | None):
         return evaluate_run(setting, trainable, tiny.trainable(setting.model, 2), tiny.DIALOGUES[:2], journal=journal)
 
-    wanted = evaluated(None)
+    return evaluated, evaluated(None)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("batches", [0, 1, 4, 6])
+def test_an_evaluation_that_was_stopped_goes_on_and_generates_no_reply_twice(
+    tmp_path, monkeypatch, batches, temperature
+):
+    evaluated, wanted = undisturbed(temperature)
     generate, generated = GenerationEngine.generate, []
 
     def counted(engine, *rest, on_rows, **options):

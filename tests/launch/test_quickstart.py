@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from stand_ins import DONE, REPOSITORY, StandIns
 
+pytestmark = pytest.mark.first_python
+
 PACKAGE = r"^-c import importlib\.metadata"
 TRAIN = ["train", "--config=configs/quickstart.py"]
 

@@ -11,6 +11,8 @@ import time
 import pytest
 from stand_ins import REPOSITORY, StandIns, wait_for
 
+pytestmark = pytest.mark.first_python
+
 SCRIPT = REPOSITORY / "launch" / "slurm.sbatch"
 ARGUMENTS = ("--config=my config.py", "--workdir=/shared/a run")
 COMMAND = ["srun", ".venv/bin/spt-jax", "train", "--distributed=auto", *ARGUMENTS]

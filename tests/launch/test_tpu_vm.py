@@ -11,6 +11,8 @@ from collections.abc import Mapping, Sequence
 import pytest
 from stand_ins import DONE, WAITS, Answer, StandIns, wait_for
 
+pytestmark = pytest.mark.first_python
+
 URL = "gs://bucket/a run"
 TRAIN = ("--", "--config=configs/quickstart.py", "--config.seed=1")
 

@@ -232,6 +232,7 @@ def test_loads_at_the_same_time_give_the_same_and_leave_one_entry(
     assert_same(from_the_cache(file, monkeypatch), expected)
 
 
+@pytest.mark.first_python
 @pytest.mark.smollm2
 def test_kept_weights_of_smollm2_are_bitwise_those_dequantised(
     smollm2_source: str, cache_home: Path, monkeypatch: pytest.MonkeyPatch

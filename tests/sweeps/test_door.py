@@ -10,6 +10,7 @@ import sys
 import time
 from pathlib import Path
 
+import fast_compilation
 import pytest
 from short_run import write_short_run
 from stand_in_sweep import start_worker, workplace, write_sweep
@@ -47,7 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def start(folder: Path, *flags: str) -> subprocess.Popen[str]:
     environment = os.environ | {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",
+        "XLA_FLAGS": fast_compilation.FLAGS,
         "JAX_COMPILATION_CACHE_DIR": str(folder / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
@@ -63,6 +64,7 @@ def run(folder: Path, *flags: str) -> tuple[int, str, str]:
     return process.returncode, out, err
 
 
+@pytest.mark.first_python
 def test_a_sweep_of_real_trainings_is_stopped_killed_resumed_and_its_best_config_is_the_best_trials(folder):
     out = folder / "out"
     flags = (f"--out={out}", "--jobs=2", "--config.seed=5", "--config.data.batch=2")
