@@ -62,6 +62,13 @@ def evaluated(workdir: Path, folder: Path, count: int, devices: int, *flags: str
     return here, job
 
 
+@pytest.fixture(scope="module")
+def greedy(workdir, candidates, tmp_path_factory):
+    """What `evaluated` gives of two processes and of one, in batches of four."""
+    flags = (f"--data={candidates}", "--batch=4")
+    return [evaluated(workdir, tmp_path_factory.mktemp("greedy"), *how, *flags) for how in ((2, 2), (1, 4))]
+
+
 def assert_same(here: Path, alone: Path) -> None:
     results, predictions = found(here)
     expected, wanted = found(alone)
@@ -86,9 +93,12 @@ def assert_same(here: Path, alone: Path) -> None:
     ],
     ids=["greedy", "beams", "drawn"],
 )
-def test_two_processes_find_what_one_finds_and_the_first_alone_speaks(workdir, candidates, tmp_path, flags):
-    here, job = evaluated(workdir, tmp_path, 2, 2, f"--data={candidates}", *flags)
-    alone, _ = evaluated(workdir, tmp_path, 1, 4, f"--data={candidates}", *flags)
+def test_two_processes_find_what_one_finds_and_the_first_alone_speaks(request, workdir, candidates, tmp_path, flags):
+    if flags:
+        both = [evaluated(workdir, tmp_path, *how, f"--data={candidates}", *flags) for how in ((2, 2), (1, 4))]
+    else:
+        both = request.getfixturevalue("greedy")
+    (here, job), (alone, _) = both
     assert_same(here, alone)
     assert {path.name for path in here.iterdir()} == {path.name for path in alone.iterdir()}
     assert "report: " in job.out[0]
@@ -98,7 +108,7 @@ def test_two_processes_find_what_one_finds_and_the_first_alone_speaks(workdir, c
     assert results["columns"]["after training"]["hits_turns"] == sum(len(turns) for _, turns in TALK)
 
 
-def test_an_evaluation_of_two_killed_on_one_host_goes_on_and_finds_the_same(workdir, candidates, tmp_path):
+def test_an_evaluation_of_two_killed_on_one_host_goes_on_and_finds_the_same(workdir, candidates, greedy, tmp_path):
     here = tmp_path / "by_2"
     shutil.copytree(workdir, here)
     arguments = ["evaluate", f"--workdir={here}", *FLAGS, f"--data={candidates}", "--batch=4"]
@@ -119,7 +129,7 @@ def test_an_evaluation_of_two_killed_on_one_host_goes_on_and_finds_the_same(work
     assert again.wait() == [0, 0], again.err
     assert "going on where an evaluation was stopped" in again.out[0]
     assert not (here / "evaluation.partial").exists()
-    alone, _ = evaluated(workdir, tmp_path, 1, 4, f"--data={candidates}", "--batch=4")
+    _, (alone, _) = greedy
     assert_same(here, alone)
 
 
@@ -138,10 +148,11 @@ def test_two_evaluate_a_run_in_a_bucket_which_the_first_alone_reads_and_writes(w
 
 
 def test_results_that_are_there_are_shown_once_and_other_dialogues_on_one_host_are_refused(
-    workdir, candidates, tmp_path
+    candidates, greedy, tmp_path
 ):
-    here, _ = evaluated(workdir, tmp_path, 2, 2, f"--data={candidates}")
-    arguments = ["evaluate", f"--workdir={here}", *FLAGS]
+    (there, _), _ = greedy
+    here = shutil.copytree(there, tmp_path / "run")
+    arguments = ["evaluate", f"--workdir={here}", *FLAGS, "--batch=4"]
     shown = start([*arguments, f"--data={candidates}", "--reuse"], 2, 2)
     assert shown.wait() == [0, 0], shown.err
     assert "turns scored" in shown.out[0] and "evaluating" not in shown.err[0]
