@@ -90,6 +90,12 @@ def test_a_run_goes_on_from_the_last_whole_checkpoint(undisturbed, tmp_path, cas
         shutil.rmtree(workdir)
 
 
+def test_a_checkpoint_with_an_emptied_file_is_set_aside(undisturbed, tmp_path):
+    workdir = shutil.copytree(undisturbed.undisturbed, tmp_path / "run")
+    (workdir / "checkpoints" / str(STEPS) / "trainable" / "manifest.ocdbt").write_bytes(b"")
+    assert assert_goes_on(undisturbed, workdir, "trainable/manifest.ocdbt emptied")
+
+
 def test_without_any_whole_checkpoint_a_run_says_so_and_all_are_kept_for_the_one_who_asks(undisturbed, tmp_path):
     workdir = shutil.copytree(undisturbed.undisturbed, tmp_path / "run")
     for step in steps_on_disk(workdir):

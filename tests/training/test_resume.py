@@ -5,19 +5,17 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
-import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from short_run import STEPS, assert_same_run, rows, short_llama, steps_on_disk, unfinished_saves, write_short_run
+from short_run import STEPS, assert_same_run, rows, short_llama, steps_on_disk, write_short_run
 
 from spt_jax.exit_codes import STOPPED
 
@@ -85,54 +83,6 @@ def test_the_run_has_every_step_once_and_its_losses_are_numbers(never_killed):
     assert [step for step, row in rows(never_killed) if "development/perplexity" in row] == [0, 6, 12, 18]
 
 
-def kills(seed: int, count: int) -> Iterator[str]:
-    generator = random.Random(seed)
-    for number in range(count):
-        # Half of them at the sight of an unfinished save, half a random while after some progress.
-        yield "save" if number % 2 == 0 else f"{generator.uniform(0, 0.15)}"
-
-
-def killed_often(command: Command, workdir: Path, seed: int, count: int) -> int:
-    """Starts and kills a run; returns how many of the kills left an unfinished save behind."""
-    generator = random.Random(seed)
-    during_a_save, newest = 0, -1
-    for number, moment in enumerate(kills(seed, count)):
-        process = command.start(workdir)
-        # The targets ascend, so that the run gets on and every kill comes before the end.
-        target = (STEPS - 4) * number // count + generator.randrange(2)
-
-        def seen(target: int = target, moment: str = moment) -> bool:
-            if max(steps_on_disk(workdir), default=-1) < target:
-                return False
-            return moment != "save" or bool(unfinished_saves(workdir))
-
-        assert wait_until(process, seen), process.communicate()[1]
-        if moment != "save":
-            time.sleep(float(moment))
-        process.kill()
-        out, err = process.communicate()
-        assert process.returncode == -signal.SIGKILL, (out, err)
-        # A kill may tear a save that is not finished or a checkpoint that is being deleted, never the newest one.
-        resumed = re.search(r"resuming from step (\d+) of", out)
-        assert resumed is None or int(resumed[1]) == newest, (out, err)
-        newest = steps_on_disk(workdir)[-1]
-        during_a_save += bool(unfinished_saves(workdir))
-    return during_a_save
-
-
-@pytest.mark.parametrize(
-    ("seed", "count"), [(0, 5), *[pytest.param(seed, 8, marks=pytest.mark.campaign) for seed in range(1, 5)]]
-)
-def test_a_run_killed_at_random_ends_bitwise_as_one_never_killed(command, never_killed, tmp_path, seed, count):
-    workdir = tmp_path / "run"
-    assert killed_often(command, workdir, seed, count) >= 1
-    code, out, err = command.run(workdir)
-    assert code == 0, err
-    assert re.search(rf"resuming from step \d+ of {STEPS}", out)
-    assert_same_run(workdir, never_killed)
-    assert not unfinished_saves(workdir)
-
-
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_polite_stop_saves_says_how_to_go_on_and_loses_nothing(command, never_killed, tmp_path, number):
     workdir = tmp_path / "run"
@@ -164,16 +114,6 @@ def test_a_run_killed_on_a_machine_that_is_gone_goes_on_from_its_bucket(command,
     assert code == 0, err
     assert re.search(rf"resuming from step \d+ of {STEPS}", out)
     assert_same_run(bucket, never_killed)
-
-
-def test_a_damaged_checkpoint_is_told_and_the_run_ends_the_same(command, never_killed, tmp_path):
-    workdir = shutil.copytree(never_killed, tmp_path / "run")
-    (workdir / "checkpoints" / str(STEPS) / "trainable" / "manifest.ocdbt").write_bytes(b"")
-    code, out, err = command.run(workdir)
-    assert code == 0, err
-    assert f"it was set aside as {STEPS}.corrupt" in err
-    assert f"resuming from step {STEPS - 1} of {STEPS}" in out
-    assert_same_run(workdir, never_killed)
 
 
 def fill(disk: Path) -> None:
