@@ -13,7 +13,12 @@ from pathlib import Path
 
 import fast_compilation
 
-GREETING = re.compile(r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : ")
+PIECE = r"\[Gloo\] Rank | is connected to | peer ranks\. |Expected number of connected peer ranks is : "
+GREETING = re.compile(
+    r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. Expected number of connected peer ranks is : \d+\n"
+)
+MIXED = re.compile(rf"^(?:\d|{PIECE})*\n", re.MULTILINE)
+"""A line of greetings that two threads wrote into one another, or of the numbers that one left to the next line."""
 SECONDS = 300
 """After which a process that should have ended is taken for one that hangs."""
 
@@ -35,8 +40,8 @@ class Job:
 
     def said(self, index: int) -> str:
         """What a process wrote, without Gloo's greetings, which two threads may write into one another."""
-        text, pieces = GREETING.subn(" ", self.out[index] + self.err[index])
-        return (re.sub(r"(?<!\S)\d+(?!\S)", "", text, count=pieces) if pieces else text).strip()
+        text = GREETING.sub("", self.out[index] + self.err[index])
+        return (MIXED.sub("", text) if re.search(PIECE, text) else text).strip()
 
     def kill(self) -> None:
         for process in self.processes:

@@ -1,6 +1,6 @@
 """Brings trained runs in and out: the authors' checkpoints in, PEFT adapters out.
 
-The first word says what is converted; behind it, --help shows the flags of that conversion.
+The first word says what is converted; behind it, --help shows more of that conversion.
 
 Examples:
   spt-jax convert official their_run --model=facebook/opt-125m --workdir=runs/official
@@ -19,11 +19,18 @@ BRANCHES = ("official", "peft")
 """First words of this door; each has a module ``convert_{word}`` of its own with ``define_flags`` and ``run``."""
 
 
+def branch_flags() -> dict[str, flags.FlagValues]:
+    """Each conversion's own flags, under its first word."""
+    found = {}
+    for word in BRANCHES:
+        found[word] = flags.FlagValues()
+        importlib.import_module(f"spt_jax.commands.convert_{word}").define_flags(found[word])
+    return found
+
+
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of every conversion, for those who list them; `spt_jax.commands.main` reads a branch's own."""
-    for branch in BRANCHES:
-        own = flags.FlagValues()
-        importlib.import_module(f"spt_jax.commands.convert_{branch}").define_flags(own)
+    for own in branch_flags().values():
         for name in own:
             if name not in flag_values:
                 flag_values[name] = own[name]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from absl import flags
 
@@ -72,18 +72,21 @@ def own_flags(flag_values: flags.FlagValues) -> dict[str, flags.Flag]:
     }
 
 
-def door_help(description: str, flag_values: flags.FlagValues) -> str:
-    """A door's docstring and its flags with their defaults."""
-    lines = []
-    for name, flag in own_flags(flag_values).items():
-        text = " ".join((flag.help or "").split())
-        default = flag.default
-        if flag.boolean:
-            name, text = f"[no]{name}", f"{text} (default: {str(default).lower()})"
-        elif default not in (None, "", []):
-            text = f"{text} (default: {default})"
-        lines += [f"  --{name}", textwrap.indent(textwrap.fill(text, 110), "      ")]
-    return f"{description.strip()}\n\nFlags:\n" + "\n".join(lines)
+def door_help(description: str, groups: Mapping[str, flags.FlagValues]) -> str:
+    """A door's docstring and its flags with their defaults, under the heading of each group."""
+    parts = [description.strip()]
+    for heading, flag_values in groups.items():
+        lines = [f"{heading}:"]
+        for name, flag in own_flags(flag_values).items():
+            text = " ".join((flag.help or "").split())
+            default = flag.default
+            if flag.boolean:
+                name, text = f"[no]{name}", f"{text} (default: {str(default).lower()})"
+            elif default not in (None, "", []):
+                text = f"{text} (default: {default})"
+            lines += [f"  --{name}", textwrap.indent(textwrap.fill(text, 110), "      ")]
+        parts.append("\n".join(lines))
+    return "\n\n".join(parts)
 
 
 def _refuse_unknown(door: str, own: dict[str, flags.Flag], arguments: Sequence[str]) -> None:

@@ -88,7 +88,10 @@ def main(arguments: Sequence[str]) -> int:
         flag_values = flags.FlagValues()
         module.define_flags(flag_values)
         if any(argument in _HELP for argument in rest):
-            print(door_help(module.__doc__ or "", flag_values))
+            groups = {"Flags": flag_values}
+            if hasattr(module, "branch_flags"):
+                groups = {f"Flags of {door} {word}": own for word, own in module.branch_flags().items()}
+            print(door_help(module.__doc__ or "", groups))
             return 0
         read_flags(door, flag_values, rest, **getattr(module, "ARGUMENTS", {}))
         return module.run(flag_values)

@@ -107,7 +107,7 @@ def main(program: str, arguments: Sequence[str]) -> int:
     flag_values = flags.FlagValues()
     define_flags(flag_values)
     if any(argument in ("-h", "--help") for argument in arguments):
-        print(door_help(__doc__ or "", flag_values))
+        print(door_help(__doc__ or "", {"Flags": flag_values}))
         return 0
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     try:

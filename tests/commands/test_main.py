@@ -33,10 +33,21 @@ def test_help_of_a_door_shows_its_own_flags_and_examples_alone(capsys, door):
     assert said.err == ""
     assert f"spt-jax {door} " in said.out.partition("Examples:")[2]
     own = {"inspect": "--source", "compare": "--baseline", "plan": "--topology"}.get(door, "--workdir")
-    assert own in said.out.partition("Flags:")[2]
+    assert own in said.out.partition("\n\nFlags")[2]
     assert not re.search("absl|flagfile|undefok|spt_jax\\.", said.out)
     assert main(["help", door]) == 0
     assert capsys.readouterr().out == said.out
+
+
+def test_help_of_convert_shows_each_conversion_with_its_own_flags(capsys):
+    assert main(["convert", "--help"]) == 0
+    _, official, peft = re.split(r"\n\nFlags of convert \w+:\n", capsys.readouterr().out)
+    named = [re.findall(r"^  --(\S+)", text, re.MULTILINE) for text in (official, peft)]
+    assert named[0] == ["dir", "model", "revision", "config_file", "workdir"]
+    assert named[1] == ["workdir", "checkpoint", "out", "push", "[no]private"]
+    for word, flags in zip(("official", "peft"), (official, peft), strict=True):
+        assert main(["convert", word, "--help"]) == 0
+        assert capsys.readouterr().out.rstrip().endswith(f"Flags:\n{flags.rstrip()}")
 
 
 @pytest.mark.parametrize("arguments", [[], ["--help"], ["-h"], ["help"]])
