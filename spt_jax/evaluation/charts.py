@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -28,11 +27,12 @@ _SMOOTH_ABOVE = 50  # points; fewer are drawn as they are
 _MARK_UP_TO = 30  # points; so few carry a dot each, with its value on hover
 _MOST_POINTS = 400  # more do not show at this width, and would weigh down the page
 _LABEL_GAP = 14.0
+_LARGEST = 1e300  # the difference of two larger ones may be infinite
 
 
 @dataclass(frozen=True)
 class Series:
-    """One curve: values `y` at steps `x`, of equal length; None, NaN and infinite values are left out.
+    """One curve: values `y` at steps `x`, of equal length; None, NaN and values beyond ±1e300 are left out.
 
     Attributes:
       name: Written at the curve's end where a chart has several.
@@ -45,14 +45,15 @@ class Series:
     y: Sequence[float | None]
 
     def points(self) -> list[tuple[float, float]]:
-        """The finite points.
+        """The points that a chart has room for.
 
         Raises:
           UserError: `x` and `y` differ in length.
         """
         if len(self.x) != len(self.y):
             raise UserError(f"The series {self.name!r} has {len(self.x)} steps and {len(self.y)} values.")
-        return [(float(x), float(y)) for x, y in zip(self.x, self.y, strict=True) if y is not None and math.isfinite(y)]
+        points = [(float(x), float(y)) for x, y in zip(self.x, self.y, strict=True) if y is not None]
+        return [point for point in points if all(abs(value) <= _LARGEST for value in point)]
 
 
 def line_chart(
@@ -214,7 +215,8 @@ def _padded(values: Sequence[float]) -> tuple[float, float]:
 
 def _widened(values: Sequence[float]) -> tuple[float, float]:
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - 1.0, high + 1.0)
+    pad = max(1.0, 1e-9 * abs(low))  # one more is no more beside a number of twenty digits
+    return (low, high) if high > low else (low - pad, high + pad)
 
 
 def _describe(drawn: Sequence[tuple[int, str, Sequence[tuple[float, float]]]], x_label: str) -> str:

@@ -64,7 +64,7 @@ def text_width(text: str, size: float = 12) -> float:
 def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """Round numbers within [`low`, `high`], about `count` of them, 1, 2 or 5 times a power of ten apart."""
     span = high - low
-    if not (math.isfinite(span) and span > 0):
+    if not (math.isfinite(span) and span > 1e-300):  # spans that are not 0, but whose parts are, included
         return [low]
     rough = span / max(1, count - 1)
     power = 10.0 ** math.floor(math.log10(rough))

@@ -48,6 +48,15 @@ def test_any_data_gives_well_formed_svg_with_all_points_inside(curves: list[list
         assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in pixels(polyline))
 
 
+@pytest.mark.parametrize("steps", [(2.0**64,), (-(2.0**64),), (1e300,), (0.0, 2.0**64), (-1.7e308, 1.7e308)])
+@pytest.mark.parametrize("values", [(3.5, 2.5), (2.0**64, 2.0**64), (-1.7e308, 1.7e308), (0.0, 5e-324)])
+def test_numbers_of_any_size_have_a_picture(steps: tuple[float, ...], values: tuple[float, ...]) -> None:
+    svg = line_chart("t", [Series("a", steps, values[: len(steps)])])
+    assert "nan" not in svg and "inf" not in svg
+    for polyline in parse(svg).iter("polyline"):
+        assert all(0 <= x <= WIDTH and 0 <= y <= HEIGHT for x, y in pixels(polyline))
+
+
 def test_curve_is_an_affine_picture_of_its_data() -> None:
     x, y = [0, 10, 20, 40], [3.0, 1.0, 2.0, 0.5]
     points = pixels(next(parse(line_chart("t", [Series("a", x, y)])).iter("polyline")))
