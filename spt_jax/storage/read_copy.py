@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -12,12 +13,14 @@ from spt_jax.step_names import names_a_step
 from spt_jax.storage.background import BackgroundCopies
 from spt_jax.storage.bucket import BucketError, open_bucket
 from spt_jax.storage.complete_steps import CHECKPOINTS, MARKERS, Manifest, complete_steps, marker_name, pull_step
-from spt_jax.storage.file_mirror import CONFIG_FILE, FileMirror, files_at_root, staging_folder
+from spt_jax.storage.file_mirror import CONFIG_FILE, RESULTS_FILE, FileMirror, files_at_root, staging_folder
 
 INTERVAL = 20.0
 """Seconds between two copies of what an evaluation has found so far."""
 
 JOURNAL = "evaluation.partial/"
+_RESULTS = (RESULTS_FILE, "predictions.jsonl", "report.html")
+"""What an evaluation leaves."""
 _ARRAYS = ("trainable/", "optimizer/")
 
 Preference = Callable[[Path], Iterable[int]]
@@ -34,10 +37,12 @@ class ReadCopy:
     def __init__(self, url: str) -> None:
         self._bucket = open_bucket(url)
         self.folder = staging_folder(self._bucket.url) / "reading"
+        # While an evaluation's files may not all be in the bucket: which results the bucket had before.
+        self._unsent = self.folder.with_name("reading.unsent")
         self._files = FileMirror(self._bucket, self.folder)
 
     def pull(self, preference: Preference | None = None) -> None:
-        """Brings the copy to what the bucket holds now.
+        """Brings the copy to what the bucket holds now, but for what an evaluation here could not copy into it.
 
         Args:
             preference: Which checkpoint's arrays are wanted; None for no checkpoint at all.
@@ -48,14 +53,32 @@ class ReadCopy:
         files = self._bucket.files()
         if CONFIG_FILE not in files:
             raise UserError(f"{self._bucket.url} is not the working directory of a run: it has no {CONFIG_FILE}")
-        wanted = [*files_at_root(files), *(name for name in files if name.startswith(JOURNAL))]
+        kept = self._kept()
         for path in self.folder.iterdir() if self.folder.is_dir() else ():
-            if path.is_file() and path.name not in files:
+            if path.is_file() and path.name not in files and path not in kept:
                 path.unlink()  # of an evaluation, or a run, that is there no longer
-        shutil.rmtree(self.folder / JOURNAL, ignore_errors=True)
-        self._files.pull(wanted)
+        if not kept:
+            self._unsent.unlink(missing_ok=True)
+            shutil.rmtree(self.folder / JOURNAL, ignore_errors=True)
+        wanted = [*files_at_root(files), *(name for name in files if name.startswith(JOURNAL))]
+        self._files.pull(name for name in wanted if self.folder / name not in kept)
         if preference is not None:
             self._pull_checkpoint(complete_steps(self._bucket, files), preference)
+
+    def _kept(self) -> set[Path]:
+        """The local files that go before the bucket's: its run is the same, and nobody else has evaluated it since."""
+        if not self._unsent.is_file():
+            return set()
+        mine, theirs = _digest(self._local(RESULTS_FILE)), _digest(self._bucket.read(RESULTS_FILE))
+        same_run = self._bucket.read(CONFIG_FILE) == self._local(CONFIG_FILE)
+        if not same_run or theirs not in (mine, self._unsent.read_text(encoding="utf-8")):
+            return set()
+        found = (*(self.folder / name for name in _RESULTS), *(self.folder / JOURNAL).rglob("*"))
+        return {path for path in found if path.is_file()}
+
+    def _local(self, name: str) -> bytes | None:
+        path = self.folder / name
+        return path.read_bytes() if path.is_file() else None
 
     def _pull_checkpoint(self, steps: dict[int, Manifest], preference: Preference) -> None:
         place = self.folder / CHECKPOINTS
@@ -96,5 +119,20 @@ class ReadCopy:
         return step in steps and marker.is_file() and marker.read_bytes() == steps[step].to_json()
 
     def copied_back(self, say: Callable[[str], None] = print, interval: float = INTERVAL) -> BackgroundCopies:
-        """A context in which what is written into the copy goes to the bucket too, at its end at the latest."""
-        return BackgroundCopies(lambda last: self._files.push(), say, str(self.folder), interval)
+        """A context in which what is written into the copy goes to the bucket too, at its end at the latest.
+
+        What could not be copied then, `pull` leaves as it is, and the next such context copies.
+        """
+        if not self._unsent.is_file():
+            write_atomically(self._unsent, _digest(self._local(RESULTS_FILE)))
+
+        def copy(last: bool) -> None:
+            self._files.push()
+            if last:
+                self._unsent.unlink(missing_ok=True)
+
+        return BackgroundCopies(copy, say, str(self.folder), interval)
+
+
+def _digest(content: bytes | None) -> str:
+    return "none" if content is None else hashlib.sha256(content).hexdigest()

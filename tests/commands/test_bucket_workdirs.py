@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import os
 import shutil
 import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -110,14 +113,12 @@ def test_what_is_wrong_with_a_bucket_is_one_sentence(trained, tmp_path, url, cap
     assert open_bucket(url).files() == {}
 
 
-@pytest.mark.usefixtures("cache_home")
-def test_a_training_whose_bucket_fails_at_the_end_tells_it_and_the_same_command_copies_the_rest(
-    tmp_path, url, capsys, monkeypatch
-):
+@contextlib.contextmanager
+def unreachable(monkeypatch) -> Iterator[None]:
+    """A network over which nothing is written but the identity of a run."""
     import fsspec
 
     store = fsspec.filesystem("memory")
-    monkeypatch.setattr("spt_jax.storage.bucket.time.sleep", lambda seconds: None)
     write = store.pipe_file
 
     def failing(path: str, content: bytes, **options: object) -> None:
@@ -125,9 +126,18 @@ def test_a_training_whose_bucket_fails_at_the_end_tells_it_and_the_same_command_
             raise OSError("the network is unreachable")
         write(path, content, **options)
 
+    with monkeypatch.context() as patch:
+        patch.setattr("spt_jax.storage.bucket.time.sleep", lambda seconds: None)
+        patch.setattr(store, "pipe_file", failing)
+        yield
+
+
+@pytest.mark.usefixtures("cache_home")
+def test_a_training_whose_bucket_fails_at_the_end_tells_it_and_the_same_command_copies_the_rest(
+    tmp_path, url, capsys, monkeypatch
+):
     arguments = [*train_arguments(tmp_path, workdir=Path("unused"))[:-1], f"--workdir={url}"]
-    with monkeypatch.context() as unreachable:
-        unreachable.setattr(store, "pipe_file", failing)
+    with unreachable(monkeypatch):
         assert main([str(argument) for argument in arguments]) == STOPPED
     out = capsys.readouterr().out
     assert f"finished {LAST} steps" in out
@@ -135,3 +145,31 @@ def test_a_training_whose_bucket_fails_at_the_end_tells_it_and_the_same_command_
     assert "the same command copies them" in out
     walk(*arguments)
     assert set(complete_steps(open_bucket(url))) == {0, 2, LAST}
+
+
+@pytest.fixture
+def unsent(trained, cache_home, url, capsys, monkeypatch) -> Bucket:
+    """A bucket's run whose evaluation could not be copied into it."""
+    bucket = copy_of(trained / "run", url)
+    with unreachable(monkeypatch):
+        assert main(["evaluate", f"--workdir={url}", "--limit=1"]) == STOPPED
+    assert "the same command copies them" in capsys.readouterr().out
+    assert bucket.read("results.json") == (trained / "run" / "results.json").read_bytes()
+    return bucket
+
+
+def test_an_evaluation_that_its_bucket_could_not_take_is_copied_by_the_same_command(unsent, trained, url, monkeypatch):
+    walk("score", f"--workdir={url}", f"--data={trained / 'test.txt'}", f"--out={os.devnull}", "--limit=1")
+    monkeypatch.setattr("spt_jax.commands.evaluate._measured", None)  # nothing is measured again
+    walk("evaluate", f"--workdir={url}", "--limit=1", "--reuse")
+    assert json.loads(unsent.read("results.json") or b"")["turns"] == 2
+    assert len((unsent.read("predictions.jsonl") or b"").splitlines()) == 2
+
+
+def test_an_evaluation_that_its_bucket_could_not_take_gives_way_to_a_later_one(unsent, trained, cache_home, url):
+    later = json.loads((trained / "run" / "results.json").read_text()) | {"source": "elsewhere"}
+    unsent.write("results.json", json.dumps(later).encode())
+    walk("score", f"--workdir={url}", f"--data={trained / 'test.txt'}", f"--out={os.devnull}", "--limit=1")
+    (here,) = cache_home.rglob("reading/results.json")
+    assert here.read_bytes() == unsent.read("results.json")
+    assert (here.parent / "predictions.jsonl").read_bytes() == (trained / "run" / "predictions.jsonl").read_bytes()
