@@ -42,7 +42,7 @@ def joined_processes(name: str, flag_values: flags.FlagValues) -> Iterator[None]
         flag_values: With the flags of `define_joining_flags`.
 
     Raises:
-        UserError: The flags, or the launcher's settings, cannot be used, or the others did not come.
+        UserError: The flags, or the launcher's settings, cannot be used.
     """
     from spt_jax.parallel.launchers import find_launch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import functools
 import json
 import socket
@@ -18,7 +19,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spt_jax.errors import UserError
-from spt_jax.parallel.launchers import Launch
+from spt_jax.parallel.launchers import LAST_PORT, Launch
 from spt_jax.parallel.peers import End, Peers, connect, serve
 
 JOIN_SECONDS = 300
@@ -53,7 +54,8 @@ def joined(
         The connection to the others; None for a process alone.
 
     Raises:
-        UserError: The others did not come, or the launcher's settings cannot be used.
+        UserError: The launcher's settings cannot be used. Where the others do not come, or cannot be reached, which
+            another start may mend, this process ends with 1 instead.
     """
     if launch is None or not _initialize(launch, silence_seconds, join_seconds, end):
         yield None
@@ -78,6 +80,9 @@ def _initialize(launch: Launch, silence_seconds: float, join_seconds: float, end
         f"the processes did not find one another{where} within {join_seconds:g} seconds{who}; every one must be "
         "started, with the same address, and the port be open on the host of process 0"
     )
+    if launch.index == 0 and launch.coordinator and _is_taken(launch.coordinator):
+        # JAX's service would end this process by a segmentation fault.
+        end(f"the port of {launch.coordinator} is taken{who}; free it, or give every process another", 1, True)
     # JAX waits in a call that aborts the process with a stack trace in the end; so it is not left to come to that.
     patience = threading.Timer(join_seconds, end, (alone, 1, True))
     patience.daemon = True
@@ -101,11 +106,27 @@ def _initialize(launch: Launch, silence_seconds: float, join_seconds: float, end
             return False
         raise UserError(f"the processes cannot be joined by the settings of {launch.found}: {error}") from error
     except RuntimeError as error:
+        # Nothing that a queue could not mend by another start: a port that is taken still, a host that died meanwhile.
         reason = " ".join(str(error).split())[:300]
-        raise UserError(f"the processes cannot be joined{where}{who}: {reason}") from error
+        end(f"the processes cannot be joined{where}{who}: {reason}", 1, True)
+        raise
     finally:
         patience.cancel()
     return True
+
+
+def _is_taken(address: str) -> bool:
+    """Whether another program listens at the port of an address of this host."""
+    port = address.rpartition(":")[2]
+    if not port.isdecimal() or int(port) > LAST_PORT:
+        return False  # JAX says what is wrong with it
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    try:
+        socket.create_server(("", int(port)), family=family, dualstack_ipv6=dual).close()
+    except OSError as error:
+        return error.errno == errno.EADDRINUSE
+    return False
 
 
 def _watched(silence_seconds: float, join_seconds: float, end: End) -> Peers:
@@ -120,10 +141,13 @@ def _watched(silence_seconds: float, join_seconds: float, end: End) -> Peers:
             published = client.blocking_key_value_get(_PUBLISHED, int(1000 * join_seconds))
             links = connect(index, address.rsplit(":", 1)[0], published, join_seconds)
     except (OSError, RuntimeError) as error:
-        raise UserError(
-            f"process {index} of {count} ({socket.gethostname()}) cannot reach the others beside {address}: {error}; "
-            "the hosts must accept connections from one another on any port"
-        ) from error
+        end(
+            f"process {index} of {count} ({socket.gethostname()}) cannot reach the others beside {address}: "
+            f"{' '.join(str(error).split())[:300]}; the hosts must accept connections from one another on any port",
+            1,
+            True,
+        )
+        raise
     return Peers(index, links, count, silence_seconds, end)
 
 

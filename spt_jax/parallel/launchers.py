@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from spt_jax.errors import UserError
 
 ALLOWED = "off, auto, COORDINATOR:PORT,PROCESSES,INDEX, or COORDINATOR:PORT where a launcher numbers the processes"
+LAST_PORT = 65535
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,7 +56,8 @@ def find_launch(asked: str, environment: Mapping[str, str]) -> Launch | None:
     if asked == "auto":
         return _found(environment)
     coordinator, *numbers = asked.split(",")
-    if not re.fullmatch(r"\S+:\d{1,5}", coordinator) or len(numbers) not in (0, 2):
+    address = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
+    if not address or int(address[1]) > LAST_PORT or len(numbers) not in (0, 2):
         raise UserError(f"--distributed={asked} is not understood; allowed: {ALLOWED}")
     if numbers:
         if not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):

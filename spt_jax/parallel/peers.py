@@ -23,6 +23,8 @@ from typing import Any
 _HELLO_SECONDS = 10.0
 """How long a connection may take to say whose it is, and process 0 to answer a failure."""
 _DELIVERY_SECONDS = 0.2
+_AGAIN_SECONDS = 0.5
+"""Between two attempts to reach process 0."""
 
 
 @dataclasses.dataclass
@@ -200,7 +202,16 @@ def connect(index: int, host: str, published: str, join_seconds: float) -> list[
         OSError: Process 0 cannot be reached.
     """
     port, token = published.split()
-    connection = socket.create_connection((host.strip("[]"), int(port)), timeout=join_seconds)
+    deadline = time.monotonic() + join_seconds
+    while True:
+        try:
+            address = (host.strip("[]"), int(port))
+            connection = socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
+            break
+        except OSError:  # a name that is not known yet, or a network that has its moment
+            if time.monotonic() + _AGAIN_SECONDS > deadline:
+                raise
+            time.sleep(_AGAIN_SECONDS)
     hello = {"index": index, "host": socket.gethostname(), "token": token}
     connection.sendall(json.dumps(hello).encode() + b"\n")
     connection.settimeout(_HELLO_SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import subprocess
 import sys
 
@@ -36,6 +37,59 @@ def test_a_process_whose_peers_do_not_come_says_so_and_ends(index):
     (sentence,) = [line for line in done.stderr.splitlines() if line.startswith("a program: ")]
     assert f"within 3 seconds (this is process {index} of 2)" in sentence
     assert "Check failure" not in done.stderr
+
+
+UNREACHABLE = """
+import sys, time
+from spt_jax.parallel import distributed
+
+def unreachable(*arguments):
+    raise TimeoutError("timed out")
+
+def unanswered(count, publish, join_seconds):
+    publish("1 token")
+    time.sleep(60)
+
+waits = sys.argv[2] == "waits"
+distributed.serve, distributed.connect = unanswered if waits else unreachable, unreachable
+"""
+
+
+@pytest.mark.first_python
+@pytest.mark.parametrize("lost", [0, 1])
+def test_a_process_that_cannot_reach_the_others_ends_with_1_since_another_start_may_mend_it(lost):
+    flag = f"127.0.0.1:{free_port()},2"
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", UNREACHABLE + JOINING, f"{flag},{index}", "ends" if index == lost else "waits"],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment(1),
+        )
+        for index in range(2)
+    ]
+    try:
+        out, err = processes[lost].communicate(timeout=60)
+    finally:
+        for process in processes:
+            process.kill()
+            process.communicate()
+    assert (processes[lost].returncode, out) == (1, "")
+    assert f"a program: process {lost} of 2 (" in err
+    assert "cannot reach the others beside 127.0.0.1" in err
+    assert ": timed out; the hosts must accept" in err
+
+
+def test_a_process_whose_port_is_taken_ends_with_1_since_another_start_may_mend_it():
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        flag = f"127.0.0.1:{taken.getsockname()[1]},2,0"
+        done = subprocess.run(
+            [sys.executable, "-c", JOINING, flag], capture_output=True, text=True, timeout=60, env=environment(1)
+        )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith(f"a program: the port of {flag.partition(',')[0]} is taken (this is process 0 of 2)")
+    assert done.stderr.count("\n") == 1
 
 
 TELLING = """

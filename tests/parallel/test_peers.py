@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import queue
+import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
 
 import pytest
 
+from spt_jax.parallel import peers
 from spt_jax.parallel.peers import Peers, connect, serve
 
 Ends = list["queue.Queue[tuple[str, int, bool]]"]
@@ -58,6 +60,29 @@ def star() -> Iterator[Star]:
     yield made
     for index in range(3):
         made.kill(index)
+
+
+def test_a_process_that_cannot_reach_the_first_at_once_tries_again(monkeypatch):
+    attempts = []
+    reach = socket.create_connection
+
+    def busy(address: tuple[str, int], timeout: float) -> socket.socket:
+        attempts.append(timeout)
+        if len(attempts) < 3:
+            raise socket.gaierror(socket.EAI_AGAIN, "Temporary failure in name resolution")
+        return reach(address, timeout)
+
+    monkeypatch.setattr(peers, "_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(socket, "create_connection", busy)
+    star = Star(2)
+    assert len(attempts) == 3
+    star.kill(0)
+    star.kill(1)
+    monkeypatch.setattr(socket, "create_connection", lambda address, timeout: attempts.append(timeout) or busy([], 0))
+    attempts.clear()
+    with pytest.raises(OSError, match="Temporary"):
+        peers.connect(1, "127.0.0.1", "1 token", 0.005)
+    assert 0 < attempts[0] <= 0.01
 
 
 def test_a_process_that_is_gone_ends_all_others_who_all_say_which(star):
