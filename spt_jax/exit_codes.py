@@ -16,3 +16,6 @@ It is EX_TEMPFAIL of sysexits.h, "try again later".
 
 INTERRUPTED = 130
 """A second Ctrl-C, or one where nothing is saved; what was saved before is whole."""
+
+TERMINATED = 143
+"""SIGTERM where nothing is saved, of a process that a shell or a container runtime would report so."""

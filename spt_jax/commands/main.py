@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,6 +16,7 @@ from spt_jax.cache_folder import cache_home, drop_cut_short
 from spt_jax.commands.failures import sentence_of
 from spt_jax.commands.flag_reading import door_help, read_flags
 from spt_jax.errors import UserError, nearest
+from spt_jax.exit_codes import TERMINATED
 
 DOORS = {
     "train": "train a bank of soft prompts and a retriever, or resume",
@@ -110,4 +112,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def run() -> None:
     """The entry point of the installed command."""
+    if os.getpid() == 1:
+        # The first process of a container is spared by every signal that it does not handle.
+        signal.signal(signal.SIGTERM, lambda number, frame: os._exit(TERMINATED))
     sys.exit(main(sys.argv[1:]))

@@ -113,7 +113,16 @@ def learned_bytes(state: Shapes) -> float:
     return float(sum(math.prod(x.shape) * 4 for x in jax.tree.leaves(state.trainable)))
 
 
-def kernel_bytes(weights: Shapes) -> float:
-    """Bytes of one device's part of the blocks' kernels, which every pass over the layers reads."""
+def kernel_bytes(weights: Shapes, dtype: Any = None) -> float:
+    """Bytes of one device's part of the blocks' kernels, which every pass over the layers reads.
+
+    Args:
+        weights: The LM's tree.
+        dtype: The type they are counted in; None for that in which they lie, integers and their scales included.
+    """
     flat = traverse_util.flatten_dict(weights.get("layers", {}), is_leaf=lambda _, x: isinstance(x, QTensor))
-    return device_bytes([leaf for path, leaf in flat.items() if path[-1] == "kernel"])
+    kernels = [leaf for path, leaf in flat.items() if path[-1] == "kernel"]
+    if dtype is None:
+        return device_bytes(kernels)
+    whole = [leaf.q if isinstance(leaf, QTensor) else leaf for leaf in kernels]
+    return device_bytes([jax.ShapeDtypeStruct(leaf.shape, dtype, sharding=leaf.sharding) for leaf in whole])

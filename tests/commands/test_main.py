@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -263,3 +264,17 @@ def test_programs_that_were_cut_short_are_compiled_and_those_left_empty_are_kept
     os.truncate(kept[0], 0)  # just now, as one that is being written
     assert run() == kept
     assert kept[0].stat().st_size == 0
+
+
+@pytest.mark.parametrize(("process", "code"), [(1, 143), (2, -signal.SIGTERM)])
+def test_the_first_process_of_a_container_ends_at_sigterm_as_any_other(process, code):
+    waiting = (
+        f"import os, time; os.getpid = lambda: {process}\n"
+        "from spt_jax.commands import main\n"
+        "main.main = lambda arguments: (print('waits', flush=True), time.sleep(60))\n"
+        "main.run()"
+    )
+    with subprocess.Popen([sys.executable, "-c", waiting], stdout=subprocess.PIPE, text=True) as started:
+        assert started.stdout is not None and started.stdout.readline() == "waits\n"
+        started.terminate()
+        assert started.wait(timeout=30) == code

@@ -181,6 +181,7 @@ def test_the_skypilot_task_has_documented_fields_and_recovers_what_was_stopped_a
     assert set(task) == {"name", "resources", "envs", "workdir", "setup", "run"}
     assert set(task["resources"]) == {"accelerators", "use_spot", "disk_size", "job_recovery"}
     assert task["resources"]["use_spot"] is True
+    assert task["envs"]["JAX_PLATFORMS"] == "cuda,cpu"
     assert task["resources"]["job_recovery"] == {
         "strategy": "EAGER_NEXT_REGION",
         "max_restarts_on_errors": 0,

@@ -70,6 +70,23 @@ def test_srun_gets_the_cpus_of_the_job(stand_ins: StandIns):
     assert kept.read_text() == "12\n"
 
 
+@pytest.mark.parametrize(
+    ("environment", "platforms"),
+    [
+        ({}, ""),
+        ({"SLURM_GPUS_ON_NODE": "4"}, "cuda,cpu"),
+        ({"SLURM_GPUS_ON_NODE": "4", "JAX_PLATFORMS": "rocm"}, "rocm"),
+    ],
+)
+def test_a_job_that_asked_for_gpus_does_not_go_on_with_the_cpu(stand_ins: StandIns, environment, platforms):
+    kept = stand_ins.folder / "platforms"
+    stand_ins.program("srun", f'#!/usr/bin/env bash\necho "${{JAX_PLATFORMS:-}}" >{shlex.quote(str(kept))}\n')
+    environment = {"JAX_PLATFORMS": "", **environment}
+    done = stand_ins.run("slurm.sbatch", *ARGUMENTS, SLURM_JOB_ID="17", **environment)
+    assert done.returncode == 0, done.stderr
+    assert kept.read_text() == f"{platforms}\n"
+
+
 TASK = """#!/usr/bin/env bash
 cd {folder}
 trap 'touch asked; stop=1' TERM

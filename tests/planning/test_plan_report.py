@@ -109,6 +109,18 @@ def test_weights_that_are_learned_are_read_and_gathered_as_frozen_ones_are():
     assert learned.sent > frozen.sent
 
 
+@pytest.mark.parametrize(("quantization", "packed"), [("int8", 2), ("int4", 3.2)])
+def test_quantised_kernels_are_read_packed_and_gathered_in_the_type_of_the_arithmetic(quantization, packed):
+    def moved(fsdp: int, **options: str) -> EstimatedTraffic:
+        config = config_of("shape:llama2-7b", 8, model__dtype="bfloat16", mesh__fsdp=fsdp, **options)
+        mesh = mesh_of(config, Topology.parse(f"h100:{fsdp}"))
+        step = train_step(config, decoder_of(config), mesh, WORK.longest_shape, "full")
+        return estimated_traffic(step, dataclasses.replace(estimated_memory(step), kept=0.0, layer=0.0))
+
+    assert moved(4, model__quantization=quantization) == moved(4)
+    assert moved(1, model__quantization=quantization).hbm == pytest.approx(moved(1).hbm / packed, rel=0.01)
+
+
 def test_advice_names_changes_that_fit_when_they_are_made():
     config = config_of("shape:llama2-70b", 8, model__remat="full", mesh__data=1, mesh__fsdp=2)
     plan = planned(config, "h100:2")
