@@ -121,7 +121,7 @@ def kernel_bytes(weights: Shapes, dtype: Any = None) -> float:
         dtype: The type they are counted in; None for that in which they lie, integers and their scales included.
     """
     flat = traverse_util.flatten_dict(weights.get("layers", {}), is_leaf=lambda _, x: isinstance(x, QTensor))
-    kernels = [leaf for path, leaf in flat.items() if path[-1] == "kernel"]
+    kernels: list[Any] = [leaf for path, leaf in flat.items() if path[-1] == "kernel"]
     if dtype is None:
         return device_bytes(kernels)
     whole = [leaf.q if isinstance(leaf, QTensor) else leaf for leaf in kernels]
