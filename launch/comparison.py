@@ -9,7 +9,8 @@ For every method of `configs/comparison.py` that is asked for, each of its learn
 and the one with the lowest perplexity on the development dialogues is taken for all seeds; the test dialogues are seen
 once, by `evaluate`. Options of SPT beyond the paper (`--options`) take the rate that was chosen for `spt`, so they have
 no trials of their own. Runs lie in OUT/METHOD/lr_RATE/seed_SEED; one that is there already is resumed or reused, so the
-program may be stopped and started again. What was tried, and what was taken, is in OUT/trials.json.
+program may be stopped (Ctrl-C or SIGTERM: what runs saves, nothing else begins, exit code 75) and started again. What
+was tried, and what was taken, is in OUT/trials.json.
 
 With --jobs=N, N runs share the machine, each has its share of the GPUs, and what it prints is in OUT/logs. Several on
 one GPU share its memory, which must be enough for all; JAX_COMPILATION_CACHE_DIR lets them share what is compiled.
@@ -22,6 +23,7 @@ import json
 import math
 import os
 import runpy
+import signal
 import subprocess
 import sys
 import time
@@ -30,9 +32,10 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from queue import Queue
-from threading import Lock
+from threading import Event, Lock
 from typing import Any
 
+from spt_jax.exit_codes import INTERRUPTED, STOPPED
 from spt_jax.parallel.gpu_shares import gpu_shares
 
 HERE = Path(__file__).resolve().parent.parent
@@ -95,12 +98,15 @@ class _Comparison:
         for share in gpu_shares(arguments.jobs):
             self._places.put(share)
         self._lock = Lock()
+        self._stopping, self._running = Event(), set[subprocess.Popen[Any]]()
         self._trials: dict[str, dict[str, Any]] = {}
         self._test = _test_file(arguments)
         self._begun = time.monotonic()
 
     def run(self) -> list[Path]:
         """Tries, trains and evaluates everything; returns the evaluated runs in the order of the methods."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, lambda number, frame: self._stop(number))
         methods, options = self._arguments.methods, self._arguments.options
         with ThreadPoolExecutor(len(methods) + len(options)) as pool:
             chosen = {method: pool.submit(self._chosen_rate, method) for method in methods}
@@ -172,25 +178,50 @@ class _Comparison:
         self._spt_jax(environment, "train", *flags)
         return workdir
 
+    def _stop(self, number: int) -> None:
+        """Lets what runs save, and nothing else begin; a second Ctrl-C is handed on, which interrupts."""
+        again = self._stopping.is_set()
+        self._stopping.set()
+        if not again:
+            print("comparison: it stops; the same command goes on from there", file=sys.stderr, flush=True)
+        for process in tuple(self._running):
+            process.send_signal(signal.SIGINT if again and number == signal.SIGINT else signal.SIGTERM)
+
     def _spt_jax(self, environment: dict[str, str], door: str, *flags: str) -> None:
         command = [sys.executable, "-m", "spt_jax", door, *flags]
-        if self._arguments.jobs == 1:
-            code = subprocess.run(command, check=False, env=environment).returncode
-        else:
-            code = self._logged(door, command, environment)
+        code = (
+            self._run(command, environment) if self._arguments.jobs == 1 else self._logged(door, command, environment)
+        )
+        if code in (STOPPED, INTERRUPTED):
+            self._stop(signal.SIGTERM)
+        if self._stopping.is_set():
+            sys.exit(STOPPED)
         if code:
             sys.exit(code)
+
+    def _run(self, command: list[str], environment: dict[str, str], **streams: Any) -> int:
+        if self._stopping.is_set():
+            return STOPPED
+        # Of a group of its own: a terminal's Ctrl-C comes to it from here, once.
+        process = subprocess.Popen(command, env=environment, process_group=0, **streams)
+        self._running.add(process)
+        if self._stopping.is_set():  # meanwhile
+            process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait()
+        finally:
+            self._running.discard(process)
 
     def _logged(self, door: str, command: list[str], environment: dict[str, str]) -> int:
         workdir = next(Path(flag.split("=", 1)[1]) for flag in command if flag.startswith("--workdir="))
         name = "-".join((*workdir.parts[-3:], door))
         log = self._arguments.out / "logs" / f"{name}.txt"
         log.parent.mkdir(exist_ok=True)
+        if self._stopping.is_set():
+            return STOPPED
         with log.open("w", encoding="utf-8") as stream:
-            code = subprocess.run(
-                command, check=False, env=environment, stdout=stream, stderr=subprocess.STDOUT
-            ).returncode
-        outcome = "done" if code == 0 else f"failed, see {log}"
+            code = self._run(command, environment, stdout=stream, stderr=subprocess.STDOUT)
+        outcome = "done" if code == 0 else "stopped" if self._stopping.is_set() else f"failed, see {log}"
         print(f"{time.monotonic() - self._begun:6.0f} s  {name}: {outcome}", flush=True)
         return code
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ REPOSITORY = Path(__file__).resolve().parent.parent.parent
 # The package's own modules behind a program that trains nothing and notes when it begins and ends.
 INIT = "__path__.append({real!r})\n__version__ = '0'\n"
 MAIN = """
-import json, os, sys, time
+import json, os, signal, sys, time
 from pathlib import Path
 
 door, *flags = sys.argv[1:]
@@ -29,12 +31,18 @@ def note(what):
         file.write(json.dumps([time.monotonic(), what, door, str(workdir), gpu]) + "\\n")
 
 
+def save(number, frame):
+    note("saves")
+    sys.exit(75)
+
+
+signal.signal(signal.SIGTERM, save)
 note("begins")
 # The first ones wait until there are as many as may go at once; one more than that would come while they go on.
 deadline = time.monotonic() + 20
 while Path({notes!r}).read_text().count("begins") < {jobs} and time.monotonic() < deadline:
     time.sleep(0.01)
-time.sleep(0.4)
+time.sleep({seconds})
 workdir.mkdir(parents=True, exist_ok=True)
 failed = door == "train" and {failing!r} in str(workdir)
 if door == "train" and not failed:
@@ -46,14 +54,14 @@ sys.exit(3 if failed else 0)
 """
 
 
-def compare(
-    folder: Path, jobs: int, failing: str = "nothing", diverging: str = "nothing"
-) -> tuple[subprocess.CompletedProcess[str], list[list]]:
-    """Runs the program over the stand-in; its notes are ``[time, what, door, workdir, GPUs]``, by time."""
+def command_in(
+    folder: Path, jobs: int, failing: str = "nothing", diverging: str = "nothing", seconds: float = 0.4
+) -> tuple[list[str], dict[str, str]]:
+    """The program over the stand-in, and its environment."""
     stand_in = folder / "stand_in" / "spt_jax"
     stand_in.mkdir(parents=True)
     (stand_in / "__init__.py").write_text(INIT.format(real=str(REPOSITORY / "spt_jax")))
-    program = MAIN.format(notes=str(folder / "notes"), jobs=jobs, failing=failing, diverging=diverging)
+    program = MAIN.format(notes=str(folder / "notes"), jobs=jobs, failing=failing, diverging=diverging, seconds=seconds)
     (stand_in / "__main__.py").write_text(program)
     dialogues = folder / "dialogues.txt"
     dialogues.write_text("1 your persona: i sail.\n2 hi\thello\n")
@@ -74,11 +82,22 @@ def compare(
         "--runs_only",
         f"--jobs={jobs}",
     ]
-    environment = os.environ | {"PYTHONPATH": str(stand_in.parent), "CUDA_VISIBLE_DEVICES": "4,6"}
+    return command, os.environ | {"PYTHONPATH": str(stand_in.parent), "CUDA_VISIBLE_DEVICES": "4,6"}
+
+
+def notes_in(folder: Path) -> list[list]:
+    """What the stand-ins noted: ``[time, what, door, workdir, GPUs]``, by time."""
+    path = folder / "notes"
+    return sorted(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else []
+
+
+def compare(folder: Path, jobs: int, **options: str) -> tuple[subprocess.CompletedProcess[str], list[list]]:
+    """Runs the program over the stand-in; returns what it noted too."""
+    command, environment = command_in(folder, jobs, **options)
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-    return done, sorted(json.loads(line) for line in (folder / "notes").read_text().splitlines())
+    return done, notes_in(folder)
 
 
 def most_at_once(notes: list[list]) -> int:
@@ -124,3 +143,35 @@ def test_a_rate_whose_perplexity_is_no_number_is_not_taken(tmp_path):
     tried = json.loads((tmp_path / "out" / "trials.json").read_text())["lora"]
     assert tried["development perplexity"]["0.001"] == math.inf
     assert tried["chosen"] == 0.003
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_stop_lets_what_runs_save_and_nothing_else_begin(tmp_path, jobs, number):
+    command, environment = command_in(tmp_path, jobs, seconds=60)
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as program:
+        try:
+            deadline = time.monotonic() + 60
+            while [note[1] for note in notes_in(tmp_path)] != ["begins"] * jobs and time.monotonic() < deadline:
+                time.sleep(0.02)
+            program.send_signal(number)
+            _, err = program.communicate(timeout=30)
+        finally:
+            program.kill()
+    assert program.returncode == 75, err
+    assert "the same command goes on" in err
+    assert "Traceback" not in err
+    assert sorted(note[1] for note in notes_in(tmp_path)) == sorted(["begins", "saves"] * jobs)
+
+
+def test_a_run_that_was_asked_to_stop_by_itself_stops_the_others(tmp_path):
+    command, environment = command_in(tmp_path, 1, seconds=0.1)
+    program = tmp_path / "stand_in" / "spt_jax" / "__main__.py"
+    program.write_text(program.read_text().replace('note("fails" if', "sys.exit(75)\nnote('fails' if"))
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 75
+    assert len(notes_in(tmp_path)) == 1
