@@ -75,10 +75,16 @@ create() {
     tpu create --accelerator-type "$type" --version "$runtime" ${spot:+--spot}
     return
   fi
-  queue create --node-id "$name" --accelerator-type "$type" --runtime-version "$runtime" ${spot:+--spot}
-  local seen
+  queue create --node-id "$name" --accelerator-type "$type" --runtime-version "$runtime" ${spot:+--spot} || return
+  local seen lost=0
   while true; do
-    seen="$(if [ -n "$dry" ]; then echo ACTIVE; else queue describe --format="value(state.state)"; fi)"
+    # No answer is no reason to give the place in the queue up.
+    if seen="$(if [ -n "$dry" ]; then echo ACTIVE; else queue describe --format="value(state.state)"; fi)"; then
+      lost=0
+    elif [ "$((lost += 1))" -gt "$retries" ]; then
+      echo "tpu_vm: gcloud does not tell the state of the queue" >&2
+      return 1
+    fi
     case "$seen" in
       ACTIVE) return ;;
       FAILED | SUSPENDED) echo "tpu_vm: the queue gave $name up ($seen)" >&2; return 1 ;;
@@ -87,22 +93,22 @@ create() {
   done
 }
 
+# Called where bash does not end at a failure, as are the next three.
 ready() {
-  local now
-  now="$(state)"
+  now="$(state)" || exit 1
   case "$now" in
     READY) echo "tpu_vm: $name is there" >&2; return ;;
     # A spot TPU's request outlives what it was given.
     ABSENT) [ -z "$queued" ] || delete 2>/dev/null || true ;;
-    *) echo "tpu_vm: $name is $now, so it is made again" >&2; delete ;;
+    *) echo "tpu_vm: $name is $now, so it is made again" >&2; delete || return ;;
   esac
   create
 }
 
 set_up() {
-  run mkdir -p "$logs"
-  run tar -czf "$logs/spt_jax.tar.gz" --exclude=__pycache__ spt_jax configs launch pyproject.toml README.md LICENSE
-  copy "$logs/spt_jax.tar.gz" "$name:spt_jax.tar.gz" all
+  run mkdir -p "$logs" &&
+    run tar -czf "$logs/spt_jax.tar.gz" --exclude=__pycache__ spt_jax configs launch pyproject.toml README.md LICENSE &&
+    copy "$logs/spt_jax.tar.gz" "$name:spt_jax.tar.gz" all || return
   # The hosts' own Python is too old, and on newer runtimes takes no packages unless told to.
   on_hosts all 'set -euo pipefail; mkdir -p spt_jax; tar -xzf spt_jax.tar.gz -C spt_jax; cd spt_jax; rm -f train.exit
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv; [ -d .venv ] || ~/.local/bin/uv venv --seed --python 3.12 .venv
@@ -114,7 +120,22 @@ mount_share() {
   [ -n "$nfs" ] || return 0
   printf -v source '%q' "$nfs"
   on_hosts all "mountpoint -q /mnt/runs || {
-    sudo apt-get install -y nfs-common && sudo mkdir -p /mnt/runs && sudo mount -t nfs $source /mnt/runs; }"
+    sudo apt-get -o DPkg::Lock::Timeout=600 install -y nfs-common && sudo mkdir -p /mnt/runs &&
+    sudo mount -t nfs $source /mnt/runs; }"
+}
+
+# Fails where the TPU was taken away meanwhile. One that stays may only just have started: its first connections fail.
+prepare() {
+  local tried failure
+  for ((tried = 0; ; tried++)); do
+    set_up && mount_share && return
+    failure=$?
+    now="$(state)" || exit 1
+    [ "$now" = READY ] || return 1
+    [ "$tried" -lt 2 ] || exit "$failure"
+    echo "tpu_vm: $name could not be set up; it is tried again" >&2
+    pause
+  done
 }
 
 # One that is running already, after a connection that was lost, is waited for; the same command then finds it finished.
@@ -145,7 +166,7 @@ attend() {
 
 bring_logs() {
   local count=1 worker
-  [ -n "$dry" ] || count="$(tpu describe --format="value(networkEndpoints.len())")"
+  [ -n "$dry" ] || count="$(tpu describe --format="value(networkEndpoints.len())")" || count=1
   for ((worker = 0; worker < count; worker++)); do
     copy "$name:spt_jax/train.log" "$logs/worker-$worker.log" "$worker" || true
   done
@@ -164,10 +185,17 @@ dry_state=ABSENT
 trap finish EXIT
 trap 'exit 130' INT TERM
 for ((attempt = 0; attempt <= retries; attempt++)); do
-  ready
+  failure=0
+  ready || failure=$?
+  if [ "$failure" -ne 0 ]; then
+    # The first time it may be a mistake; later there is a run to go on with, and no room for it for a while.
+    [ "$attempt" -gt 0 ] || exit "$failure"
+    echo "tpu_vm: $name could not be made; it is tried again" >&2
+    pause
+    continue
+  fi
   dry_state=READY
-  set_up
-  mount_share
+  if ! prepare; then echo "tpu_vm: $name was preempted" >&2; continue; fi
   attend "$@"
   if [ "$now" != READY ]; then echo "tpu_vm: $name was preempted" >&2; continue; fi
   bring_logs
@@ -177,5 +205,5 @@ for ((attempt = 0; attempt <= retries; attempt++)); do
     *) exit "$code" ;;
   esac
 done
-echo "tpu_vm: $name was preempted or stopped more than $retries times; the same command goes on" >&2
+echo "tpu_vm: $name was preempted, stopped or not to be had more than $retries times; the same command goes on" >&2
 exit 75

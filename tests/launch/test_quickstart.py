@@ -40,7 +40,8 @@ def run(stand_ins: StandIns, *arguments: str) -> subprocess.CompletedProcess[str
     """The script, called from a folder that is not the project's."""
     caller = stand_ins.folder.parents[2] / "caller"
     caller.mkdir(exist_ok=True)
-    (caller / "my talk.txt").write_text("1 your persona: i sail.\n2 hi\thello\n")
+    for name in ("my talk.txt", "talk"):
+        (caller / name).write_text("1 your persona: i sail.\n2 hi\thello\n")
     script = stand_ins.folder.parents[1] / "launch" / "quickstart.sh"
     return subprocess.run(
         ["bash", str(script), *arguments],
@@ -93,11 +94,21 @@ def test_a_file_and_a_folder_of_the_caller_are_taken_from_where_it_is(stand_ins,
     ]
 
 
-def test_a_file_of_ones_own_has_a_run_of_its_own(stand_ins):
-    done = run(stand_ins, "--data", "my talk.txt")
+@pytest.mark.parametrize(
+    ("file", "name"),
+    [
+        ("my talk.txt", "my talk"),
+        ("./my talk.txt", "my talk"),
+        ("../caller/my talk.txt", "my talk"),
+        ("../caller/talk", "talk"),
+        ("./talk", "talk"),
+    ],
+)
+def test_a_file_of_ones_own_has_a_run_of_its_own(stand_ins, file, name):
+    done = run(stand_ins, "--data", file)
     assert done.returncode == 0, done.stderr
     assert [command[1 if command[0] == "evaluate" else 2] for command in commands(stand_ins)] == [
-        "--workdir=runs/quickstart-my talk"
+        f"--workdir=runs/quickstart-{name}"
     ] * 2
 
 

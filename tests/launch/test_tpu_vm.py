@@ -259,6 +259,62 @@ def test_a_run_that_left_no_exit_code_is_a_failure(stand_ins):
     assert steps(stand_ins).count("train") == 3
 
 
+def test_where_there_is_no_room_after_a_preemption_it_is_tried_again(stand_ins):
+    full: Answer = (1, "ERROR: There is no more capacity in the zone\n")
+    gcloud(stand_ins, [ABSENT, PREEMPTED, *[ABSENT] * 3, READY], first={"tpu-vm create": [DONE, full, full, DONE]})
+    done = script(stand_ins, "--spot")
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == [*ONCE[:4], "create", "create", *ONCE]
+    assert done.stderr.count("could not be made; it is tried again") == 2
+
+
+def test_where_there_is_never_room_again_the_retries_are_spent(stand_ins):
+    gcloud(stand_ins, [ABSENT, PREEMPTED, ABSENT], first={"tpu-vm create": [DONE, (1, "ERROR: no more capacity\n")]})
+    done = script(stand_ins, "--spot", "--retries", "3")
+    assert done.returncode == 75
+    assert steps(stand_ins).count("create") == 4
+
+
+@pytest.mark.parametrize("failing", ["launch/environment.sh", "mountpoint", "tpu-vm scp"])
+def test_a_tpu_that_is_preempted_while_it_is_set_up_is_made_again(stand_ins, failing):
+    gcloud(stand_ins, [ABSENT, PREEMPTED, PREEMPTED, READY], first={failing: [(255, ""), DONE]})
+    stand_ins.add("tar")
+    named = ("--name", "a", "--zone", "z", "--type", "v5litepod-16", "--logs", str(stand_ins.folder / "logs"))
+    share = ("--nfs", "10.0.0.2:/a", "--workdir", "/mnt/runs/a")
+    done = stand_ins.run("tpu_vm.sh", *named, *share, *TRAIN, POLL_SECONDS="0")
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins).count("create") == 2
+    assert steps(stand_ins)[-6:] == ["send", "install", "mount", "train", "logs", "delete"]
+    assert "a was preempted" in done.stderr
+
+
+def test_a_tpu_that_has_only_just_started_is_set_up_at_another_attempt(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY], first={"tpu-vm scp .* --worker=all": [(255, ""), (255, ""), DONE]})
+    done = script(stand_ins)
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == ["create", "send", "send", *ONCE[1:]]
+
+
+def test_a_queue_that_does_not_answer_for_a_while_keeps_its_place(stand_ins):
+    asked = {r"queued-resources describe": [(0, "WAITING_FOR_RESOURCES\n"), OFFLINE, OFFLINE, (0, "ACTIVE\n")]}
+    gcloud(stand_ins, [ABSENT, READY], first=asked)
+    done = script(stand_ins, "--queued", "--retries", "2")
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == ["delete", *ONCE]
+
+
+def test_a_queue_that_never_answers_is_told(stand_ins):
+    gcloud(stand_ins, [ABSENT], first={r"queued-resources describe": [OFFLINE]})
+    done = script(stand_ins, "--queued", "--retries", "2")
+    assert done.returncode == 1
+    assert "does not tell the state of the queue" in done.stderr
+
+
+def test_logs_that_cannot_be_brought_change_no_exit_code(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY], first={r"networkEndpoints": [OFFLINE], r"tpu-vm scp .*train\.log": [(255, "")]})
+    assert script(stand_ins).returncode == 0
+
+
 @pytest.mark.parametrize("failing", ["tpu-vm create", "launch/environment.sh", "tpu-vm scp"])
 def test_whatever_fails_the_tpu_is_deleted(stand_ins, failing):
     gcloud(stand_ins, [ABSENT, READY], first={failing: [(3, "")]})
