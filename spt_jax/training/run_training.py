@@ -39,6 +39,7 @@ from spt_jax.training.workdir import (
     check_dialogues,
     check_workdir,
     claim_workdir,
+    locked_workdir,
     write_initial,
 )
 
@@ -158,21 +159,22 @@ def _step(prepared: _Preparation, state: TrainState, say: Callable[[str], None])
 
 @contextlib.contextmanager
 def _undone_unless_begun(workdir: Path) -> Iterator[None]:
-    """Leaves a folder that was new or empty so when the start fails before anything of the run was saved.
+    """Locks a folder, and leaves one that was new or empty so when a start fails before anything of the run was saved.
 
     A mended command, with a smaller batch after the memory was too small for instance, may then take the same folder.
     """
     existed = workdir.is_dir()
-    fresh = is_lead() and (not existed or not any(workdir.iterdir()))
-    try:
-        yield
-    except Exception:
-        saved = workdir / CHECKPOINT_FOLDER
-        if fresh and not (saved.is_dir() and any(path.name[:1].isdigit() for path in saved.iterdir())):
-            shutil.rmtree(workdir, ignore_errors=True)
-            if existed:
-                workdir.mkdir(exist_ok=True)
-        raise
+    with locked_workdir(workdir) if is_lead() else contextlib.nullcontext():
+        fresh = is_lead() and not any(workdir.iterdir())
+        try:
+            yield
+        except Exception:
+            saved = workdir / CHECKPOINT_FOLDER
+            if fresh and not (saved.is_dir() and any(path.name[:1].isdigit() for path in saved.iterdir())):
+                shutil.rmtree(workdir, ignore_errors=True)
+                if existed:
+                    workdir.mkdir(exist_ok=True)
+            raise
 
 
 def _prepare(config: Config, workdir: Path, say: Callable[[str], None]) -> _Preparation:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
-from collections.abc import Mapping
+import os
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -170,6 +173,36 @@ def check_dialogues(workdir: Path, config: Config, dialogues: Mapping[str, str])
         )
 
 
+@contextlib.contextmanager
+def locked_workdir(workdir: Path) -> Iterator[None]:
+    """Keeps other trainings out of a folder, which is made when missing, while the context is open.
+
+    The lock is the kernel's, on the folder itself: it ends with this process, whatever becomes of that, and leaves no
+    file. A file system without locks, as a bucket that is mounted, has none.
+
+    Raises:
+        UserError: The folder cannot be made, or another process trains in it.
+    """
+    _make(workdir)
+    descriptor = os.open(workdir, os.O_RDONLY)
+    try:
+        _lock(descriptor, workdir)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _lock(descriptor: int, workdir: Path) -> None:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise UserError(
+            f"another process is training in {workdir}; wait for it, stop it, or choose another --workdir"
+        ) from None
+    except OSError:
+        pass  # no locks here
+
+
 def claim_workdir(workdir: Path, config: Config, lm: LMIdentity, tokenizer: str, dialogues: Mapping[str, str]) -> None:
     """Writes ``config.json``; a run that is there already must have been trained on the same weights.
 
@@ -186,10 +219,7 @@ def claim_workdir(workdir: Path, config: Config, lm: LMIdentity, tokenizer: str,
     if (workdir / CONFIG_FILE).exists():
         _, old, old_tokenizer = _parts(_read(workdir))
         check_lm(workdir, old, lm, old_tokenizer, tokenizer)
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"the folder {workdir} cannot be made: {error.strerror}") from error
+    _make(workdir)
     record = {
         "spt_jax": spt_jax.__version__,
         "lm": lm.to_dict(),
@@ -198,6 +228,13 @@ def claim_workdir(workdir: Path, config: Config, lm: LMIdentity, tokenizer: str,
         "config": config.to_dict(),
     }
     write_json(workdir / CONFIG_FILE, record)
+
+
+def _make(workdir: Path) -> None:
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"the folder {workdir} cannot be made: {error.strerror}") from error
 
 
 def check_lm(workdir: Path, saved: LMIdentity, found: LMIdentity, saved_tokenizer: str, found_tokenizer: str) -> None:

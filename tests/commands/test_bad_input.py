@@ -13,6 +13,7 @@ from llama_files import random_llama
 from tiny_run import TALK, train_arguments, write_dialogues
 
 from spt_jax.commands.main import main
+from spt_jax.training.workdir import locked_workdir
 
 Break = Callable[[Path], list[str]]
 """Breaks something in a folder of `train_arguments`; gives further flags."""
@@ -121,6 +122,14 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(name, tmp_path, capsys):
     assert told[0].startswith("spt-jax train: ")
     assert re.search(sentence, told[0]), told[0]
     assert sorted(path for path in tmp_path.rglob("*") if "__pycache__" not in path.parts) == before
+
+
+def test_a_second_training_in_a_folder_is_refused_and_changes_nothing(tmp_path, capsys):
+    arguments = train_arguments(tmp_path, workdir=tmp_path / "run")
+    with locked_workdir(tmp_path / "run"):  # of another process, which has written nothing yet
+        assert main([str(argument) for argument in arguments]) == 2
+    assert "another process is training in" in capsys.readouterr().err
+    assert list((tmp_path / "run").iterdir()) == []
 
 
 @pytest.mark.parametrize("door", ["evaluate", "score"])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import json
 from typing import Any
 
@@ -19,6 +21,7 @@ from spt_jax.training.workdir import (
     check_lm,
     check_workdir,
     claim_workdir,
+    locked_workdir,
     read_config,
 )
 
@@ -212,6 +215,26 @@ def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/run cannot be made"):
         claimed(tmp_path / "file" / "run")
+
+
+def test_a_folder_has_one_training_at_a_time(tmp_path):
+    with locked_workdir(tmp_path / "runs" / "a"):
+        with pytest.raises(UserError, match=r"another process is training in .*runs/a; wait for it, stop it, or"):
+            locked_workdir(tmp_path / "runs" / "a").__enter__()
+        with locked_workdir(tmp_path / "runs" / "b"):
+            pass
+    assert list((tmp_path / "runs" / "a").iterdir()) == []
+    with locked_workdir(tmp_path / "runs" / "a"):
+        pass
+
+
+def test_where_a_file_system_has_no_locks_a_training_goes_on(tmp_path, monkeypatch):
+    def refuses(*_: Any) -> None:
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", refuses)
+    with locked_workdir(tmp_path):
+        pass
 
 
 def test_files_are_kept_by_their_absolute_path_and_other_sources_as_they_are(tmp_path, monkeypatch):
