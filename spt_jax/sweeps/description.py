@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -92,10 +93,39 @@ def load_sweep(path: Path) -> Sweep:
         raise UserError(where_raised(path, error, "sweep file")) from error
     if not isinstance(sweep, Sweep):
         raise UserError(f"get_sweep() of {path} returns a {type(sweep).__name__}; it must return a spt_jax Sweep")
-    if problems := _problems(sweep):
+    if problems := _wrong_types(sweep) or _problems(sweep):
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     file, colon, text = sweep.base.partition(":")
     return dataclasses.replace(sweep, base=f"{(path.resolve().parent / file).resolve()}{colon}{text}")
+
+
+def _wrong_types(sweep: Sweep) -> list[str]:
+    """A sentence for each field that is none of its kind, of which nothing else can be said."""
+
+    def named(value: Any) -> bool:
+        return isinstance(value, Mapping) and all(isinstance(name, str) for name in value)
+
+    def counts(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+    rules = {
+        "base": (isinstance(sweep.base, str), "a config file, as text"),
+        "space": (named(sweep.space), "a dictionary from names of options to distributions of Optuna's"),
+        "fixed": (named(sweep.fixed), "a dictionary from names of options to their values"),
+        "sampler": (isinstance(sweep.sampler, str), ", ".join(SAMPLERS)),
+        "objective": (isinstance(sweep.objective, Objective), "an Objective, as Objective('f1', 'maximize')"),
+        "objective.metric": (isinstance(getattr(sweep.objective, "metric", ""), str), "the name of a figure, as text"),
+        "seeds": (
+            isinstance(sweep.seeds, tuple | list) and all(map(counts, sweep.seeds)),
+            "a tuple of whole numbers of 0 or more, as (0, 1, 2)",
+        ),
+        "sampler_seed": (counts(sweep.sampler_seed), "a whole number of 0 or more"),
+    }
+    return [
+        f"{name} is {functools.reduce(getattr, name.split('.'), sweep)!r}; allowed: {allowed}"
+        for name, (right, allowed) in rules.items()
+        if not right
+    ]
 
 
 def _problems(sweep: Sweep) -> list[str]:
@@ -118,7 +148,7 @@ def _problems(sweep: Sweep) -> list[str]:
         elif name.startswith(_NOT_SWEPT) and name in sweep.space:
             problems.append(f"{name!r} cannot vary in a sweep: it does not change what is learned, or is in seeds")
     least = 0 if sweep.sampler == "grid" else 1
-    if not isinstance(sweep.num_trials, int) or sweep.num_trials < least:
+    if isinstance(sweep.num_trials, bool) or not isinstance(sweep.num_trials, int) or sweep.num_trials < least:
         problems.append(f"num_trials is {sweep.num_trials!r}; allowed for {sweep.sampler}: {least} or more")
     if not sweep.seeds or len(set(sweep.seeds)) < len(sweep.seeds):
         problems.append(f"seeds is {sweep.seeds!r}; allowed: one or more different whole numbers")

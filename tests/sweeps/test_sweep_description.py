@@ -44,6 +44,41 @@ def test_a_field_that_cannot_be_used_is_told(tmp_path, fields, sentence):
 
 
 @pytest.mark.parametrize(
+    ("field", "value", "allowed"),
+    [
+        ("base", 3, "a config file, as text"),
+        ("space", None, "a dictionary from names of options"),
+        ("space", {3: None}, "a dictionary from names of options"),
+        ("fixed", [("train.steps", 3)], "a dictionary from names of options to their values"),
+        ("sampler", 3, "grid, random, tpe"),
+        ("objective", "development/perplexity", "an Objective"),
+        ("seeds", 3, "a tuple of whole numbers"),
+        ("seeds", ("a",), "a tuple of whole numbers"),
+        ("seeds", (True,), "a tuple of whole numbers"),
+        ("seeds", (0, -1), "a tuple of whole numbers of 0 or more"),
+        ("sampler_seed", -1, "a whole number of 0 or more"),
+        ("sampler_seed", None, "a whole number of 0 or more"),
+        ("num_trials", "9", "1 or more"),
+        ("num_trials", True, "1 or more"),
+    ],
+)
+def test_a_field_of_another_type_is_told_with_what_is_allowed(tmp_path, field, value, allowed):
+    path = write_sweep(tmp_path / "sweep.py", f"{SPACE}, num_trials=1")
+    changed = f"sound = get_sweep\n\ndef get_sweep():\n    return dataclasses.replace(sound(), {field}={value!r})\n"
+    path.write_text(f"import dataclasses\n{path.read_text()}\n{changed}")
+    with pytest.raises(UserError) as caught:
+        load_sweep(path)
+    assert str(caught.value).startswith(f"{path}: {field} is {value!r}; allowed")
+    assert allowed in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_an_objective_whose_metric_is_no_name_is_told(tmp_path):
+    with pytest.raises(UserError, match=r"sweep\.py: objective\.metric is 3; allowed: the name of a figure, as text$"):
+        load_sweep(write_sweep(tmp_path / "sweep.py", f"{SPACE}, num_trials=1, objective=Objective(3)"))
+
+
+@pytest.mark.parametrize(
     ("text", "sentence"),
     [
         ("def get_sweep(:", r"sweep.py:1: the sweep file is not Python"),
