@@ -116,12 +116,19 @@ class SlurmWorker:
 
 def _job_runs() -> bool:
     """Whether SLURM has this job running, and not cancelled, by squeue; a job that cannot be asked about runs."""
-    command = ["squeue", "--noheader", f"--jobs={os.environ.get('SLURM_JOB_ID', '')}", "--format=%T"]
+    command = ["squeue", "--noheader", f"--jobs={_slurm_job()}", "--format=%T"]
     try:
         said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30).stdout.strip()
     except (OSError, subprocess.SubprocessError):
         return True
     return said in ("", "RUNNING")
+
+
+def _slurm_job() -> str:
+    """How SLURM's commands are told this job; the number of one job of an array is also that of the whole array."""
+    names = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+    array = [os.environ[name] for name in names if name in os.environ]
+    return "_".join(array) if len(array) == len(names) else os.environ.get("SLURM_JOB_ID", "")
 
 
 def _submitits_warning() -> signal.Signals:

@@ -1,4 +1,4 @@
-"""launch/slurm.sbatch on a SLURM of one machine, Debian's: what the stand-ins elsewhere are made after."""
+"""launch/slurm.sbatch and workers of a sweep on a SLURM of one machine, Debian's: what the stand-ins are made after."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 
 import pytest
 from stand_ins import REPOSITORY
+
+from spt_jax.sweeps.launchers import WorkerCommand, start_slurm
 
 pytestmark = pytest.mark.first_python
 CONFIGURATION = """
@@ -35,6 +38,8 @@ ProctrackType=proctrack/pgid
 TaskPlugin=task/none
 ReturnToService=2
 SchedulerType=sched/builtin
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
 MpiDefault=none
 SlurmdParameters=config_overrides
 NodeName={host} NodeAddr=127.0.0.1 CPUs=4 State=UNKNOWN
@@ -142,3 +147,27 @@ def test_every_task_saves_and_the_job_is_queued_again_unless_it_was_cancelled(sl
 
     wait_until(lambda: ("JobState=PENDING" if again else "JobState=CANCELLED") in state(), "its state is as expected")
     assert f"Restarts={int(again)}" in state()
+
+
+# A worker that works until another is there, so that both jobs are in the queue, and is stopped then.
+WORKER = """
+import os, pathlib, sys, time
+notes = pathlib.Path(sys.argv[1])
+(notes / os.environ["SLURM_JOB_ID"]).touch()
+while len(list(notes.iterdir())) < 2:
+    time.sleep(0.1)
+sys.exit(75)
+"""
+
+
+def test_every_worker_of_a_sweep_that_is_stopped_is_queued_again(slurm, tmp_path: Path, monkeypatch):
+    monkeypatch.setenv("SLURM_CONF", slurm("printenv", "SLURM_CONF"))
+    monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
+    (tmp_path / "notes").mkdir()
+    command = WorkerCommand([sys.executable, "-c", WORKER, str(tmp_path / "notes")], "sqlite://", "rates")
+    jobs = start_slurm(command, 2, tmp_path / "slurm", {"timeout_min": 5})
+    try:
+        for job in jobs:
+            wait_until(lambda job=job: "Restarts=1" in slurm("scontrol", "show", "job", job.job_id), job.job_id)
+    finally:
+        slurm("scancel", *(job.job_id for job in jobs))

@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +144,27 @@ def test_a_slurm_job_whose_worker_was_stopped_is_put_back_in_the_queue(tmp_path,
     with when_it_runs(tmp_path, lambda worker: os.kill(worker, signal.SIGTERM)), pytest.raises(Requeued):
         submitit_listens()
     assert (tmp_path / "saved").exists()
+
+
+# As a real squeue of Slurm 22.05: the number of an array's one job is that of the array, all of whose jobs it lists.
+SQUEUE = """case "$*" in
+*--jobs=7_1*) echo {state} ;;
+*--jobs=7*) echo RUNNING; echo {state} ;;
+esac"""
+
+
+@pytest.mark.parametrize(("state", "again"), [("RUNNING", True), ("COMPLETING", False)])
+def test_the_job_that_has_its_arrays_number_is_put_back_unless_it_was_cancelled(
+    tmp_path, submitit_listens, monkeypatch, state, again
+):
+    stand_in(tmp_path / "bin", "squeue", SQUEUE.format(state=state))
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    for name, value in {"JOB_ID": "7", "ARRAY_JOB_ID": "7", "ARRAY_TASK_ID": "1"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    ends = pytest.raises(Requeued) if again else nullcontext()
+    with when_it_runs(tmp_path, lambda worker: os.kill(worker, signal.SIGTERM)), ends:
+        submitit_listens()
+    assert (tmp_path / "saved").exists() and (tmp_path / "requeued").exists() == again
 
 
 def test_a_slurm_job_whose_worker_fails_has_failed(tmp_path, submitit_listens):
