@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-import yaml
 from absl import flags
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
@@ -42,6 +41,7 @@ from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.points import check_space, grid, num_trials
 from spt_jax.sweeps.process_identity import this_process
 from spt_jax.sweeps.results import results_of, write_results
+from spt_jax.sweeps.slurm_parameters import read_parameters
 from spt_jax.sweeps.storage import hidden, open_storage, open_study, storage_url
 from spt_jax.sweeps.watching import watch
 from spt_jax.sweeps.worker import Worker, Workplace
@@ -265,7 +265,7 @@ def _finish(at: Workplace) -> int:
 def _submit(request: _Request, values: Mapping[str, Any]) -> int:
     count = values["jobs"]
     if values["launcher"] == "slurm":
-        parameters = _slurm_parameters(values["slurm"])
+        parameters = read_parameters(values["slurm"])
         cluster = str(parameters.pop("cluster", "slurm"))
         jobs = launchers.start_slurm(request.command, count, request.folder / "slurm", parameters, cluster)
         print(f"submitted {', '.join(job.job_id for job in jobs)}")
@@ -274,16 +274,6 @@ def _submit(request: _Request, values: Mapping[str, Any]) -> int:
         launchers.start_skypilot(launchers.skypilot_commands(task, request.command, count), request.url, print)
     print("follow it, and write its results at the end, with the same command and --watch")
     return 0
-
-
-def _slurm_parameters(given: Sequence[str]) -> dict[str, Any]:
-    parameters = {}
-    for text in given:
-        name, equals, value = text.partition("=")
-        if not equals or not name:
-            raise UserError(f"--slurm={text} is not NAME=VALUE, as in --slurm=timeout_min=240")
-        parameters[name] = yaml.safe_load(value)
-    return parameters
 
 
 def _dry_run(request: _Request, values: Mapping[str, Any]) -> int:

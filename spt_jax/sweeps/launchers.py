@@ -170,7 +170,7 @@ def start_slurm(
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(name=command.name, **parameters)
-    except (RuntimeError, NameError, TypeError, AssertionError) as error:
+    except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--launcher=slurm: submitit says: {' '.join(str(error).split())[:400]}") from error
     with executor.batch():
         return [executor.submit(SlurmWorker(command)) for _ in range(count)]

@@ -19,6 +19,7 @@ from test_workers import ended, wait_until
 from spt_jax.commands.configuration import load_config
 from spt_jax.config import flatten
 from spt_jax.exit_codes import STOPPED
+from spt_jax.sweeps.storage import open_storage
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 SWEEP = """
@@ -129,6 +130,64 @@ def test_a_mistake_is_one_sentence_and_leaves_no_run(folder, flags, sentence, ca
     told = capsys.readouterr().err
     assert told.startswith("sweep: ") and sentence in told and told.count("\n") == 1 and "s3cret" not in told
     assert not list(tmp_path.glob("out/*"))
+
+
+def slurm_jobs(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *slurm: str) -> tuple[int, list[dict]]:
+    """The exit code of a sweep whose workers SLURM shall start, and with which parameters it was asked to."""
+    from spt_jax.sweeps import door
+
+    asked: list[dict] = []
+    monkeypatch.setattr(door, "open_storage", lambda _: open_storage(f"sqlite:///{out / 'sweep.db'}"))
+    monkeypatch.setattr(door.launchers, "start_slurm", lambda *given: asked.append(given[3]) or [])
+    flags = [f"--sweep={folder / 'sweep.py'}", f"--out={out}", "--launcher=slurm", "--storage=postgresql://me@db/x"]
+    return door.main("launch/sweep.py", [*flags, *(f"--slurm={text}" for text in slurm)]), asked
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("timeout_min=240", 240),
+        ("mem_gb=7.5", 7.5),
+        ("slurm_account=0123", "0123"),
+        ("slurm_account=1_000", "1_000"),
+        ("slurm_qos=off", "off"),
+        ("slurm_qos=1.50", "1.50"),
+        ("slurm_partition=null", "null"),
+        ("slurm_comment=a: b", "a: b"),
+        ("slurm_nodelist=node[1-4]", "node[1-4]"),
+        ("slurm_comment=", ""),
+        ("slurm_use_srun=false", False),
+        ("slurm_exclusive=true", True),
+        ("slurm_setup=[module load cuda, 'ulimit -c 0']", ["module load cuda", "ulimit -c 0"]),
+        ("slurm_srun_args=[-n, 2]", ["-n", "2"]),
+        ("slurm_additional_parameters={begin: 4:00:00, spread-job: true}", {"begin": "4:00:00", "spread-job": True}),
+        ('slurm_additional_parameters={"mail-type": "END"}', {"mail-type": "END"}),
+    ],
+)
+def test_slurm_is_given_values_as_they_were_typed(folder, text, value, monkeypatch, tmp_path):
+    code, asked = slurm_jobs(folder, tmp_path, monkeypatch, text)
+    assert code == 0 and asked == [{text.partition("=")[0]: value}]
+    assert type(asked[0][text.partition("=")[0]]) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [
+        ("slurm_time=4:00:00", "give a job's time as whole minutes, as in --slurm=timeout_min=240"),
+        ("slurm_time=04:00:00", "give a job's time as whole minutes, as in --slurm=timeout_min=240"),
+        ("time=240", "give a job's time as whole minutes, as in --slurm=timeout_min=240"),
+        ("slurm_timeout_min=4:00:00", "give a job's time as whole minutes, as in --slurm=timeout_min=240"),
+        ("timeout_min=true", "give a job's time as whole minutes, as in --slurm=timeout_min=240"),
+        ("slurm_setup=[a, [b]", "is no list or mapping of YAML"),
+        ("timeout_min", "is not NAME=VALUE, as in --slurm=timeout_min=240"),
+    ],
+)
+def test_a_parameter_of_slurm_that_cannot_be_used_is_one_sentence(
+    folder, text, sentence, capsys, monkeypatch, tmp_path
+):
+    assert slurm_jobs(folder, tmp_path, monkeypatch, text) == (2, [])
+    told = capsys.readouterr().err
+    assert told.startswith(f"sweep: --slurm={text}") and sentence in told and told.count("\n") == 1
 
 
 @pytest.mark.parametrize(("codes", "ends"), [([75], 75), ([75, 75], 75), ([0], 75), ([75, 1], 1), ([-9], 1)])

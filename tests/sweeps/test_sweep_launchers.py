@@ -188,7 +188,11 @@ def test_a_stand_in_sbatch_is_given_the_parameters(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(
     ("parameters", "cluster", "sentence"),
-    [({}, "slurm", "srun"), ({"timeout_minutes": 3}, "local", "timeout_minutes")],
+    [
+        ({}, "slurm", "srun"),
+        ({"timeout_minutes": 3}, "local", "timeout_minutes"),
+        ({}, "slrum", "any executor named slrum"),
+    ],
 )
 def test_what_slurm_cannot_do_is_one_sentence(tmp_path, monkeypatch, parameters, cluster, sentence):
     monkeypatch.setenv("PATH", "")
