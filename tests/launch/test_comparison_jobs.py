@@ -1,15 +1,21 @@
-"""launch/comparison.py with --jobs: so many runs at a time and no more; a failing one is told, the others finish."""
+"""launch/comparison.py with --jobs: so many runs at a time and no more; a failing one is told, the others finish.
+
+A stop ends them all, and none begins.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from stand_ins import wait_for
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
@@ -45,15 +51,33 @@ print("the reason of the failure" if failed else "done")
 sys.exit(3 if failed else 0)
 """
 
+# One that goes on until it is asked to end, and takes its time to save. When all are there that may be, `going` is.
+STOPPABLE = """
+import os, signal, sys, time
+from pathlib import Path
 
-def compare(
-    folder: Path, jobs: int, failing: str = "nothing", diverging: str = "nothing"
-) -> tuple[subprocess.CompletedProcess[str], list[list]]:
-    """Runs the program over the stand-in; its notes are ``[time, what, door, workdir, GPUs]``, by time."""
+notes, asked = Path({notes!r}), []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: asked.append(1))
+with notes.open("a") as file:
+    file.write("begins\\n")
+if notes.read_text().count("begins") == {jobs}:
+    notes.with_name("going").write_text(str(os.getpid()))
+deadline = time.monotonic() + 30
+while not asked and time.monotonic() < deadline:
+    time.sleep(0.01)
+time.sleep(0.3)
+with notes.open("a") as file:
+    file.write("saves\\n" if asked else "was not asked\\n")
+sys.exit(75)
+"""
+
+
+def prepare(folder: Path, program: str, jobs: int) -> tuple[list[str], dict[str, str]]:
+    """The command and its environment, in which `program` stands for ``spt-jax``."""
     stand_in = folder / "stand_in" / "spt_jax"
     stand_in.mkdir(parents=True)
     (stand_in / "__init__.py").write_text(INIT.format(real=str(REPOSITORY / "spt_jax")))
-    program = MAIN.format(notes=str(folder / "notes"), jobs=jobs, failing=failing, diverging=diverging)
     (stand_in / "__main__.py").write_text(program)
     dialogues = folder / "dialogues.txt"
     dialogues.write_text("1 your persona: i sail.\n2 hi\thello\n")
@@ -74,7 +98,15 @@ def compare(
         "--runs_only",
         f"--jobs={jobs}",
     ]
-    environment = os.environ | {"PYTHONPATH": str(stand_in.parent), "CUDA_VISIBLE_DEVICES": "4,6"}
+    return command, os.environ | {"PYTHONPATH": str(stand_in.parent), "CUDA_VISIBLE_DEVICES": "4,6"}
+
+
+def compare(
+    folder: Path, jobs: int, failing: str = "nothing", diverging: str = "nothing"
+) -> tuple[subprocess.CompletedProcess[str], list[list]]:
+    """Runs the program over the stand-in; its notes are ``[time, what, door, workdir, GPUs]``, by time."""
+    program = MAIN.format(notes=str(folder / "notes"), jobs=jobs, failing=failing, diverging=diverging)
+    command, environment = prepare(folder, program, jobs)
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
@@ -124,3 +156,30 @@ def test_a_rate_whose_perplexity_is_no_number_is_not_taken(tmp_path):
     tried = json.loads((tmp_path / "out" / "trials.json").read_text())["lora"]
     assert tried["development perplexity"]["0.001"] == math.inf
     assert tried["chosen"] == 0.003
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+@pytest.mark.parametrize("who", ["the program, by SIGTERM", "the program, by SIGINT", "a terminal", "one of the runs"])
+def test_a_stop_ends_the_runs_that_are_under_way_and_begins_none(tmp_path, jobs, who):
+    command, environment = prepare(tmp_path, STOPPABLE.format(notes=str(tmp_path / "notes"), jobs=jobs), jobs)
+    with subprocess.Popen(
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        try:
+            wait_for(tmp_path / "going")
+            if who == "a terminal":
+                os.killpg(process.pid, signal.SIGINT)
+            elif who == "one of the runs":
+                os.kill(int((tmp_path / "going").read_text()), signal.SIGTERM)
+            else:
+                process.send_signal(signal.SIGINT if "SIGINT" in who else signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+            # The notes of a run that nobody waited for come later.
+            with pytest.raises(ProcessLookupError):
+                os.killpg(process.pid, 0)
+        finally:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 75, err
+    assert "stopped; the same command goes on" in err
+    assert (tmp_path / "notes").read_text().split() == ["begins"] * jobs + ["saves"] * jobs
