@@ -51,13 +51,12 @@ on_hosts() { tpu ssh --worker="$1" --command="$2"; }
 
 pause() { sleep "${POLL_SECONDS:-30}"; }
 
-# No answer is not an absence: a TPU that cannot be asked may be training.
-state() {
+# What a question to gcloud is answered. No answer is not an absence: a TPU that cannot be asked may be training.
+answer() {
   local said asked
-  if [ -n "$dry" ]; then echo "$dry_state"; return; fi
   said="$(mktemp)"
   for ((asked = 0; asked <= retries; asked++)); do
-    if gcloud compute tpus tpu-vm describe "$name" --zone "$zone" --format="value(state)" 2>"$said"; then break; fi
+    if "$@" 2>"$said"; then break; fi
     if grep -q NOT_FOUND "$said"; then echo ABSENT; break; fi
     cat "$said" >&2
     # What no waiting mends.
@@ -67,6 +66,8 @@ state() {
   rm -f "$said"
   [ "$asked" -le "$retries" ] || { echo "tpu_vm: gcloud does not tell the state of $name" >&2; return 1; }
 }
+
+state() { if [ -n "$dry" ]; then echo "$dry_state"; else answer tpu describe --format="value(state)"; fi; }
 
 delete() { if [ -n "$queued" ]; then queue delete --force --quiet; else tpu delete --quiet; fi; }
 
@@ -78,10 +79,10 @@ create() {
   queue create --node-id "$name" --accelerator-type "$type" --runtime-version "$runtime" ${spot:+--spot}
   local seen
   while true; do
-    seen="$(if [ -n "$dry" ]; then echo ACTIVE; else queue describe --format="value(state.state)"; fi)"
+    seen="$(if [ -n "$dry" ]; then echo ACTIVE; else answer queue describe --format="value(state.state)"; fi)"
     case "$seen" in
       ACTIVE) return ;;
-      FAILED | SUSPENDED) echo "tpu_vm: the queue gave $name up ($seen)" >&2; return 1 ;;
+      FAILED | SUSPENDED | ABSENT) echo "tpu_vm: the queue gave $name up ($seen)" >&2; return 1 ;;
     esac
     pause
   done
@@ -145,7 +146,8 @@ attend() {
 
 bring_logs() {
   local count=1 worker
-  [ -n "$dry" ] || count="$(tpu describe --format="value(networkEndpoints.len())")"
+  if [ -z "$dry" ]; then count="$(tpu describe --format="value(networkEndpoints.len())" || true)"; fi
+  [[ "$count" =~ ^[0-9]+$ ]] || count=1
   for ((worker = 0; worker < count; worker++)); do
     copy "$name:spt_jax/train.log" "$logs/worker-$worker.log" "$worker" || true
   done
@@ -170,7 +172,7 @@ for ((attempt = 0; attempt <= retries; attempt++)); do
   mount_share
   attend "$@"
   if [ "$now" != READY ]; then echo "tpu_vm: $name was preempted" >&2; continue; fi
-  bring_logs
+  bring_logs || true
   case "$code" in
     75) echo "tpu_vm: the run was stopped and saved; it goes on" >&2 ;;
     '' | *[!0-9]*) echo "tpu_vm: the run left no exit code; see $logs" >&2; exit 1 ;;

@@ -43,7 +43,7 @@ def gcloud(
     stand_ins: StandIns,
     states: Sequence[Answer],
     codes: Sequence[Answer] = ((0, "0\n"),),
-    queue: Sequence[str] = ("ACTIVE",),
+    queue: Sequence[str | Answer] = ("ACTIVE",),
     hosts: int = 1,
     first: Mapping[str, list[Answer]] | None = None,
 ) -> None:
@@ -51,7 +51,9 @@ def gcloud(
     rules = {
         rf"tpu-vm describe {NAMED} --format=value\(state\)": list(states),
         rf"tpu-vm describe {NAMED} --format=value\(networkEndpoints\.len\(\)\)": [(0, f"{hosts}\n")],
-        rf"queued-resources describe {NAMED} --format=value\(state\.state\)": [(0, f"{state}\n") for state in queue],
+        rf"queued-resources describe {NAMED} --format=value\(state\.state\)": [
+            (0, f"{state}\n") if isinstance(state, str) else state for state in queue
+        ],
         rf"tpu-vm ssh {NAMED} --worker=0 --command=cat spt_jax/train\.exit": list(codes),
         **{change: [DONE] for change in CHANGES},
     }
@@ -297,6 +299,34 @@ def test_a_queue_that_gives_up_ends_it(stand_ins):
     assert done.returncode == 1
     assert "the queue gave my tpu up (FAILED)" in done.stderr
     assert steps(stand_ins) == ["delete", "create", "delete"]
+
+
+def test_a_queue_that_cannot_be_asked_goes_on_holding_the_place(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY], queue=[OFFLINE, "WAITING_FOR_RESOURCES", OFFLINE, OFFLINE, "ACTIVE"])
+    done = script(stand_ins, "--queued")
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == ["delete", *ONCE]
+
+
+@pytest.mark.parametrize(
+    ("answers", "sentence"),
+    [([OFFLINE], "gcloud does not tell the state of my tpu"), ([ABSENT], "the queue gave my tpu up (ABSENT)")],
+)
+def test_a_queue_that_never_answers_or_has_lost_the_request_ends_it(stand_ins, answers, sentence):
+    gcloud(stand_ins, [ABSENT], queue=["WAITING_FOR_RESOURCES", *answers])
+    done = script(stand_ins, "--queued", "--retries", "2")
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert steps(stand_ins) == ["delete", "create", "delete"]
+
+
+@pytest.mark.parametrize("answer", [OFFLINE, (0, "\n"), (0, "none\n")])
+@pytest.mark.parametrize("code", [0, 2])
+def test_the_number_of_hosts_does_not_decide_what_the_run_ended_with(stand_ins, answer, code):
+    gcloud(stand_ins, [ABSENT, READY], codes=[(0, f"{code}\n")], first={r"networkEndpoints": [answer]})
+    done = script(stand_ins)
+    assert done.returncode == code, done.stderr
+    assert steps(stand_ins) == ONCE
 
 
 def test_a_tpu_that_cannot_be_deleted_is_told(stand_ins):
