@@ -8,7 +8,8 @@
 #   --spot             cheaper, and may be taken away at any time
 #   --queued           wait in Google's queue until there is room
 #   --runtime VERSION  the TPU software (default: v2-alpha-tpuv5-lite)
-#   --retries N        how often a preempted TPU is made again, or a lost connection tried again (default: 20)
+#   --retries N        how often a TPU that was preempted is made again, or tried for when there is no room for it, and
+#                      how often a lost connection is tried again (default: 20)
 #   --logs FOLDER      where the logs go (default: logs/NAME)
 #   --keep             do not delete the TPU at the end: it goes on costing
 #   --dry-run          print the commands and run none
@@ -28,7 +29,7 @@ while [ $# -gt 0 ]; do
       ;;
     --spot | --queued | --keep) printf -v "${1#--}" 1; shift ;;
     --dry-run) dry=1; shift ;;
-    -h | --help) sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     --) shift; break ;;
     *) fail "unknown argument '$1'; see --help; flags of spt-jax train go behind --" ;;
   esac
@@ -49,7 +50,7 @@ copy() { run gcloud compute tpus tpu-vm scp "$1" "$2" --zone "$zone" --worker="$
 queue() { run gcloud compute tpus queued-resources "$1" "$name" --zone "$zone" "${@:2}"; }
 on_hosts() { tpu ssh --worker="$1" --command="$2"; }
 
-pause() { sleep "${POLL_SECONDS:-30}"; }
+pause() { sleep "${POLL_SECONDS:-${1:-30}}"; }
 
 # What a question to gcloud is answered. No answer is not an absence: a TPU that cannot be asked may be training.
 answer() {
@@ -71,15 +72,17 @@ state() { if [ -n "$dry" ]; then echo "$dry_state"; else answer tpu describe --f
 
 delete() { if [ -n "$queued" ]; then queue delete --force --quiet; else tpu delete --quiet; fi; }
 
+# Bash ignores failures in what stands before || or &&, so each step of create, ready and set_up says what becomes of
+# its own. A gcloud that no longer answers ends the script: a TPU that is made again does not mend that.
 create() {
   if [ -z "$queued" ]; then
     tpu create --accelerator-type "$type" --version "$runtime" ${spot:+--spot}
     return
   fi
-  queue create --node-id "$name" --accelerator-type "$type" --runtime-version "$runtime" ${spot:+--spot}
+  queue create --node-id "$name" --accelerator-type "$type" --runtime-version "$runtime" ${spot:+--spot} || return
   local seen
   while true; do
-    seen="$(if [ -n "$dry" ]; then echo ACTIVE; else answer queue describe --format="value(state.state)"; fi)"
+    seen="$(if [ -n "$dry" ]; then echo ACTIVE; else answer queue describe --format="value(state.state)"; fi)" || exit
     case "$seen" in
       ACTIVE) return ;;
       FAILED | SUSPENDED | ABSENT) echo "tpu_vm: the queue gave $name up ($seen)" >&2; return 1 ;;
@@ -90,20 +93,23 @@ create() {
 
 ready() {
   local now
-  now="$(state)"
+  now="$(state)" || exit
   case "$now" in
     READY) echo "tpu_vm: $name is there" >&2; return ;;
     # A spot TPU's request outlives what it was given.
     ABSENT) [ -z "$queued" ] || delete 2>/dev/null || true ;;
-    *) echo "tpu_vm: $name is $now, so it is made again" >&2; delete ;;
+    *) echo "tpu_vm: $name is $now, so it is made again" >&2; delete || return ;;
   esac
   create
 }
 
-set_up() {
+pack() {
   run mkdir -p "$logs"
   run tar -czf "$logs/spt_jax.tar.gz" --exclude=__pycache__ spt_jax configs launch pyproject.toml README.md LICENSE
-  copy "$logs/spt_jax.tar.gz" "$name:spt_jax.tar.gz" all
+}
+
+set_up() {
+  copy "$logs/spt_jax.tar.gz" "$name:spt_jax.tar.gz" all || return
   # The hosts' own Python is too old, and on newer runtimes takes no packages unless told to.
   on_hosts all 'set -euo pipefail; mkdir -p spt_jax; tar -xzf spt_jax.tar.gz -C spt_jax; cd spt_jax; rm -f train.exit
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv; [ -d .venv ] || ~/.local/bin/uv venv --seed --python 3.12 .venv
@@ -115,7 +121,22 @@ mount_share() {
   [ -n "$nfs" ] || return 0
   printf -v source '%q' "$nfs"
   on_hosts all "mountpoint -q /mnt/runs || {
-    sudo apt-get install -y nfs-common && sudo mkdir -p /mnt/runs && sudo mount -t nfs $source /mnt/runs; }"
+    sudo apt-get -o DPkg::Lock::Timeout=600 install -y nfs-common && sudo mkdir -p /mnt/runs && sudo mount -t nfs $source /mnt/runs; }"
+}
+
+# Sets up until that is done or the TPU is gone: one that has just come may not take a connection yet.
+prepare() {
+  local tried failed
+  for ((tried = 0; tried < 4; tried++)); do
+    [ "$tried" -eq 0 ] || pause
+    failed=0
+    { set_up && mount_share; } || failed=$?
+    [ "$failed" -gt 0 ] || return 0
+    now="$(state)"
+    [ "$now" = READY ] || return 0
+    echo "tpu_vm: $name could not be set up (exit code $failed)" >&2
+  done
+  exit "$failed"
 }
 
 # One that is running already, after a connection that was lost, is waited for; the same command then finds it finished.
@@ -166,11 +187,19 @@ dry_state=ABSENT
 trap finish EXIT
 trap 'exit 130' INT TERM
 for ((attempt = 0; attempt <= retries; attempt++)); do
-  ready
+  made=0
+  ready || made=$?
+  if [ "$made" -gt 0 ]; then
+    [ "$attempt" -gt 0 ] || exit "$made"
+    echo "tpu_vm: $name could not be made again" >&2
+    [ "$attempt" -eq "$retries" ] || pause 300
+    continue
+  fi
   dry_state=READY
-  set_up
-  mount_share
-  attend "$@"
+  now=READY
+  pack
+  prepare
+  if [ "$now" = READY ]; then attend "$@"; fi
   if [ "$now" != READY ]; then echo "tpu_vm: $name was preempted" >&2; continue; fi
   bring_logs || true
   case "$code" in

@@ -150,6 +150,73 @@ def test_a_preempted_tpu_is_deleted_made_again_and_trains_on(stand_ins, options)
     assert {call[3] for call in made} == {"queued-resources" if "--queued" in options else "tpu-vm"}
 
 
+NO_ROOM: Answer = (7, "ERROR: (gcloud.compute.tpus.tpu-vm.create) There is no more capacity in the zone\n")
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_preempted_tpu_for_which_there_is_no_room_is_tried_for_again(stand_ins, times):
+    states = [ABSENT, PREEMPTED, PREEMPTED, *[ABSENT] * times, READY]
+    gcloud(stand_ins, states, first={"tpu-vm create": [DONE, *[NO_ROOM] * times, DONE]})
+    done = script(stand_ins, "--spot")
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == [*ONCE[:4], "delete", *["create"] * times, *ONCE]
+    assert done.stderr.count("could not be made again") == times
+
+
+def test_a_queue_that_gives_a_preempted_tpu_up_is_tried_again(stand_ins):
+    states = [ABSENT, PREEMPTED, PREEMPTED, ABSENT, READY]
+    gcloud(stand_ins, states, queue=["ACTIVE", "FAILED", "ACTIVE"])
+    done = script(stand_ins, "--spot", "--queued")
+    assert done.returncode == 0, done.stderr
+    # A request that is left is forgotten before each new one.
+    assert steps(stand_ins) == ["delete", *ONCE[:4], "delete", "create", "delete", *ONCE]
+
+
+def test_as_often_as_it_may_be_made_again_it_is_tried_for(stand_ins):
+    gcloud(stand_ins, [ABSENT, PREEMPTED, PREEMPTED, ABSENT], first={"tpu-vm create": [DONE, NO_ROOM]})
+    done = script(stand_ins, "--spot", "--retries", "2")
+    assert done.returncode == 75, done.stderr
+    assert steps(stand_ins) == [*ONCE[:4], "delete", "create", "create", "delete"]
+
+
+@pytest.mark.parametrize(
+    ("states", "failing", "number"),
+    [
+        ([ABSENT, PREEMPTED, OFFLINE], "nothing", 4),
+        ([ABSENT, OFFLINE], "nothing", 4),
+        ([ABSENT, OFFLINE], "launch/environment.sh", 3),
+    ],
+)
+def test_a_gcloud_that_no_longer_answers_ends_it_whatever_is_left_to_be_tried(stand_ins, states, failing, number):
+    gcloud(stand_ins, states, first={failing: [(255, "")]})
+    done = script(stand_ins, "--spot", "--retries", "2")
+    assert done.returncode == 1
+    assert done.stderr.count("gcloud does not tell the state of my tpu") == 1
+    assert steps(stand_ins) == [*ONCE[:number], "delete"]
+
+
+SHARED = ("--nfs", "10.0.0.2:/share", "--workdir", "/mnt/runs/a")
+
+
+@pytest.mark.parametrize(("step", "number"), [("tpu-vm scp", 1), ("launch/environment.sh", 2), ("mountpoint", 3)])
+def test_a_tpu_that_is_preempted_while_it_is_set_up_is_made_again(stand_ins, step, number):
+    gcloud(stand_ins, [ABSENT, PREEMPTED, PREEMPTED, READY], first={step: [(255, ""), DONE]})
+    done = script(stand_ins, "--spot", *SHARED)
+    assert done.returncode == 0, done.stderr
+    whole = ["create", "send", "install", "mount", "train", "logs", "delete"]
+    assert steps(stand_ins) == [*whole[: number + 1], "delete", *whole]
+    assert "my tpu was preempted" in done.stderr
+
+
+@pytest.mark.parametrize(("step", "number"), [("tpu-vm scp", 1), ("launch/environment.sh", 2), ("mountpoint", 3)])
+def test_a_set_up_that_fails_on_a_tpu_that_is_there_is_tried_again(stand_ins, step, number):
+    gcloud(stand_ins, [ABSENT, READY], first={step: [(255, ""), (255, ""), DONE]})
+    done = script(stand_ins, *SHARED)
+    assert done.returncode == 0, done.stderr
+    tried = ["send", "install", "mount"][:number]
+    assert steps(stand_ins) == ["create", *tried, *tried, "send", "install", "mount", "train", "logs", "delete"]
+
+
 def test_a_spot_tpu_of_the_queue_that_is_gone_is_asked_for_anew(stand_ins):
     gcloud(stand_ins, [ABSENT, ABSENT, ABSENT, READY])
     done = script(stand_ins, "--spot", "--queued")
@@ -268,6 +335,7 @@ def test_whatever_fails_the_tpu_is_deleted(stand_ins, failing):
     assert done.returncode == 3, done.stderr
     assert steps(stand_ins)[-1] == "delete"
     assert "train" not in steps(stand_ins)
+    assert steps(stand_ins).count("create") == 1
 
 
 def test_a_share_is_mounted_on_all_hosts_before_training_and_the_run_lies_there(stand_ins):
@@ -279,6 +347,8 @@ def test_a_share_is_mounted_on_all_hosts_before_training_and_the_run_lies_there(
     assert steps(stand_ins) == ["create", "send", "install", "mount", "train", "logs", "delete"]
     (call,) = [call for call in calls(stand_ins) if "mountpoint" in " ".join(call)]
     assert "--worker=all" in call
+    # A machine that has just come is installing by itself.
+    assert "sudo apt-get -o DPkg::Lock::Timeout=600 install -y nfs-common" in call[-1]
     assert "sudo mount -t nfs 10.0.0.2:/my\\ share /mnt/runs" in call[-1]
 
 
