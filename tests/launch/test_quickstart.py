@@ -101,6 +101,18 @@ def test_a_file_of_ones_own_has_a_run_of_its_own(stand_ins):
     ] * 2
 
 
+@pytest.mark.parametrize("data", ["data.2026/train", "./train", "../caller/train", "data.2026/train.v1.txt"])
+def test_the_run_of_a_file_has_the_files_name_whatever_its_folder_is_called(stand_ins, data):
+    path = stand_ins.folder.parents[2] / "caller" / data
+    (path.parents[1] / "caller").mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("1 your persona: i sail.\n2 hi\thello\n")
+    done = run(stand_ins, "--data", data)
+    assert done.returncode == 0, done.stderr
+    name = "train.v1" if data.endswith(".txt") else "train"
+    assert commands(stand_ins)[0][2] == f"--workdir=runs/quickstart-{name}"
+
+
 def test_a_training_that_fails_is_not_evaluated(stand_ins):
     stand_ins.add("spt-jax", {"^train": [(75, "")]})
     assert run(stand_ins).returncode == 75
