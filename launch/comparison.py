@@ -9,8 +9,8 @@ For every method of `configs/comparison.py` that is asked for, each of its learn
 and the one with the lowest perplexity on the development dialogues is taken for all seeds; the test dialogues are seen
 once, by `evaluate`. Options of SPT beyond the paper (`--options`) take the rate that was chosen for `spt`, so they have
 no trials of their own. Runs lie in OUT/METHOD/lr_RATE/seed_SEED; one that is there already is resumed or reused, so the
-program may be stopped (Ctrl-C or SIGTERM: what runs saves, nothing else begins, exit code 75) and started again. What
-was tried, and what was taken, is in OUT/trials.json.
+program may be stopped and started again: on Ctrl-C or SIGTERM no further run begins, those under way save and end, and
+it exits with 75. What was tried, and what was taken, is in OUT/trials.json.
 
 With --jobs=N, N runs share the machine, each has its share of the GPUs, and what it prints is in OUT/logs. Several on
 one GPU share its memory, which must be enough for all; JAX_COMPILATION_CACHE_DIR lets them share what is compiled.
@@ -29,10 +29,10 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from queue import Queue
-from threading import Event, Lock
+from threading import Lock
 from typing import Any
 
 from spt_jax.exit_codes import INTERRUPTED, STOPPED
@@ -40,6 +40,9 @@ from spt_jax.parallel.gpu_shares import gpu_shares
 
 HERE = Path(__file__).resolve().parent.parent
 CONFIG = HERE / "configs" / "comparison.py"
+
+# Ways in which a program ends that was asked to, by this one or by somebody else.
+_STOPS = (STOPPED, INTERRUPTED, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
 
 
 def main() -> None:
@@ -52,14 +55,27 @@ def main() -> None:
     if arguments.options and "spt" not in arguments.methods:
         sys.exit("comparison: --options take the learning rate that is chosen for spt; add spt to --methods")
     arguments.out.mkdir(parents=True, exist_ok=True)
-    comparison = _Comparison(arguments, described["LEARNING_RATES"])
-    runs = comparison.run()
+    programs = _Programs()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, programs.stop)
+    try:
+        code: Any = _compare(arguments, described["LEARNING_RATES"], programs)
+    except SystemExit as ended:
+        code = ended.code
+    if programs.stopped:
+        print("comparison: stopped; the same command goes on from there", file=sys.stderr)
+        code = STOPPED
+    sys.exit(code)
+
+
+def _compare(arguments: argparse.Namespace, rates: dict[str, tuple[float, ...]], programs: _Programs) -> int:
+    runs = _Comparison(arguments, rates, programs).run()
     if arguments.runs_only:
-        return
+        return 0
     baseline = [f"--baseline={run}" for run in runs if run.parts[-3] == arguments.baseline][:1]
     encoder = [f"--bertscore={arguments.bertscore}"] if arguments.bertscore else []
     table = ["compare", *map(str, runs), *baseline, f"--out={arguments.out / 'table'}", *encoder]
-    sys.exit(subprocess.run([sys.executable, "-m", "spt_jax", *table], check=False).returncode)
+    return programs.run([sys.executable, "-m", "spt_jax", *table], dict(os.environ))
 
 
 def _arguments() -> argparse.Namespace:
@@ -84,29 +100,72 @@ def _arguments() -> argparse.Namespace:
     return arguments
 
 
+class _Programs:
+    """The programs that are under way. A stop asks all of them to end, and lets no other begin.
+
+    Attributes:
+        stopped: Whether there was a stop.
+    """
+
+    def __init__(self) -> None:
+        self.stopped = False
+        self._going: set[subprocess.Popen[bytes]] = set()
+
+    def run(self, command: list[str], environment: dict[str, str], log: Path | None = None) -> int:
+        """Waits for a program; returns its exit code.
+
+        Args:
+            command: The program and its arguments.
+            environment: Its environment.
+            log: Takes what it prints; None for where this program prints.
+
+        Raises:
+            SystemExit: There was a stop before it began.
+        """
+        if self.stopped:
+            sys.exit(STOPPED)
+        errors = None if log is None else subprocess.STDOUT
+        with nullcontext() if log is None else log.open("w", encoding="utf-8") as stream:
+            process = subprocess.Popen(command, env=environment, stdout=stream, stderr=errors)
+        self._going.add(process)
+        # A stop while it began may not have seen it.
+        if self.stopped:
+            process.terminate()
+        code = process.wait()
+        self._going.discard(process)
+        if code in _STOPS:
+            self.stop()
+        return code
+
+    def stop(self, *_: object) -> None:
+        """Also a handler of signals."""
+        self.stopped = True
+        # A terminal's Ctrl-C has reached them too, and a second one would end a training unsaved; SIGTERM does not.
+        for process in list(self._going):
+            process.terminate()
+
+
 class _Comparison:
     """The runs of one comparison; those that need nothing of one another go side by side.
 
     Args:
         arguments: The program's.
         rates: Learning rates to try, by method.
+        programs: Trains and evaluates.
     """
 
-    def __init__(self, arguments: argparse.Namespace, rates: dict[str, tuple[float, ...]]) -> None:
-        self._arguments, self._rates = arguments, rates
+    def __init__(self, arguments: argparse.Namespace, rates: dict[str, tuple[float, ...]], programs: _Programs) -> None:
+        self._arguments, self._rates, self._programs = arguments, rates, programs
         self._places: Queue[dict[str, str]] = Queue()
         for share in gpu_shares(arguments.jobs):
             self._places.put(share)
         self._lock = Lock()
-        self._stopping, self._running = Event(), set[subprocess.Popen[Any]]()
         self._trials: dict[str, dict[str, Any]] = {}
         self._test = _test_file(arguments)
         self._begun = time.monotonic()
 
     def run(self) -> list[Path]:
         """Tries, trains and evaluates everything; returns the evaluated runs in the order of the methods."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, lambda number, frame: self._stop(number))
         methods, options = self._arguments.methods, self._arguments.options
         with ThreadPoolExecutor(len(methods) + len(options)) as pool:
             chosen = {method: pool.submit(self._chosen_rate, method) for method in methods}
@@ -178,50 +237,22 @@ class _Comparison:
         self._spt_jax(environment, "train", *flags)
         return workdir
 
-    def _stop(self, number: int) -> None:
-        """Lets what runs save, and nothing else begin; a second Ctrl-C is handed on, which interrupts."""
-        again = self._stopping.is_set()
-        self._stopping.set()
-        if not again:
-            print("comparison: it stops; the same command goes on from there", file=sys.stderr, flush=True)
-        for process in tuple(self._running):
-            process.send_signal(signal.SIGINT if again and number == signal.SIGINT else signal.SIGTERM)
-
     def _spt_jax(self, environment: dict[str, str], door: str, *flags: str) -> None:
         command = [sys.executable, "-m", "spt_jax", door, *flags]
-        code = (
-            self._run(command, environment) if self._arguments.jobs == 1 else self._logged(door, command, environment)
-        )
-        if code in (STOPPED, INTERRUPTED):
-            self._stop(signal.SIGTERM)
-        if self._stopping.is_set():
-            sys.exit(STOPPED)
+        if self._arguments.jobs == 1:
+            code = self._programs.run(command, environment)
+        else:
+            code = self._logged(door, command, environment)
         if code:
             sys.exit(code)
-
-    def _run(self, command: list[str], environment: dict[str, str], **streams: Any) -> int:
-        if self._stopping.is_set():
-            return STOPPED
-        # Of a group of its own: a terminal's Ctrl-C comes to it from here, once.
-        process = subprocess.Popen(command, env=environment, process_group=0, **streams)
-        self._running.add(process)
-        if self._stopping.is_set():  # meanwhile
-            process.send_signal(signal.SIGTERM)
-        try:
-            return process.wait()
-        finally:
-            self._running.discard(process)
 
     def _logged(self, door: str, command: list[str], environment: dict[str, str]) -> int:
         workdir = next(Path(flag.split("=", 1)[1]) for flag in command if flag.startswith("--workdir="))
         name = "-".join((*workdir.parts[-3:], door))
         log = self._arguments.out / "logs" / f"{name}.txt"
         log.parent.mkdir(exist_ok=True)
-        if self._stopping.is_set():
-            return STOPPED
-        with log.open("w", encoding="utf-8") as stream:
-            code = self._run(command, environment, stdout=stream, stderr=subprocess.STDOUT)
-        outcome = "done" if code == 0 else "stopped" if self._stopping.is_set() else f"failed, see {log}"
+        code = self._programs.run(command, environment, log)
+        outcome = "done" if code == 0 else "stopped" if code in _STOPS else f"failed, see {log}"
         print(f"{time.monotonic() - self._begun:6.0f} s  {name}: {outcome}", flush=True)
         return code
 

@@ -22,8 +22,8 @@ while [ $# -gt 0 ]; do
       file="$(from_here "${2:-}")"
       [ -f "$file" ] || { echo "quickstart: --data needs a ConvAI2 file; there is no file '${2:-}'" >&2; exit 2; }
       overrides=("--config.data.train=$file" "--config.data.test=" "--config.data.limit=92")
-      talk="$(basename "$file")"
-      [ "$workdir" != "runs/quickstart" ] || workdir="runs/quickstart-${talk%.*}"
+      name="$(basename "$2")"
+      [ "$workdir" != "runs/quickstart" ] || workdir="runs/quickstart-${name%.*}"
       shift 2
       ;;
     --workdir)

@@ -8,7 +8,8 @@
 #   --spot             cheaper, and may be taken away at any time
 #   --queued           wait in Google's queue until there is room
 #   --runtime VERSION  the TPU software (default: v2-alpha-tpuv5-lite)
-#   --retries N        how often a preempted TPU is made again, or a lost connection tried again (default: 20)
+#   --retries N        how often a TPU that was preempted is made again, or tried for when there is no room for it, and
+#                      how often a lost connection is tried again (default: 20)
 #   --logs FOLDER      where the logs go (default: logs/NAME)
 #   --keep             do not delete the TPU at the end: it goes on costing
 #   --dry-run          print the commands and run none
@@ -28,7 +29,7 @@ while [ $# -gt 0 ]; do
       ;;
     --spot | --queued | --keep) printf -v "${1#--}" 1; shift ;;
     --dry-run) dry=1; shift ;;
-    -h | --help) sed -n '2,17s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
+    -h | --help) sed -n '2,18s/^# \{0,1\}//p' "${BASH_SOURCE[0]}"; exit 0 ;;
     --) shift; break ;;
     *) fail "unknown argument '$1'; see --help; flags of spt-jax train go behind --" ;;
   esac
@@ -49,15 +50,14 @@ copy() { run gcloud compute tpus tpu-vm scp "$1" "$2" --zone "$zone" --worker="$
 queue() { run gcloud compute tpus queued-resources "$1" "$name" --zone "$zone" "${@:2}"; }
 on_hosts() { tpu ssh --worker="$1" --command="$2"; }
 
-pause() { sleep "${POLL_SECONDS:-30}"; }
+pause() { sleep "${POLL_SECONDS:-${1:-30}}"; }
 
-# No answer is not an absence: a TPU that cannot be asked may be training.
-state() {
+# What a question to gcloud is answered. No answer is not an absence: a TPU that cannot be asked may be training.
+answer() {
   local said asked
-  if [ -n "$dry" ]; then echo "$dry_state"; return; fi
   said="$(mktemp)"
   for ((asked = 0; asked <= retries; asked++)); do
-    if gcloud compute tpus tpu-vm describe "$name" --zone "$zone" --format="value(state)" 2>"$said"; then break; fi
+    if "$@" 2>"$said"; then break; fi
     if grep -q NOT_FOUND "$said"; then echo ABSENT; break; fi
     cat "$said" >&2
     # What no waiting mends.
@@ -68,34 +68,32 @@ state() {
   [ "$asked" -le "$retries" ] || { echo "tpu_vm: gcloud does not tell the state of $name" >&2; return 1; }
 }
 
+state() { if [ -n "$dry" ]; then echo "$dry_state"; else answer tpu describe --format="value(state)"; fi; }
+
 delete() { if [ -n "$queued" ]; then queue delete --force --quiet; else tpu delete --quiet; fi; }
 
+# Bash ignores failures in what stands before || or &&, so each step of create, ready and set_up says what becomes of
+# its own. A gcloud that no longer answers ends the script: a TPU that is made again does not mend that.
 create() {
   if [ -z "$queued" ]; then
     tpu create --accelerator-type "$type" --version "$runtime" ${spot:+--spot}
     return
   fi
   queue create --node-id "$name" --accelerator-type "$type" --runtime-version "$runtime" ${spot:+--spot} || return
-  local seen lost=0
+  local seen
   while true; do
-    # No answer is no reason to give the place in the queue up.
-    if seen="$(if [ -n "$dry" ]; then echo ACTIVE; else queue describe --format="value(state.state)"; fi)"; then
-      lost=0
-    elif [ "$((lost += 1))" -gt "$retries" ]; then
-      echo "tpu_vm: gcloud does not tell the state of the queue" >&2
-      return 1
-    fi
+    seen="$(if [ -n "$dry" ]; then echo ACTIVE; else answer queue describe --format="value(state.state)"; fi)" || exit
     case "$seen" in
       ACTIVE) return ;;
-      FAILED | SUSPENDED) echo "tpu_vm: the queue gave $name up ($seen)" >&2; return 1 ;;
+      FAILED | SUSPENDED | ABSENT) echo "tpu_vm: the queue gave $name up ($seen)" >&2; return 1 ;;
     esac
     pause
   done
 }
 
-# Called where bash does not end at a failure, as are the next three.
 ready() {
-  now="$(state)" || exit 1
+  local now
+  now="$(state)" || exit
   case "$now" in
     READY) echo "tpu_vm: $name is there" >&2; return ;;
     # A spot TPU's request outlives what it was given.
@@ -105,10 +103,13 @@ ready() {
   create
 }
 
+pack() {
+  run mkdir -p "$logs"
+  run tar -czf "$logs/spt_jax.tar.gz" --exclude=__pycache__ spt_jax configs launch pyproject.toml README.md LICENSE
+}
+
 set_up() {
-  run mkdir -p "$logs" &&
-    run tar -czf "$logs/spt_jax.tar.gz" --exclude=__pycache__ spt_jax configs launch pyproject.toml README.md LICENSE &&
-    copy "$logs/spt_jax.tar.gz" "$name:spt_jax.tar.gz" all || return
+  copy "$logs/spt_jax.tar.gz" "$name:spt_jax.tar.gz" all || return
   # The hosts' own Python is too old, and on newer runtimes takes no packages unless told to.
   on_hosts all 'set -euo pipefail; mkdir -p spt_jax; tar -xzf spt_jax.tar.gz -C spt_jax; cd spt_jax; rm -f train.exit
     PIP_BREAK_SYSTEM_PACKAGES=1 python3 -m pip install --quiet --user uv; [ -d .venv ] || ~/.local/bin/uv venv --seed --python 3.12 .venv
@@ -120,22 +121,22 @@ mount_share() {
   [ -n "$nfs" ] || return 0
   printf -v source '%q' "$nfs"
   on_hosts all "mountpoint -q /mnt/runs || {
-    sudo apt-get -o DPkg::Lock::Timeout=600 install -y nfs-common && sudo mkdir -p /mnt/runs &&
-    sudo mount -t nfs $source /mnt/runs; }"
+    sudo apt-get -o DPkg::Lock::Timeout=600 install -y nfs-common && sudo mkdir -p /mnt/runs && sudo mount -t nfs $source /mnt/runs; }"
 }
 
-# Fails where the TPU was taken away meanwhile. One that stays may only just have started: its first connections fail.
+# Sets up until that is done or the TPU is gone: one that has just come may not take a connection yet.
 prepare() {
-  local tried failure
-  for ((tried = 0; ; tried++)); do
-    set_up && mount_share && return
-    failure=$?
-    now="$(state)" || exit 1
-    [ "$now" = READY ] || return 1
-    [ "$tried" -lt 2 ] || exit "$failure"
-    echo "tpu_vm: $name could not be set up; it is tried again" >&2
-    pause
+  local tried failed
+  for ((tried = 0; tried < 4; tried++)); do
+    [ "$tried" -eq 0 ] || pause
+    failed=0
+    { set_up && mount_share; } || failed=$?
+    [ "$failed" -gt 0 ] || return 0
+    now="$(state)"
+    [ "$now" = READY ] || return 0
+    echo "tpu_vm: $name could not be set up (exit code $failed)" >&2
   done
+  exit "$failed"
 }
 
 # One that is running already, after a connection that was lost, is waited for; the same command then finds it finished.
@@ -166,7 +167,8 @@ attend() {
 
 bring_logs() {
   local count=1 worker
-  [ -n "$dry" ] || count="$(tpu describe --format="value(networkEndpoints.len())")" || count=1
+  if [ -z "$dry" ]; then count="$(tpu describe --format="value(networkEndpoints.len())" || true)"; fi
+  [[ "$count" =~ ^[0-9]+$ ]] || count=1
   for ((worker = 0; worker < count; worker++)); do
     copy "$name:spt_jax/train.log" "$logs/worker-$worker.log" "$worker" || true
   done
@@ -185,25 +187,26 @@ dry_state=ABSENT
 trap finish EXIT
 trap 'exit 130' INT TERM
 for ((attempt = 0; attempt <= retries; attempt++)); do
-  failure=0
-  ready || failure=$?
-  if [ "$failure" -ne 0 ]; then
-    # The first time it may be a mistake; later there is a run to go on with, and no room for it for a while.
-    [ "$attempt" -gt 0 ] || exit "$failure"
-    echo "tpu_vm: $name could not be made; it is tried again" >&2
-    pause
+  made=0
+  ready || made=$?
+  if [ "$made" -gt 0 ]; then
+    [ "$attempt" -gt 0 ] || exit "$made"
+    echo "tpu_vm: $name could not be made again" >&2
+    [ "$attempt" -eq "$retries" ] || pause 300
     continue
   fi
   dry_state=READY
-  if ! prepare; then echo "tpu_vm: $name was preempted" >&2; continue; fi
-  attend "$@"
+  now=READY
+  pack
+  prepare
+  if [ "$now" = READY ]; then attend "$@"; fi
   if [ "$now" != READY ]; then echo "tpu_vm: $name was preempted" >&2; continue; fi
-  bring_logs
+  bring_logs || true
   case "$code" in
     75) echo "tpu_vm: the run was stopped and saved; it goes on" >&2 ;;
     '' | *[!0-9]*) echo "tpu_vm: the run left no exit code; see $logs" >&2; exit 1 ;;
     *) exit "$code" ;;
   esac
 done
-echo "tpu_vm: $name was preempted, stopped or not to be had more than $retries times; the same command goes on" >&2
+echo "tpu_vm: $name was preempted or stopped more than $retries times; the same command goes on" >&2
 exit 75

@@ -1,24 +1,28 @@
-"""launch/comparison.py with --jobs: so many runs at a time and no more; a failing one is told, the others finish."""
+"""launch/comparison.py with --jobs: so many runs at a time and no more; a failing one is told, the others finish.
+
+A stop ends them all, and none begins.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from stand_ins import wait_for
 
 REPOSITORY = Path(__file__).resolve().parent.parent.parent
 
 # The package's own modules behind a program that trains nothing and notes when it begins and ends.
 INIT = "__path__.append({real!r})\n__version__ = '0'\n"
 MAIN = """
-import json, os, signal, sys, time
+import json, os, sys, time
 from pathlib import Path
 
 door, *flags = sys.argv[1:]
@@ -31,18 +35,12 @@ def note(what):
         file.write(json.dumps([time.monotonic(), what, door, str(workdir), gpu]) + "\\n")
 
 
-def save(number, frame):
-    note("saves")
-    sys.exit(75)
-
-
-signal.signal(signal.SIGTERM, save)
 note("begins")
 # The first ones wait until there are as many as may go at once; one more than that would come while they go on.
 deadline = time.monotonic() + 20
 while Path({notes!r}).read_text().count("begins") < {jobs} and time.monotonic() < deadline:
     time.sleep(0.01)
-time.sleep({seconds})
+time.sleep(0.4)
 workdir.mkdir(parents=True, exist_ok=True)
 failed = door == "train" and {failing!r} in str(workdir)
 if door == "train" and not failed:
@@ -53,15 +51,33 @@ print("the reason of the failure" if failed else "done")
 sys.exit(3 if failed else 0)
 """
 
+# One that goes on until it is asked to end, and takes its time to save. When all are there that may be, `going` is.
+STOPPABLE = """
+import os, signal, sys, time
+from pathlib import Path
 
-def command_in(
-    folder: Path, jobs: int, failing: str = "nothing", diverging: str = "nothing", seconds: float = 0.4
-) -> tuple[list[str], dict[str, str]]:
-    """The program over the stand-in, and its environment."""
+notes, asked = Path({notes!r}), []
+for number in (signal.SIGTERM, signal.SIGINT):
+    signal.signal(number, lambda *_: asked.append(1))
+with notes.open("a") as file:
+    file.write("begins\\n")
+if notes.read_text().count("begins") == {jobs}:
+    notes.with_name("going").write_text(str(os.getpid()))
+deadline = time.monotonic() + 30
+while not asked and time.monotonic() < deadline:
+    time.sleep(0.01)
+time.sleep(0.3)
+with notes.open("a") as file:
+    file.write("saves\\n" if asked else "was not asked\\n")
+sys.exit(75)
+"""
+
+
+def prepare(folder: Path, program: str, jobs: int) -> tuple[list[str], dict[str, str]]:
+    """The command and its environment, in which `program` stands for ``spt-jax``."""
     stand_in = folder / "stand_in" / "spt_jax"
     stand_in.mkdir(parents=True)
     (stand_in / "__init__.py").write_text(INIT.format(real=str(REPOSITORY / "spt_jax")))
-    program = MAIN.format(notes=str(folder / "notes"), jobs=jobs, failing=failing, diverging=diverging, seconds=seconds)
     (stand_in / "__main__.py").write_text(program)
     dialogues = folder / "dialogues.txt"
     dialogues.write_text("1 your persona: i sail.\n2 hi\thello\n")
@@ -85,19 +101,16 @@ def command_in(
     return command, os.environ | {"PYTHONPATH": str(stand_in.parent), "CUDA_VISIBLE_DEVICES": "4,6"}
 
 
-def notes_in(folder: Path) -> list[list]:
-    """What the stand-ins noted: ``[time, what, door, workdir, GPUs]``, by time."""
-    path = folder / "notes"
-    return sorted(json.loads(line) for line in path.read_text().splitlines()) if path.exists() else []
-
-
-def compare(folder: Path, jobs: int, **options: str) -> tuple[subprocess.CompletedProcess[str], list[list]]:
-    """Runs the program over the stand-in; returns what it noted too."""
-    command, environment = command_in(folder, jobs, **options)
+def compare(
+    folder: Path, jobs: int, failing: str = "nothing", diverging: str = "nothing"
+) -> tuple[subprocess.CompletedProcess[str], list[list]]:
+    """Runs the program over the stand-in; its notes are ``[time, what, door, workdir, GPUs]``, by time."""
+    program = MAIN.format(notes=str(folder / "notes"), jobs=jobs, failing=failing, diverging=diverging)
+    command, environment = prepare(folder, program, jobs)
     done = subprocess.run(
         command, cwd=folder, env=environment, capture_output=True, text=True, timeout=120, check=False
     )
-    return done, notes_in(folder)
+    return done, sorted(json.loads(line) for line in (folder / "notes").read_text().splitlines())
 
 
 def most_at_once(notes: list[list]) -> int:
@@ -145,33 +158,28 @@ def test_a_rate_whose_perplexity_is_no_number_is_not_taken(tmp_path):
     assert tried["chosen"] == 0.003
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 @pytest.mark.parametrize("jobs", [1, 2])
-def test_a_stop_lets_what_runs_save_and_nothing_else_begin(tmp_path, jobs, number):
-    command, environment = command_in(tmp_path, jobs, seconds=60)
+@pytest.mark.parametrize("who", ["the program, by SIGTERM", "the program, by SIGINT", "a terminal", "one of the runs"])
+def test_a_stop_ends_the_runs_that_are_under_way_and_begins_none(tmp_path, jobs, who):
+    command, environment = prepare(tmp_path, STOPPABLE.format(notes=str(tmp_path / "notes"), jobs=jobs), jobs)
     with subprocess.Popen(
-        command, cwd=tmp_path, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as program:
+        command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
         try:
-            deadline = time.monotonic() + 60
-            while [note[1] for note in notes_in(tmp_path)] != ["begins"] * jobs and time.monotonic() < deadline:
-                time.sleep(0.02)
-            program.send_signal(number)
-            _, err = program.communicate(timeout=30)
+            wait_for(tmp_path / "going")
+            if who == "a terminal":
+                os.killpg(process.pid, signal.SIGINT)
+            elif who == "one of the runs":
+                os.kill(int((tmp_path / "going").read_text()), signal.SIGTERM)
+            else:
+                process.send_signal(signal.SIGINT if "SIGINT" in who else signal.SIGTERM)
+            _, err = process.communicate(timeout=60)
+            # The notes of a run that nobody waited for come later.
+            with pytest.raises(ProcessLookupError):
+                os.killpg(process.pid, 0)
         finally:
-            program.kill()
-    assert program.returncode == 75, err
-    assert "the same command goes on" in err
-    assert "Traceback" not in err
-    assert sorted(note[1] for note in notes_in(tmp_path)) == sorted(["begins", "saves"] * jobs)
-
-
-def test_a_run_that_was_asked_to_stop_by_itself_stops_the_others(tmp_path):
-    command, environment = command_in(tmp_path, 1, seconds=0.1)
-    program = tmp_path / "stand_in" / "spt_jax" / "__main__.py"
-    program.write_text(program.read_text().replace('note("fails" if', "sys.exit(75)\nnote('fails' if"))
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=60, check=False
-    )
-    assert done.returncode == 75
-    assert len(notes_in(tmp_path)) == 1
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 75, err
+    assert "stopped; the same command goes on" in err
+    assert (tmp_path / "notes").read_text().split() == ["begins"] * jobs + ["saves"] * jobs

@@ -43,7 +43,7 @@ def gcloud(
     stand_ins: StandIns,
     states: Sequence[Answer],
     codes: Sequence[Answer] = ((0, "0\n"),),
-    queue: Sequence[str] = ("ACTIVE",),
+    queue: Sequence[str | Answer] = ("ACTIVE",),
     hosts: int = 1,
     first: Mapping[str, list[Answer]] | None = None,
 ) -> None:
@@ -51,7 +51,9 @@ def gcloud(
     rules = {
         rf"tpu-vm describe {NAMED} --format=value\(state\)": list(states),
         rf"tpu-vm describe {NAMED} --format=value\(networkEndpoints\.len\(\)\)": [(0, f"{hosts}\n")],
-        rf"queued-resources describe {NAMED} --format=value\(state\.state\)": [(0, f"{state}\n") for state in queue],
+        rf"queued-resources describe {NAMED} --format=value\(state\.state\)": [
+            (0, f"{state}\n") if isinstance(state, str) else state for state in queue
+        ],
         rf"tpu-vm ssh {NAMED} --worker=0 --command=cat spt_jax/train\.exit": list(codes),
         **{change: [DONE] for change in CHANGES},
     }
@@ -146,6 +148,73 @@ def test_a_preempted_tpu_is_deleted_made_again_and_trains_on(stand_ins, options)
     made = [call for call in calls(stand_ins) if call[4] == "create"]
     assert all("--spot" in call for call in made)
     assert {call[3] for call in made} == {"queued-resources" if "--queued" in options else "tpu-vm"}
+
+
+NO_ROOM: Answer = (7, "ERROR: (gcloud.compute.tpus.tpu-vm.create) There is no more capacity in the zone\n")
+
+
+@pytest.mark.parametrize("times", [1, 3])
+def test_a_preempted_tpu_for_which_there_is_no_room_is_tried_for_again(stand_ins, times):
+    states = [ABSENT, PREEMPTED, PREEMPTED, *[ABSENT] * times, READY]
+    gcloud(stand_ins, states, first={"tpu-vm create": [DONE, *[NO_ROOM] * times, DONE]})
+    done = script(stand_ins, "--spot")
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == [*ONCE[:4], "delete", *["create"] * times, *ONCE]
+    assert done.stderr.count("could not be made again") == times
+
+
+def test_a_queue_that_gives_a_preempted_tpu_up_is_tried_again(stand_ins):
+    states = [ABSENT, PREEMPTED, PREEMPTED, ABSENT, READY]
+    gcloud(stand_ins, states, queue=["ACTIVE", "FAILED", "ACTIVE"])
+    done = script(stand_ins, "--spot", "--queued")
+    assert done.returncode == 0, done.stderr
+    # A request that is left is forgotten before each new one.
+    assert steps(stand_ins) == ["delete", *ONCE[:4], "delete", "create", "delete", *ONCE]
+
+
+def test_as_often_as_it_may_be_made_again_it_is_tried_for(stand_ins):
+    gcloud(stand_ins, [ABSENT, PREEMPTED, PREEMPTED, ABSENT], first={"tpu-vm create": [DONE, NO_ROOM]})
+    done = script(stand_ins, "--spot", "--retries", "2")
+    assert done.returncode == 75, done.stderr
+    assert steps(stand_ins) == [*ONCE[:4], "delete", "create", "create", "delete"]
+
+
+@pytest.mark.parametrize(
+    ("states", "failing", "number"),
+    [
+        ([ABSENT, PREEMPTED, OFFLINE], "nothing", 4),
+        ([ABSENT, OFFLINE], "nothing", 4),
+        ([ABSENT, OFFLINE], "launch/environment.sh", 3),
+    ],
+)
+def test_a_gcloud_that_no_longer_answers_ends_it_whatever_is_left_to_be_tried(stand_ins, states, failing, number):
+    gcloud(stand_ins, states, first={failing: [(255, "")]})
+    done = script(stand_ins, "--spot", "--retries", "2")
+    assert done.returncode == 1
+    assert done.stderr.count("gcloud does not tell the state of my tpu") == 1
+    assert steps(stand_ins) == [*ONCE[:number], "delete"]
+
+
+SHARED = ("--nfs", "10.0.0.2:/share", "--workdir", "/mnt/runs/a")
+
+
+@pytest.mark.parametrize(("step", "number"), [("tpu-vm scp", 1), ("launch/environment.sh", 2), ("mountpoint", 3)])
+def test_a_tpu_that_is_preempted_while_it_is_set_up_is_made_again(stand_ins, step, number):
+    gcloud(stand_ins, [ABSENT, PREEMPTED, PREEMPTED, READY], first={step: [(255, ""), DONE]})
+    done = script(stand_ins, "--spot", *SHARED)
+    assert done.returncode == 0, done.stderr
+    whole = ["create", "send", "install", "mount", "train", "logs", "delete"]
+    assert steps(stand_ins) == [*whole[: number + 1], "delete", *whole]
+    assert "my tpu was preempted" in done.stderr
+
+
+@pytest.mark.parametrize(("step", "number"), [("tpu-vm scp", 1), ("launch/environment.sh", 2), ("mountpoint", 3)])
+def test_a_set_up_that_fails_on_a_tpu_that_is_there_is_tried_again(stand_ins, step, number):
+    gcloud(stand_ins, [ABSENT, READY], first={step: [(255, ""), (255, ""), DONE]})
+    done = script(stand_ins, *SHARED)
+    assert done.returncode == 0, done.stderr
+    tried = ["send", "install", "mount"][:number]
+    assert steps(stand_ins) == ["create", *tried, *tried, "send", "install", "mount", "train", "logs", "delete"]
 
 
 def test_a_spot_tpu_of_the_queue_that_is_gone_is_asked_for_anew(stand_ins):
@@ -259,62 +328,6 @@ def test_a_run_that_left_no_exit_code_is_a_failure(stand_ins):
     assert steps(stand_ins).count("train") == 3
 
 
-def test_where_there_is_no_room_after_a_preemption_it_is_tried_again(stand_ins):
-    full: Answer = (1, "ERROR: There is no more capacity in the zone\n")
-    gcloud(stand_ins, [ABSENT, PREEMPTED, *[ABSENT] * 3, READY], first={"tpu-vm create": [DONE, full, full, DONE]})
-    done = script(stand_ins, "--spot")
-    assert done.returncode == 0, done.stderr
-    assert steps(stand_ins) == [*ONCE[:4], "create", "create", *ONCE]
-    assert done.stderr.count("could not be made; it is tried again") == 2
-
-
-def test_where_there_is_never_room_again_the_retries_are_spent(stand_ins):
-    gcloud(stand_ins, [ABSENT, PREEMPTED, ABSENT], first={"tpu-vm create": [DONE, (1, "ERROR: no more capacity\n")]})
-    done = script(stand_ins, "--spot", "--retries", "3")
-    assert done.returncode == 75
-    assert steps(stand_ins).count("create") == 4
-
-
-@pytest.mark.parametrize("failing", ["launch/environment.sh", "mountpoint", "tpu-vm scp"])
-def test_a_tpu_that_is_preempted_while_it_is_set_up_is_made_again(stand_ins, failing):
-    gcloud(stand_ins, [ABSENT, PREEMPTED, PREEMPTED, READY], first={failing: [(255, ""), DONE]})
-    stand_ins.add("tar")
-    named = ("--name", "a", "--zone", "z", "--type", "v5litepod-16", "--logs", str(stand_ins.folder / "logs"))
-    share = ("--nfs", "10.0.0.2:/a", "--workdir", "/mnt/runs/a")
-    done = stand_ins.run("tpu_vm.sh", *named, *share, *TRAIN, POLL_SECONDS="0")
-    assert done.returncode == 0, done.stderr
-    assert steps(stand_ins).count("create") == 2
-    assert steps(stand_ins)[-6:] == ["send", "install", "mount", "train", "logs", "delete"]
-    assert "a was preempted" in done.stderr
-
-
-def test_a_tpu_that_has_only_just_started_is_set_up_at_another_attempt(stand_ins):
-    gcloud(stand_ins, [ABSENT, READY], first={"tpu-vm scp .* --worker=all": [(255, ""), (255, ""), DONE]})
-    done = script(stand_ins)
-    assert done.returncode == 0, done.stderr
-    assert steps(stand_ins) == ["create", "send", "send", *ONCE[1:]]
-
-
-def test_a_queue_that_does_not_answer_for_a_while_keeps_its_place(stand_ins):
-    asked = {r"queued-resources describe": [(0, "WAITING_FOR_RESOURCES\n"), OFFLINE, OFFLINE, (0, "ACTIVE\n")]}
-    gcloud(stand_ins, [ABSENT, READY], first=asked)
-    done = script(stand_ins, "--queued", "--retries", "2")
-    assert done.returncode == 0, done.stderr
-    assert steps(stand_ins) == ["delete", *ONCE]
-
-
-def test_a_queue_that_never_answers_is_told(stand_ins):
-    gcloud(stand_ins, [ABSENT], first={r"queued-resources describe": [OFFLINE]})
-    done = script(stand_ins, "--queued", "--retries", "2")
-    assert done.returncode == 1
-    assert "does not tell the state of the queue" in done.stderr
-
-
-def test_logs_that_cannot_be_brought_change_no_exit_code(stand_ins):
-    gcloud(stand_ins, [ABSENT, READY], first={r"networkEndpoints": [OFFLINE], r"tpu-vm scp .*train\.log": [(255, "")]})
-    assert script(stand_ins).returncode == 0
-
-
 @pytest.mark.parametrize("failing", ["tpu-vm create", "launch/environment.sh", "tpu-vm scp"])
 def test_whatever_fails_the_tpu_is_deleted(stand_ins, failing):
     gcloud(stand_ins, [ABSENT, READY], first={failing: [(3, "")]})
@@ -322,6 +335,7 @@ def test_whatever_fails_the_tpu_is_deleted(stand_ins, failing):
     assert done.returncode == 3, done.stderr
     assert steps(stand_ins)[-1] == "delete"
     assert "train" not in steps(stand_ins)
+    assert steps(stand_ins).count("create") == 1
 
 
 def test_a_share_is_mounted_on_all_hosts_before_training_and_the_run_lies_there(stand_ins):
@@ -333,6 +347,8 @@ def test_a_share_is_mounted_on_all_hosts_before_training_and_the_run_lies_there(
     assert steps(stand_ins) == ["create", "send", "install", "mount", "train", "logs", "delete"]
     (call,) = [call for call in calls(stand_ins) if "mountpoint" in " ".join(call)]
     assert "--worker=all" in call
+    # A machine that has just come is installing by itself.
+    assert "sudo apt-get -o DPkg::Lock::Timeout=600 install -y nfs-common" in call[-1]
     assert "sudo mount -t nfs 10.0.0.2:/my\\ share /mnt/runs" in call[-1]
 
 
@@ -353,6 +369,34 @@ def test_a_queue_that_gives_up_ends_it(stand_ins):
     assert done.returncode == 1
     assert "the queue gave my tpu up (FAILED)" in done.stderr
     assert steps(stand_ins) == ["delete", "create", "delete"]
+
+
+def test_a_queue_that_cannot_be_asked_goes_on_holding_the_place(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY], queue=[OFFLINE, "WAITING_FOR_RESOURCES", OFFLINE, OFFLINE, "ACTIVE"])
+    done = script(stand_ins, "--queued")
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == ["delete", *ONCE]
+
+
+@pytest.mark.parametrize(
+    ("answers", "sentence"),
+    [([OFFLINE], "gcloud does not tell the state of my tpu"), ([ABSENT], "the queue gave my tpu up (ABSENT)")],
+)
+def test_a_queue_that_never_answers_or_has_lost_the_request_ends_it(stand_ins, answers, sentence):
+    gcloud(stand_ins, [ABSENT], queue=["WAITING_FOR_RESOURCES", *answers])
+    done = script(stand_ins, "--queued", "--retries", "2")
+    assert done.returncode == 1
+    assert sentence in done.stderr
+    assert steps(stand_ins) == ["delete", "create", "delete"]
+
+
+@pytest.mark.parametrize("answer", [OFFLINE, (0, "\n"), (0, "none\n")])
+@pytest.mark.parametrize("code", [0, 2])
+def test_the_number_of_hosts_does_not_decide_what_the_run_ended_with(stand_ins, answer, code):
+    gcloud(stand_ins, [ABSENT, READY], codes=[(0, f"{code}\n")], first={r"networkEndpoints": [answer]})
+    done = script(stand_ins)
+    assert done.returncode == code, done.stderr
+    assert steps(stand_ins) == ONCE
 
 
 def test_a_tpu_that_cannot_be_deleted_is_told(stand_ins):
