@@ -20,6 +20,7 @@ from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError, nearest
 from spt_jax.exit_codes import STOPPED
 from spt_jax.parallel.gpu_shares import gpu_shares
+from spt_jax.sweeps.slurm_parameters import with_srun_args
 
 STORAGE_VARIABLE = "SPT_JAX_SWEEP_STORAGE"
 """Environment variable with the storage's address: it may hold a password, which a command line would show."""
@@ -169,7 +170,7 @@ def start_slurm(
         raise UserError("--launcher=slurm needs submitit; install spt_jax with the extra sweep") from error
     try:
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
-        executor.update_parameters(name=command.name, **parameters)
+        executor.update_parameters(name=command.name, **with_srun_args(parameters))
     except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--launcher=slurm: submitit says: {' '.join(str(error).split())[:400]}") from error
     with executor.batch():

@@ -1,9 +1,10 @@
-"""What ``--slurm=NAME=VALUE`` says, as parameters of submitit's executor."""
+"""Parameters of submitit's executor: what ``--slurm=NAME=VALUE`` says, and what submitit does not see to itself."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+import shlex
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
@@ -30,6 +31,24 @@ def read_parameters(given: Sequence[str]) -> dict[str, Any]:
         parameters[name] = _read(text, value)
         _check_time(text, name, parameters[name])
     return parameters
+
+
+def with_srun_args(parameters: Mapping[str, Any]) -> dict[str, Any]:
+    """The parameters, with a list of what srun is told, by which it gives a worker the CPUs that its job has.
+
+    submitit asks sbatch alone for them, and since Slurm 22.05 srun does not take them over. What the user has srun told
+    comes after, and wins; as one text it is split as a shell would.
+
+    Args:
+        parameters: Of `submitit.AutoExecutor`.
+    """
+    others = dict(parameters)
+    own = [others.pop(name) for name in ("srun_args", "slurm_srun_args") if name in others]
+    words = [word for given in own for word in (shlex.split(given) if isinstance(given, str) else given)]
+    cpus = others.get("slurm_cpus_per_task", others.get("cpus_per_task"))
+    if cpus is not None:
+        words.insert(0, f"--cpus-per-task={cpus}")
+    return others | ({"slurm_srun_args": words} if words else {})
 
 
 def _read(text: str, value: str) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import shlex
 import signal
 import stat
 import subprocess
@@ -173,17 +174,46 @@ def test_a_slurm_job_whose_worker_fails_has_failed(tmp_path, submitit_listens):
     assert not (tmp_path / "requeued").exists()
 
 
+def submitted(folder: Path, monkeypatch: pytest.MonkeyPatch, parameters: dict[str, Any]) -> str:
+    """What a stand-in for sbatch is given for two workers."""
+    stand_in(folder / "bin", "sbatch", 'cat "$1" >> batch; echo Submitted batch job 7')
+    stand_in(folder / "bin", "srun", "")
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:{os.environ['PATH']}")
+    monkeypatch.chdir(folder)
+    assert len(start_slurm(noting(folder), 2, folder / "slurm", parameters)) == 2
+    return (folder / "batch").read_text()
+
+
 def test_a_stand_in_sbatch_is_given_the_parameters(tmp_path, monkeypatch):
-    stand_in(tmp_path / "bin", "sbatch", 'cat "$1" >> batch; echo Submitted batch job 7')
-    stand_in(tmp_path / "bin", "srun", "")
-    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
-    monkeypatch.chdir(tmp_path)
     parameters = {"timeout_min": 90, "gpus_per_node": 1, "slurm_partition": "gpu"}
-    jobs = start_slurm(noting(tmp_path), 2, tmp_path / "slurm", parameters)
-    assert len(jobs) == 2
-    batch = (tmp_path / "batch").read_text()
+    batch = submitted(tmp_path, monkeypatch, parameters)
     for line in ("--time=90", "--gpus-per-node=1", "--partition=gpu", "--job-name=rates", "--array=0-1"):
         assert line in batch
+    assert "cpus-per-task" not in batch
+
+
+@pytest.mark.parametrize(
+    ("parameters", "asked", "told"),
+    [
+        ({"cpus_per_task": 3}, ["--cpus-per-task=3"], ["--cpus-per-task=3"]),
+        ({"slurm_cpus_per_task": 3, "cpus_per_task": 2}, ["--cpus-per-task=3"], ["--cpus-per-task=3"]),
+        (
+            {"cpus_per_task": 3, "slurm_srun_args": ["--cpu-bind=none", "-c", "4"]},
+            ["--cpus-per-task=3"],
+            ["--cpus-per-task=3", "--cpu-bind=none", "-c", "4"],
+        ),
+        ({"slurm_srun_args": "--cpu-bind=none -c 4"}, [], ["--cpu-bind=none", "-c", "4"]),
+        ({}, [], []),
+    ],
+    ids=str,
+)
+def test_srun_is_told_the_cpus_that_the_job_is_asked_for_and_what_the_user_adds(
+    tmp_path, monkeypatch, parameters, asked, told
+):
+    lines = submitted(tmp_path, monkeypatch, parameters).splitlines()
+    assert [line.split()[1] for line in lines if line.startswith("#SBATCH --cpus-per-task")] == asked
+    words = next(shlex.split(line) for line in lines if line.startswith("srun "))
+    assert words[words.index("--error") + 2 : words.index(sys.executable)] == told
 
 
 @pytest.mark.parametrize(
