@@ -86,6 +86,9 @@ class SlurmWorker:
             CalledProcessError: The worker failed.
         """
         environment = os.environ | {STORAGE_VARIABLE: self.command.storage}
+        if "SLURM_GPUS_ON_NODE" in environment:
+            # JAX would go on with the CPU where the node's driver does not serve it.
+            environment.setdefault("JAX_PLATFORMS", "cuda,cpu")
         warning = _submitits_warning()
         with _kept_from_children(warning):
             self._worker = worker = subprocess.Popen(self.command.words, env=environment)

@@ -168,6 +168,25 @@ def test_the_job_that_has_its_arrays_number_is_put_back_unless_it_was_cancelled(
     assert (tmp_path / "saved").exists() and (tmp_path / "requeued").exists() == again
 
 
+@pytest.mark.parametrize(
+    ("environment", "platforms"),
+    [
+        ({}, "none"),
+        ({"SLURM_GPUS_ON_NODE": "1"}, "cuda,cpu"),
+        ({"SLURM_GPUS_ON_NODE": "1", "JAX_PLATFORMS": "rocm"}, "rocm"),
+    ],
+)
+def test_a_slurm_job_with_gpus_does_not_go_on_with_the_cpu(
+    tmp_path, submitit_listens, monkeypatch, environment, platforms
+):
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    program = "import os, pathlib, sys; pathlib.Path(sys.argv[1]).write_text(os.environ.get('JAX_PLATFORMS', 'none'))"
+    SlurmWorker(WorkerCommand([sys.executable, "-c", program, str(tmp_path / "platforms")], URL, "rates"))()
+    assert (tmp_path / "platforms").read_text() == platforms
+
+
 def test_a_slurm_job_whose_worker_fails_has_failed(tmp_path, submitit_listens):
     with pytest.raises(subprocess.CalledProcessError):
         SlurmWorker(WorkerCommand([sys.executable, "-c", "raise SystemExit(1)"], URL, "rates"))()
