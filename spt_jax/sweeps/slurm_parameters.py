@@ -55,8 +55,8 @@ def _read(text: str, value: str) -> Any:
     if value[:1] + value[-1:] not in ("[]", "{}"):
         return _scalar(value)
     try:
-        # As texts: YAML's own rules take 4:00:00 for 14400, 0123 for 83 and off for False.
-        read = yaml.load(value, yaml.BaseLoader)
+        # As texts, all that this loader makes: YAML's own rules take 4:00:00 for 14400, 0123 for 83 and off for False.
+        read = yaml.BaseLoader(value).get_single_data()
     except yaml.YAMLError as error:
         raise UserError(f"--slurm={text} is no list or mapping of YAML: {' '.join(str(error).split())}") from error
     if isinstance(read, dict):
