@@ -76,7 +76,9 @@ def assert_same(here: Path, alone: Path) -> None:
     for name, column in expected["columns"].items():
         assert results["columns"][name].keys() == column.keys()
         for figure, value in column.items():
-            assert np.allclose(results["columns"][name][figure] or 0, value or 0, rtol=1e-5, atol=1e-6), (name, figure)
+            other = results["columns"][name][figure]
+            assert (other is None) == (value is None), (name, figure)
+            assert value is None or np.allclose(other, value, rtol=1e-5, atol=1e-6), (name, figure)
     for row, other in zip(predictions, wanted, strict=True):
         numbers = {name: (row.pop(name), other.pop(name)) for name in ("scores", "nll")}
         assert row == other

@@ -28,7 +28,7 @@ from spt_jax.prompting.losses import (
 )
 from spt_jax.prompting.objective import Objective, losses_and_gradients
 from spt_jax.prompting.retriever import cosine_similarity, softplus_score
-from spt_jax.prompting.selective_lm import score_turns
+from spt_jax.prompting.selective_lm import batch_scores, score_turns
 from spt_jax.training.step import init_state, make_train_step
 
 pytestmark = pytest.mark.first_python
@@ -140,6 +140,26 @@ def test_the_total_is_linear_in_the_weights_and_the_lm_loss_can_be_off_or_alone(
     # Without the LM's loss the bank learns through its side of the cosine alone, which sees the mean of its tokens.
     bank = np.asarray(off[1]["bank"]["prompts"])
     np.testing.assert_allclose(bank, np.broadcast_to(bank[:, :1], bank.shape), atol=1e-7 * np.abs(bank).max() + 1e-9)
+
+
+def test_the_balance_enters_the_total_and_the_retrievers_gradient_by_its_weight():
+    batch = tiny.packed("dialogue", tiny.DIALOGUES[2:]).batch()
+    tree = tiny.trainable()
+
+    def at(weight: float) -> Any:
+        return tiny.STEP(tiny.MODEL, Objective(0.7, 0.4, 0.0, balance_weight=weight), tiny.params(), tree, batch)
+
+    def balance(tree: Any) -> jax.Array:
+        scores = batch_scores(tiny.MODEL, tiny.params(), tree, batch)
+        return balance_loss(scores, batch["turn_mask"] / batch["turn_mask"].sum(), 1.0)
+
+    (with_it, gradient), (without, plain) = at(5.0), at(0.0)
+    value, expected = jax.value_and_grad(balance)(tree)
+    assert float(with_it.balance) == pytest.approx(float(value), rel=1e-5)
+    assert float(with_it.total - without.total) == pytest.approx(5 * float(value), rel=1e-5)
+    difference = jax.tree.map(lambda a, b: (a - b) / 5, gradient["retriever"], plain["retriever"])
+    assert tiny.relative_difference(difference, expected["retriever"]) <= 1e-3
+    assert max(np.abs(x).max() for x in jax.tree.leaves(expected["retriever"])) > 1e-4
 
 
 def flops(fusion_weight: float) -> float:

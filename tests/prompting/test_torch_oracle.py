@@ -97,10 +97,27 @@ def test_losses_and_gradients_equal_the_torch_oracle(layout, pairs, record_prope
     assert np.max(list(differences.values())) <= 1e-4, differences
 
 
-def test_the_oracle_would_notice_a_wrong_weight():
-    objective = Objective(0.7, 0.4, 0.9)
-    wrong = dataclasses.replace(objective, fusion_weight=1.0)
-    batch = tiny.packed("dialogue").batch()
-    a, _ = tiny.STEP(tiny.MODEL, objective, tiny.params(), tiny.trainable(), batch)
-    b, _ = tiny.STEP(tiny.MODEL, wrong, tiny.params(), tiny.trainable(), batch)
-    assert abs(float(a.total - b.total)) > 1e-3
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"selection_weight": 1.0},
+        {"contrastive_weight": 0.8},
+        {"fusion_weight": 1.0},
+        {"gold_temperature": 1.0},
+        {"score_temperature": 1.0},
+        {"pairs": "all"},
+    ],
+    ids=lambda wrong: next(iter(wrong)),
+)
+def test_the_oracle_would_notice_a_wrong_option(wrong):
+    objective = Objective(0.7, 0.4, 0.9, gold_temperature=0.5, score_temperature=0.8)
+    frozen, tree, turns = tiny.params(), tiny.trainable(), tiny.packed("turn")
+    bank, linear = np.array(tree["bank"]["prompts"]), tree["retriever"]["lin"]
+    learned = [torch.tensor(np.array(x)) for x in (bank, linear["kernel"], linear["bias"])]
+    texts = [t for row in turns.texts for t in row]
+    terms, _, _ = oracle(
+        torch_llama(tiny.CONFIG, frozen), dataclasses.replace(objective, **wrong), *learned, turns.rows, texts
+    )
+    losses, _ = tiny.STEP(tiny.MODEL, objective, frozen, tree, tiny.packed("dialogue").batch())
+    ours = {name: getattr(losses, name) for name in terms}
+    assert tiny.relative_difference(ours, {name: value.numpy() for name, value in terms.items()}) > 1e-3

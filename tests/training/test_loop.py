@@ -21,6 +21,7 @@ from spt_jax.errors import UserError
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import place_batch, replicated
 from spt_jax.prompting.objective import Objective
+from spt_jax.training import step as step_module
 from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.checkpoint_arrays import restore_targets
 from spt_jax.training.loop import LoopOptions, Outcome, evaluation_pending, train
@@ -401,6 +402,27 @@ def test_a_trace_cut_short_by_an_error_leaves_the_profiler_free(tmp_path):
     with pytest.raises(UserError):
         run.go()
     test_a_trace_is_written_of_the_steps_asked_for(tmp_path / "two")
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(1.0, math.inf), (1.0, math.nan), (math.nan, 0.0), (math.inf, 0.0)])
+def test_either_a_loss_or_a_gradient_that_is_not_finite_skips_a_step(monkeypatch, loss, gradient):
+    real = step_module.losses_and_gradients
+
+    def one_is_not(*arguments: Any) -> Any:
+        losses, gradients = real(*arguments)
+        return losses._replace(total=jnp.full_like(losses.total, loss)), jax.tree.map(
+            lambda x: jnp.full_like(x, gradient), gradients
+        )
+
+    monkeypatch.setattr(step_module, "losses_and_gradients", one_is_not)
+    mesh, optimizer = one_device(), optax.adam(0.1)
+    step = make_train_step(tiny.MODEL, Objective(), optimizer, mesh)
+    host = {name: np.asarray(x) for name, x in tiny.packed("dialogue").batch().items()}
+    state = init_state(tiny.trainable(), optimizer, mesh)
+    before = jax.device_get((state.trainable, state.optimizer))
+    after, metrics = step(state, jax.device_put(tiny.params(), replicated(mesh)), place_batch(mesh, host))
+    assert (int(after.skipped), int(metrics["bad_in_a_row"])) == (1, 1)
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get((after.trainable, after.optimizer)), before)
 
 
 def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(tmp_path):
