@@ -32,11 +32,12 @@ CASES = [
     if (kind, quantization) != ("full", "int8")  # there are no floats to learn
 ]
 CASES.append(INT4)
-# Weights gathered, activations summed, weights learned; a prompt, a prefix, neither.
+# Weights gathered, activations summed, weights learned; prompts, a prefix, matrices of each layer, the LM.
 SHORT = {
     ("spt", "int8", (1, 4, 2)),
     INT4,
     ("prefix_tuning", "none", (2, 1, 4)),
+    ("lora", "none", (2, 2, 2)),
     ("full", "none", (4, 2, 1)),
 }
 RATE = 0.5
