@@ -84,7 +84,8 @@ class Batch:
             if step >= max_new_tokens or finished.all():
                 break
             looked = step
-            state = dataclasses.replace(state, finished=jnp.asarray(finished))
+            # Where the array lay, not where a new one would: the program would be compiled once more for that.
+            state = dataclasses.replace(state, finished=state.finished | finished)
         counts = np.minimum(counts, lengths)
         return [
             [Continued(ids[:count].tolist()) for ids, count in zip(*row, strict=True)]

@@ -130,7 +130,9 @@ def begin(
         tokens=jnp.zeros(shape, jnp.int32),
         counts=jnp.zeros((rows, strands), jnp.int32),
         finished=jnp.broadcast_to(~real[:, None], (rows, strands)),
-        keys=keys,
+        # An output that is an input lies where that lay: not where the others do, so that `decode_loop`, whose own
+        # outputs lie there, would be compiled twice.
+        keys=jax.lax.optimization_barrier(keys),
         step=jnp.int32(0),
     )
     return _chosen(state, jnp.repeat(logits, strands, axis=0), eos_ids, rule)

@@ -187,13 +187,19 @@ def test_a_call_compiles_once_a_width(tiny, monkeypatch):
     assert set(shapes) == {(8, 2, 2, 4, 2, 4, 8, width) for width in (16, 32, 48)}
 
 
-def test_a_program_serves_every_part_of_a_reply_and_every_stream(tiny, contexts):
+@pytest.mark.parametrize("placed", [False, True], ids=["where they fall", "on a mesh"])
+def test_a_program_serves_every_part_of_a_reply_and_every_stream(tiny, contexts, placed):
+    """With weights that nobody placed, and on a mesh of one device, where loaded ones lie."""
+    if placed:
+        mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+        tiny = dataclasses.replace(tiny, params=jax.device_put(tiny.params, replicated(mesh)))
     engine = make_engine(tiny, max_batch=1)
-    engine.generate(tiny.bank, contexts[:1], [0], max_new_tokens=NEW)
-    programs = decode_loop._cache_size()
-    engine.generate(tiny.bank, contexts[:1], [0], max_new_tokens=NEW, ended=lambda ids: False)
-    list(engine.stream(tiny.bank, contexts[0], 0, max_new_tokens=NEW))
-    assert decode_loop._cache_size() == programs
+    jax.clear_caches()
+    engine.generate(tiny.bank, contexts[:1], [0], max_new_tokens=20)
+    assert decode_loop._cache_size() == 1
+    engine.generate(tiny.bank, contexts[:1], [0], max_new_tokens=20, ended=lambda ids: False)
+    list(engine.stream(tiny.bank, contexts[0], 0, max_new_tokens=20))
+    assert decode_loop._cache_size() == 1
 
 
 def test_soft_prompts_are_read_once_and_again_when_the_bank_is_another(tiny, contexts, selected, monkeypatch):
