@@ -19,7 +19,10 @@ def on_one_cpu(tree: Any) -> bool:
 
 
 def layers_apart(stack: Any) -> list[Any]:
-    """The L layers of a tree of arrays ``[L, ...]`` that lie on one CPU; views of the stack, but for the smallest."""
+    """The L layers of a tree of arrays ``[L, ...]`` that lie on one CPU; views of the stack.
+
+    The smallest arrays, and those of int4, which NumPy has a byte each for, are copies.
+    """
     leaves, structure = jax.tree.flatten(stack)
     (device,) = leaves[0].devices()
     # As tied to their device as the stack is, or programs would be compiled for either kind.

@@ -93,7 +93,7 @@ class Losses(NamedTuple):
         scores: float32 ``[D, N, K]``.
         usage: float32 ``[K]``, share of turns whose highest score is prompt k's.
         selection_entropy: Mean entropy of ``softmax_k(score / τ_sim)``, nats.
-        selected_nll: Mean over tokens of the selected prompt's nll, nats.
+        selected_nll: Mean over tokens of the selected prompt's nll, nats; of a subset, the best scored in it.
     """
 
     total: jax.Array
@@ -167,6 +167,9 @@ def losses_and_gradients(
 
     Returns:
         The losses, and gradients shaped like `trainable`.
+
+    Raises:
+        ValueError: The contrastive loss has a weight, and the batch no ``similar``.
     """
     params = vocabulary_gathered(model, params)
     lm_key, adapter_key, retriever_key, noise_key, subset_key = [None] * 5 if key is None else jax.random.split(key, 5)
@@ -305,6 +308,12 @@ def _over_turns(
     if objective.gold_noise:
         assert noise_key is not None, "noise needs a key"
         target = noisy_target(target, objective.gold_noise, noise_key)
+
+    if objective.contrastive_weight and "similar" not in batch:
+        raise ValueError(
+            "the batch has no 'similar', of which the contrastive loss is made: give the loader pair_texts, or the "
+            "objective contrastive_weight = 0"
+        )
 
     def terms(scores: jax.Array) -> Any:
         selection = selection_loss(target, subset.of(scores), turn_weights, objective.score_temperature)

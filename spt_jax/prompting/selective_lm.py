@@ -200,8 +200,8 @@ def target_hidden(
         num_prompts, front = bank.shape[-6], bank.shape[-3]
         cache = prefix_cache(model.decoder, _per_row(bank, text.shape[0], 6), front + text.shape[1])
         embeddings, first = repeat(text, "d t m -> (d k) t m", k=num_prompts), front
-    if model.decoder.attention_kernel == "cudnn":
-        # Its gradient wants rows of an even length.
+    if model.decoder.attention_kernel == "cudnn" and cache is None:
+        # Its gradient wants rows of an even length. Rows behind prefixes, which fill their cache, go without it.
         embeddings = jnp.pad(embeddings, ((0, 0), (0, embeddings.shape[1] % 2), (0, 0)))
     embeddings = _on_its_devices(model, embeddings)
     rows, length, _ = embeddings.shape

@@ -11,7 +11,7 @@ import pytest
 import tiny
 
 from spt_jax.models.decoder import decode, embed, vocabulary_logits
-from spt_jax.prompting.adapters import SoftPrompts
+from spt_jax.prompting.adapters import Prefixes, SoftPrompts
 from spt_jax.prompting.losses import selection_loss, selection_target
 from spt_jax.prompting.objective import Losses, Objective, losses_and_gradients
 from spt_jax.prompting.retriever import RetrieverConfig
@@ -252,3 +252,24 @@ def test_rows_in_fused_attention_have_an_even_length_and_the_same_losses(prompt_
     wanted, found = (tiny.STEP(m, OBJECTIVE, tiny.params(), tiny.trainable(model), batch, 1) for m in (model, fused))
     _assert_same(wanted, found, 1e-5)
     assert set(lengths) == {batch["tokens"].shape[1] + prompt_length + prompt_length % 2}
+
+
+@pytest.mark.parametrize("more", [0, 1])
+def test_rows_of_any_length_behind_prefixes_have_the_same_likelihoods_where_attention_could_be_fused(more):
+    """A prefix is written into a cache without a slot more than it and its row need."""
+    model = dataclasses.replace(tiny.MODEL, adapter=Prefixes(3, 1, 0.5, keys=True))
+    fused = dataclasses.replace(model, decoder=dataclasses.replace(model.decoder, attention_kernel="cudnn"))
+    batch = tiny.packed("dialogue").batch()
+    batch = {**batch, "tokens": jnp.pad(batch["tokens"], ((0, 0), (0, more)))}
+    score = jax.jit(score_turns, static_argnums=0)
+    wanted, found = (score(m, tiny.params(), tiny.trainable(model), batch) for m in (model, fused))
+    assert tiny.relative_difference(wanted.nll, found.nll) <= 1e-6
+    assert np.abs(np.diff(np.asarray(found.nll)[np.asarray(batch["turn_mask"]) > 0], axis=-1)).max() > 1e-2
+
+
+def test_a_batch_without_its_pairs_is_refused_where_they_have_a_weight():
+    batch = {name: x for name, x in tiny.packed("dialogue").batch().items() if name != "similar"}
+    with pytest.raises(ValueError, match=r"no 'similar', of which the contrastive loss is made: give the loader pair_"):
+        _run(batch)
+    losses, _ = _run(batch, dataclasses.replace(OBJECTIVE, contrastive_weight=0.0))
+    assert float(losses.contrastive) == 0.0 and float(losses.total) > 0
