@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from spt_jax.errors import UserError
 from spt_jax.parallel.launchers import LAST_PORT, Launch
-from spt_jax.parallel.peers import End, Peers, connect, serve
+from spt_jax.parallel.peers import End, Peers, connect, listening, serve
 
 JOIN_SECONDS = 300
 """How long a process waits for the others to start; a queue may start hosts minutes apart."""
@@ -120,10 +120,8 @@ def _is_taken(address: str) -> bool:
     port = address.rpartition(":")[2]
     if not port.isdecimal() or int(port) > LAST_PORT:
         return False  # JAX says what is wrong with it
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
     try:
-        socket.create_server(("", int(port)), family=family, dualstack_ipv6=dual).close()
+        listening(int(port)).close()
     except OSError as error:
         return error.errno == errno.EADDRINUSE
     return False

@@ -174,9 +174,7 @@ def serve(count: int, publish: Callable[[str], None], join_seconds: float) -> li
     token = secrets.token_hex(16)  # whoever else finds the port is not listened to
     deadline = time.monotonic() + join_seconds
     links: dict[int, _Link] = {}
-    dual = socket.has_dualstack_ipv6()
-    family = socket.AF_INET6 if dual else socket.AF_INET
-    with socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=count) as server:
+    with listening(0, count) as server:
         publish(f"{server.getsockname()[1]} {token}")
         while len(links) < count - 1:
             server.settimeout(max(0.01, deadline - time.monotonic()))
@@ -202,20 +200,33 @@ def connect(index: int, host: str, published: str, join_seconds: float) -> list[
         OSError: Process 0 cannot be reached.
     """
     port, token = published.split()
-    deadline = time.monotonic() + join_seconds
-    while True:
-        try:
-            address = (host.strip("[]"), int(port))
-            connection = socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
-            break
-        except OSError:  # a name that is not known yet, or a network that has its moment
-            if time.monotonic() + _AGAIN_SECONDS > deadline:
-                raise
-            time.sleep(_AGAIN_SECONDS)
+    connection = _reached((host.strip("[]"), int(port)), time.monotonic() + join_seconds)
     hello = {"index": index, "host": socket.gethostname(), "token": token}
     connection.sendall(json.dumps(hello).encode() + b"\n")
     connection.settimeout(_HELLO_SECONDS)
     return [_Link(0, host, connection)]
+
+
+def listening(port: int, backlog: int | None = None) -> socket.socket:
+    """A server on every address of this host, of both families where it has both; port 0 is one that is free.
+
+    Raises:
+        OSError: The port cannot be had.
+    """
+    dual = socket.has_dualstack_ipv6()
+    family = socket.AF_INET6 if dual else socket.AF_INET
+    return socket.create_server(("", port), family=family, dualstack_ipv6=dual, backlog=backlog)
+
+
+def _reached(address: tuple[str, int], deadline: float) -> socket.socket:
+    """A connection, tried for until the deadline: a name may not be known yet, or a network have its moment."""
+    while True:
+        try:
+            return socket.create_connection(address, timeout=max(0.01, deadline - time.monotonic()))
+        except OSError:
+            if time.monotonic() + _AGAIN_SECONDS > deadline:
+                raise
+            time.sleep(_AGAIN_SECONDS)
 
 
 def _hello(connection: socket.socket) -> Mapping[str, Any]:

@@ -37,6 +37,7 @@ from spt_jax.training.tracking import open_trackers
 from spt_jax.training.workdir import (
     CHECKPOINT_FOLDER,
     check_dialogues,
+    check_unlocked,
     check_workdir,
     claim_workdir,
     locked_workdir,
@@ -87,6 +88,7 @@ def run_training(
     absolute_paths(config)
     if is_lead():
         check_workdir(workdir, config)
+        check_unlocked(workdir)  # before anything is loaded
     check_same_options(config)
     say = say if is_lead() else _say_nothing
     prepared = _prepare(config, workdir, say)

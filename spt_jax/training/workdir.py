@@ -29,7 +29,7 @@ CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
 INITIAL_FILE = "initial.safetensors"
 
-FREE_SECTIONS = ("evaluation.", "mesh.", "tracking.")
+FREE_SECTIONS = ("evaluation.", "generation.", "mesh.", "tracking.")
 MAY_CHANGE = (
     "train.log_every",
     "train.evaluate_every",
@@ -190,6 +190,13 @@ def locked_workdir(workdir: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def check_unlocked(workdir: Path) -> None:
+    """Raises a `UserError` where another process is training in a folder, which need not exist."""
+    if workdir.is_dir():
+        with locked_workdir(workdir):
+            pass
 
 
 def _lock(descriptor: int, workdir: Path) -> None:
