@@ -96,7 +96,8 @@ def load_sweep(path: Path) -> Sweep:
     if problems := _wrong_types(sweep) or _problems(sweep):
         raise UserError("\n".join(f"{path}: {problem}" for problem in problems))
     file, colon, text = sweep.base.partition(":")
-    return dataclasses.replace(sweep, base=f"{(path.resolve().parent / file).resolve()}{colon}{text}")
+    base = f"{(path.resolve().parent / file).resolve()}{colon}{text}"
+    return dataclasses.replace(sweep, base=base, seeds=tuple(sweep.seeds))
 
 
 def _wrong_types(sweep: Sweep) -> list[str]:
@@ -116,7 +117,7 @@ def _wrong_types(sweep: Sweep) -> list[str]:
         "objective": (isinstance(sweep.objective, Objective), "an Objective, as Objective('f1', 'maximize')"),
         "objective.metric": (isinstance(getattr(sweep.objective, "metric", ""), str), "the name of a figure, as text"),
         "seeds": (
-            isinstance(sweep.seeds, tuple | list) and all(map(counts, sweep.seeds)),
+            isinstance(sweep.seeds, tuple | list | range) and all(map(counts, sweep.seeds)),
             "a tuple of whole numbers of 0 or more, as (0, 1, 2)",
         ),
         "sampler_seed": (counts(sweep.sampler_seed), "a whole number of 0 or more"),

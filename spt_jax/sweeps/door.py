@@ -92,6 +92,7 @@ class _Request:
     name: str
     url: str
     command: launchers.WorkerCommand
+    slurm: dict[str, Any]
 
 
 def main(program: str, arguments: Sequence[str]) -> int:
@@ -176,7 +177,8 @@ def _read(program: str, values: Mapping[str, Any], arguments: Sequence[str]) -> 
     words += [f"--out={out if launcher == 'skypilot' else Path(out).absolute()}"]
     words += [f"--lease_seconds={values['lease_seconds']:g}"]
     words += [f"--config.{option}={_typed(value)}" for option, value in overrides.items()]
-    return _Request(sweep, base, trials, Path(out), name, url, launchers.WorkerCommand(words, url, name))
+    command = launchers.WorkerCommand(words, url, name)
+    return _Request(sweep, base, trials, Path(out), name, url, command, read_parameters(values["slurm"]))
 
 
 def _overrides(values: Mapping[str, Any], arguments: Sequence[str]) -> Mapping[str, Any]:
@@ -265,7 +267,7 @@ def _finish(at: Workplace) -> int:
 def _submit(request: _Request, values: Mapping[str, Any]) -> int:
     count = values["jobs"]
     if values["launcher"] == "slurm":
-        parameters = read_parameters(values["slurm"])
+        parameters = dict(request.slurm)
         cluster = str(parameters.pop("cluster", "slurm"))
         jobs = launchers.start_slurm(request.command, count, request.folder / "slurm", parameters, cluster)
         print(f"submitted {', '.join(job.job_id for job in jobs)}")
@@ -289,6 +291,8 @@ def _dry_run(request: _Request, values: Mapping[str, Any]) -> int:
     print(f"storage {hidden(request.url)}, folder {request.folder}")
     count, launcher = values["jobs"], values["launcher"]
     print(f"{count} × {request.command.shown()}")
+    if launcher == "slurm":
+        print(", ".join(f"{name}={value!r}" for name, value in request.slurm.items()) or "submitit's own parameters")
     if launcher == "skypilot":
         task = request.folder / "skypilot_worker.yaml"
         for words in launchers.skypilot_commands(task, request.command, count):

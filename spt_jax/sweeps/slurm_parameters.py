@@ -34,10 +34,11 @@ def read_parameters(given: Sequence[str]) -> dict[str, Any]:
 
 
 def with_srun_args(parameters: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters, with a list of what srun is told, by which it gives a worker the CPUs that its job has.
+    """The parameters, with a list of what srun is told: how many CPUs its one task has, all that its job has.
 
-    submitit asks sbatch alone for them, and since Slurm 22.05 srun does not take them over. What the user has srun told
-    comes after, and wins; as one text it is split as a shell would.
+    submitit tells sbatch alone, and since Slurm 22.05 srun does not take that over: where a cluster binds tasks by
+    default a worker would have one CPU. What the user has srun told comes after, and wins; as one text it is split as a
+    shell would.
 
     Args:
         parameters: Of `submitit.AutoExecutor`.

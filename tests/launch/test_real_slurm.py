@@ -151,29 +151,23 @@ def test_every_task_saves_and_the_job_is_queued_again_unless_it_was_cancelled(sl
 
 # A worker that works until another is there, so that both jobs are in the queue, and is stopped then.
 WORKER = """
-import os, pathlib, subprocess, sys, time
+import os, pathlib, sys, time
 notes = pathlib.Path(sys.argv[1])
-step = ".".join(os.environ[name] for name in ("SLURM_JOB_ID", "SLURM_STEP_ID"))
-told = subprocess.run(["scontrol", "show", "step", step], capture_output=True, text=True).stdout
-(notes / step).write_text(told)
+(notes / os.environ["SLURM_JOB_ID"]).touch()
 while len(list(notes.iterdir())) < 2:
     time.sleep(0.1)
 sys.exit(75)
 """
 
 
-def test_every_worker_of_a_sweep_has_its_cpus_and_is_queued_again_when_it_is_stopped(
-    slurm, tmp_path: Path, monkeypatch
-):
+def test_every_worker_of_a_sweep_that_is_stopped_is_queued_again(slurm, tmp_path: Path, monkeypatch):
     monkeypatch.setenv("SLURM_CONF", slurm("printenv", "SLURM_CONF"))
     monkeypatch.setenv("PYTHONPATH", str(REPOSITORY))
-    notes = tmp_path / "notes"
-    notes.mkdir()
-    command = WorkerCommand([sys.executable, "-c", WORKER, str(notes)], "sqlite://", "rates")
-    jobs = start_slurm(command, 2, tmp_path / "slurm", {"timeout_min": 5, "cpus_per_task": 2})
+    (tmp_path / "notes").mkdir()
+    command = WorkerCommand([sys.executable, "-c", WORKER, str(tmp_path / "notes")], "sqlite://", "rates")
+    jobs = start_slurm(command, 2, tmp_path / "slurm", {"timeout_min": 5})
     try:
         for job in jobs:
             wait_until(lambda job=job: "Restarts=1" in slurm("scontrol", "show", "job", job.job_id), job.job_id)
     finally:
         slurm("scancel", *(job.job_id for job in jobs))
-    assert [" CPUs=2 " in note.read_text() for note in notes.iterdir()] == [True, True]

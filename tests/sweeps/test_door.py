@@ -107,6 +107,14 @@ def test_a_dry_run_prints_the_space_and_the_commands_and_makes_nothing(folder):
     assert "s3cret" not in printed and "postgresql+psycopg://me:***@db/sweeps" in printed
 
 
+def test_a_dry_run_shows_the_parameters_of_slurm_and_refuses_what_cannot_be_used(folder):
+    flags = ("--dry-run", "--storage=postgresql://me@db/sweeps", "--launcher=slurm")
+    code, printed, _ = run(folder, *flags, "--slurm=timeout_min=90", "--slurm=slurm_account=0123")
+    assert code == 0 and "timeout_min=90, slurm_account='0123'" in printed
+    code, _, told = run(folder, *flags, "--slurm=slurm_time=4:00:00")
+    assert code == 2 and "give a job's time as whole minutes" in told
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

@@ -73,6 +73,10 @@ def test_a_field_of_another_type_is_told_with_what_is_allowed(tmp_path, field, v
     assert len(str(caught.value).splitlines()) == 1
 
 
+def test_seeds_may_be_a_range(tmp_path):
+    assert load_sweep(write_sweep(tmp_path / "sweep.py", f"{SPACE}, num_trials=1, seeds=range(3)")).seeds == (0, 1, 2)
+
+
 def test_an_objective_whose_metric_is_no_name_is_told(tmp_path):
     with pytest.raises(UserError, match=r"sweep\.py: objective\.metric is 3; allowed: the name of a figure, as text$"):
         load_sweep(write_sweep(tmp_path / "sweep.py", f"{SPACE}, num_trials=1, objective=Objective(3)"))
