@@ -20,7 +20,6 @@ _TRACED = (
     "score_temperature",
     "annealing_bounds",
 )
-_BLANK = {name: getattr(Objective(), name) for name in _TRACED}
 
 
 def watched_step(
@@ -38,9 +37,11 @@ def watched_step(
     Numbers that decide no branch of the objective are arguments of the compiled function, so that cases which differ
     in them alone share it. Unless it runs `once`, it is worth a longer compilation than the other tests' programs.
     """
-    numbers = {name: getattr(objective, name) for name in _TRACED}
+    traced = [name for name in _TRACED if "similar" in batch or name != "contrastive_weight"]
+    numbers = {name: getattr(objective, name) for name in traced}
+    blank = dataclasses.replace(objective, **{name: getattr(Objective(), name) for name in traced})
     compiled = _ONCE if once else _OFTEN
-    return compiled(model, dataclasses.replace(objective, **_BLANK), params, trainable, batch, progress, numbers)
+    return compiled(model, blank, params, trainable, batch, progress, numbers)
 
 
 def _step(

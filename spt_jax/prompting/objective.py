@@ -309,7 +309,7 @@ def _over_turns(
         assert noise_key is not None, "noise needs a key"
         target = noisy_target(target, objective.gold_noise, noise_key)
 
-    if objective.contrastive_weight and "similar" not in batch:
+    if "similar" not in batch and objective.contrastive_weight:
         raise ValueError(
             "the batch has no 'similar', of which the contrastive loss is made: give the loader pair_texts, or the "
             "objective contrastive_weight = 0"

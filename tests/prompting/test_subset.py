@@ -186,10 +186,11 @@ def test_a_size_of_two_or_more_is_allowed(num_prompts, size):
 
 
 def test_no_sum_over_scores_is_rounded_to_bfloat16():
+    unpaired = Objective(contrastive_weight=0.0)
     summed = {
         "subset": lambda s: draw_subset(s, PRESENT, SIZE, jax.random.key(0)),
         "mixture": lambda s: mixed_prompts(jnp.ones((K, 2, 3)), s[0], 1.0),
-        "usage": lambda s: objective_module._over_turns(Objective(), s, s, {"turn_mask": PRESENT}, Subset(), None),
+        "usage": lambda s: objective_module._over_turns(unpaired, s, s, {"turn_mask": PRESENT}, Subset(), None),
     }
     for name, compute in summed.items():
         program = jax.jit(compute).lower(SCORES).as_text()
