@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from spt_jax.data.buckets import BucketShape
 from spt_jax.data.collate import collate, similar_pairs
@@ -16,7 +17,8 @@ from spt_jax.data.dialogue import Dialogue, Turn
 from spt_jax.data.packing import Row, pack
 from spt_jax.data.similarity import BleuSimilarity, pair_texts
 from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.models.frozen_tree import random_params
+from spt_jax.models.frozen_tree import abstract_params, random_params
+from spt_jax.parallel.rules import parameter_sharding
 from spt_jax.prompting.adapters import SoftPrompts
 from spt_jax.prompting.objective import losses_and_gradients
 from spt_jax.prompting.retriever import RetrieverConfig
@@ -130,3 +132,10 @@ def relative_difference(a: Any, b: Any) -> float:
 
     # Python's max passes over a NaN that is not the first.
     return float(np.max(jax.tree.leaves(jax.tree.map(one, a, b)), initial=0.0))
+
+
+def layout_of(decoder: DecoderConfig, mesh: Any) -> Any:
+    """Where a frozen tree of this decoder lies on a mesh."""
+    boxes = abstract_params(decoder)
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
+    return jax.tree.map(lambda box: parameter_sharding(mesh, box.names, box.value.shape), boxes, is_leaf=is_box)

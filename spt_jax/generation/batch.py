@@ -47,6 +47,7 @@ class Batch:
         context: Keys and values.
         logits: float32 ``[B, V]`` behind each row.
         real: bool ``[B]``, False for rows that are padding.
+        row_sharding: How the rows lie on several devices.
     """
 
     config: DecoderConfig
@@ -56,6 +57,7 @@ class Batch:
     context: Context
     logits: jax.Array
     real: np.ndarray
+    row_sharding: jax.sharding.NamedSharding | None = None
 
     def sample(
         self,
@@ -138,14 +140,16 @@ class Batch:
                 state = self._advanced(state, step + 2, rule)
 
     def _begun(self, rule: Rule, room: int, keys: jax.Array) -> DecodeState:
-        apart = self.context.apart
-        return begin(self.config, self.logits, self.real, keys, self.eos_ids, rule=rule, room=room, apart=apart)
+        layout = {"apart": self.context.apart, "row_sharding": self.row_sharding}
+        return begin(self.config, self.logits, self.real, keys, self.eos_ids, rule=rule, room=room, **layout)
 
     def _rule(self, decoding: Decoding) -> Rule:
         return decoding.rule(self.eos_ids.tolist(), self.vocab_size)
 
     def _advanced(self, state: DecodeState, until: int, rule: Rule) -> DecodeState:
-        return decode_loop(self.config, self.params, self.context, state, self.eos_ids, jnp.int32(until), rule=rule)
+        batch = self.config, self.params, self.context
+        options = {"rule": rule, "row_sharding": self.row_sharding}
+        return decode_loop(*batch, state, self.eos_ids, jnp.int32(until), **options)
 
 
 def _first_end(ids: Sequence[int], looked: int, ended: Callable[[Sequence[int]], bool]) -> int | None:

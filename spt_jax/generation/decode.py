@@ -13,12 +13,14 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from spt_jax.generation.sampling import Rule
 from spt_jax.models.continuation import Context, Continuation, extend, read
 from spt_jax.models.cpu_products import options_for_many_rows
 from spt_jax.models.decoder import FrozenTree, embed, vocabulary_logits
 from spt_jax.models.decoder_config import DecoderConfig
+from spt_jax.parallel.rules import cache_sharding, replicated
 
 
 @flax.struct.dataclass
@@ -99,7 +101,7 @@ def _prefill_compiled_for_cpu() -> Any:
 
 
 # rule: every rule is another program; room: the width of the output, an array shape; apart: the state's structure.
-@functools.partial(jax.jit, static_argnames=("config", "rule", "room", "apart"))
+@functools.partial(jax.jit, static_argnames=("config", "rule", "room", "apart", "row_sharding"))
 def begin(
     config: DecoderConfig,
     logits: jax.Array,
@@ -110,6 +112,7 @@ def begin(
     rule: Rule,
     room: int,
     apart: bool = False,
+    row_sharding: NamedSharding | None = None,
 ) -> DecodeState:
     """Chooses the first token of every strand.
 
@@ -122,6 +125,7 @@ def begin(
         rule: Chooses tokens.
         room: R, how many tokens may be generated.
         apart: Whether the layers lie apart in the context and in the frozen tree that go on with it.
+        row_sharding: How the context's rows lie on several devices.
     """
     rows, strands = keys.shape
     shape = (rows, strands, room)
@@ -135,11 +139,11 @@ def begin(
         keys=jax.lax.optimization_barrier(keys),
         step=jnp.int32(0),
     )
-    return _chosen(state, jnp.repeat(logits, strands, axis=0), eos_ids, rule)
+    return _on_its_devices(_chosen(state, jnp.repeat(logits, strands, axis=0), eos_ids, rule), row_sharding)
 
 
-# config: decides the program; rule: as in `begin`.
-@functools.partial(jax.jit, static_argnames=("config", "rule"), donate_argnames="state")
+# config: decides the program; rule: as in `begin`; row_sharding: a layout.
+@functools.partial(jax.jit, static_argnames=("config", "rule", "row_sharding"), donate_argnames="state")
 def decode_loop(
     config: DecoderConfig,
     params: FrozenTree,
@@ -149,6 +153,7 @@ def decode_loop(
     until: jax.Array,
     *,
     rule: Rule,
+    row_sharding: NamedSharding | None = None,
 ) -> DecodeState:
     """Generates until every strand is finished or holds `until` tokens.
 
@@ -160,6 +165,7 @@ def decode_loop(
         eos_ids: int32 ``[E]``.
         until: int32 scalar, R at most. Not static: one program serves the whole reply, a part, and a single token.
         rule: Chooses tokens.
+        row_sharding: As in `begin`.
     """
 
     def unfinished(state: DecodeState) -> jax.Array:
@@ -171,7 +177,23 @@ def decode_loop(
         logits = vocabulary_logits(config, params, hidden.reshape(-1, hidden.shape[-1]))
         return _chosen(state.replace(past=past), logits, eos_ids, rule)  # pyright: ignore[reportAttributeAccessIssue]
 
-    return jax.lax.while_loop(unfinished, advance, state)
+    return _on_its_devices(jax.lax.while_loop(unfinished, advance, state), row_sharding)
+
+
+def _on_its_devices(state: DecodeState, row_sharding: NamedSharding | None) -> DecodeState:
+    """Every row's part on the devices that own the row, so that what `decode_loop` gives lies as what it took."""
+    if row_sharding is None:
+        return state
+    pair, whole = cache_sharding(row_sharding, state.past.key.shape), replicated(row_sharding.mesh)
+    shardings = DecodeState(
+        past=Continuation(key=pair, value=pair, ancestors=row_sharding, length=whole),
+        tokens=row_sharding,
+        counts=row_sharding,
+        finished=row_sharding,
+        keys=row_sharding,
+        step=whole,
+    )
+    return jax.lax.with_sharding_constraint(state, shardings)
 
 
 def _chosen(state: DecodeState, logits: jax.Array, eos_ids: jax.Array, rule: Rule) -> DecodeState:

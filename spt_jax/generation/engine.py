@@ -217,21 +217,22 @@ class GenerationEngine:
             tokens[place, : len(contexts[row])] = contexts[row]
             lengths[place] = len(contexts[row])
             prompts[place] = selected[row]
-        placed = self._on_devices(self._prefixes(bank, prompts), tokens, lengths)
+        sharding = self._sharding_of(size)
+        placed: Any = (self._prefixes(bank, prompts), tokens, lengths)
+        if sharding is not None:
+            placed = jax.device_put(placed[0], sharding), *(place_whole(x, sharding) for x in placed[1:])
         read = prefill_on_one_cpu if self._apart else prefill
         context, logits = read(self.config, self.params, *placed)
         real = np.arange(size) < len(rows)
         context = context.taken_apart() if self._apart else context
-        return Batch(self.config, self._step_params, self._eos_ids, self.vocab_size, context, logits, real)
+        return Batch(self.config, self._step_params, self._eos_ids, self.vocab_size, context, logits, real, sharding)
 
-    def _on_devices(self, prefixes: jax.Array, *rows: np.ndarray) -> Any:
-        """Arrays of B rows, spread over the devices where B can be; a row never leaves its device from here on."""
+    def _sharding_of(self, size: int) -> jax.sharding.NamedSharding | None:
+        """Of a batch of `size` rows: spread over the devices where they can be; a row never leaves its device."""
         sharding = self._row_sharding
-        if sharding is None:
-            return prefixes, *rows
-        if len(prefixes) % row_devices(sharding.mesh):
-            sharding = replicated(sharding.mesh)
-        return jax.device_put(prefixes, sharding), *(place_whole(x, sharding) for x in rows)
+        if sharding is None or size % row_devices(sharding.mesh) == 0:
+            return sharding
+        return replicated(sharding.mesh)
 
     def _prefixes(self, bank: jax.Array, prompts: np.ndarray) -> jax.Array:
         """Keys and values of each row's prompt, ``[B, L, 2, P, G, head_dim]``."""

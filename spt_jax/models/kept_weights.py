@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import json
 import math
+import re
 import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +36,8 @@ CHECKSUM_FILE = "checksums.json"
 WORTH_NUMBERS = 1 << 24
 """Fewer numbers are dequantised in a tenth of a second."""
 
+# Buffers beside the weights, such as Pythia's causal masks.
+_NO_WEIGHTS = re.compile(r"BOOL|[IU]\d+")
 _NAMES = {np.dtype(dtype): name for name, dtype in FLOATING.items()}
 
 
@@ -43,7 +46,9 @@ def is_worth_keeping(config: DecoderConfig, checkpoint: Checkpoint) -> bool:
 
     A tree with kernels in int8 or int4 is made from the floats each time, and one process of several keeps nothing.
     """
-    quantized = {name for name, dtype in checkpoint.dtypes.items() if dtype not in FLOATING}
+    quantized = {
+        name for name, dtype in checkpoint.dtypes.items() if dtype not in FLOATING and not _NO_WEIGHTS.fullmatch(dtype)
+    }
     numbers = sum(math.prod(checkpoint.shapes[name]) for name in quantized)
     return config.quantization == "none" and jax.process_count() == 1 and numbers >= WORTH_NUMBERS
 

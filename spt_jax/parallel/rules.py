@@ -54,6 +54,13 @@ def attention_sharding(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec(*row_sharding(mesh).spec, None, LOGICAL_AXIS_RULES["heads"], None))
 
 
+def cache_sharding(rows: NamedSharding, shape: Sequence[int]) -> NamedSharding:
+    """Of keys and values ``[L, B, G, C, head_dim]`` whose rows lie like this: heads as the weights that make them."""
+    heads = LOGICAL_AXIS_RULES["kv_heads"]
+    even = heads is not None and shape[2] % rows.mesh.shape[heads] == 0
+    return NamedSharding(rows.mesh, PartitionSpec(None, rows.spec[0] if rows.spec else None, heads if even else None))
+
+
 def row_devices(mesh: Mesh | AbstractMesh) -> int:
     """In how many parts rows are split; the batch must be a multiple."""
     return int(np.prod([mesh.shape[axis] for axis in ROW_AXES]))

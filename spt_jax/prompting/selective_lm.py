@@ -310,6 +310,7 @@ def score_turns(model: SelectiveLM, params: FrozenTree, trainable: Trainable, ba
     """
     params = vocabulary_gathered(model, params)
     conditions = model.adapter.conditions(model.decoder, params, trainable)
+    conditions = conditions._replace(params=vocabulary_gathered(model, conditions.params))
     hidden = target_hidden(model, conditions, batch)
     onehot = target_turn_onehot(batch)
     rows, positions, num_prompts, _ = hidden.shape

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from tiny import layout_of
 
 from spt_jax.errors import UserError
 from spt_jax.generation import engine as engine_module
@@ -390,3 +392,26 @@ def test_rows_spread_over_devices_become_what_they_become_on_one(tiny, contexts,
     batch = spread._prefill(bank, contexts, selected, range(4), 4)
     held = {shard.data.shape[1] for shard in batch.context.key.addressable_shards}
     assert held == {4 // (axes[0] * axes[1])}, "every device holds the contexts of its rows alone"
+
+
+@pytest.mark.parametrize("axes", [(4, 1, 1), (2, 2, 1), (2, 1, 2), (8, 1, 1)])
+def test_a_program_serves_every_part_of_a_reply_on_several_devices(tiny, contexts, selected, axes):
+    """Also where the rows, 4 of them, cannot be spread."""
+    mesh = make_mesh(*axes, devices=jax.devices()[: math.prod(axes)])
+    params = jax.device_put(tiny.params, layout_of(tiny.config, mesh))
+    engine = GenerationEngine(
+        tiny.config, params, eos_ids=[7], pad_id=0, max_batch=4, length_multiple=40, row_sharding=row_sharding(mesh)
+    )
+    compiled = []
+
+    def listen(event: str, _: float, fun_name: str = "", **__: object) -> None:
+        if event.endswith("backend_compile_duration") and "decode_loop" in fun_name:
+            compiled.append(fun_name)
+
+    jax.clear_caches()
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    options = {"max_new_tokens": 20, "ended": lambda ids: False}
+    rows = engine.generate(tiny.bank, contexts[:4], selected[:4], **options)
+    jax.monitoring.unregister_event_duration_listener(listen)
+    assert len(compiled) == 1
+    assert rows == make_engine(tiny, eos_ids=[7]).generate(tiny.bank, contexts[:4], selected[:4], **options)

@@ -7,11 +7,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
 import numpy as np
 import pytest
+import tiny
 
 from spt_jax.models import kept_weights, loading
 from spt_jax.models.loading import LanguageModel, load_lm
@@ -251,3 +253,11 @@ def test_the_tree_is_that_of_load_params(file: Path, cache_home: Path) -> None:
         tree = load_lm(str(file)).params
         assert jax.tree.structure(tree) == jax.tree.structure(made)
         jax.tree.map(np.testing.assert_array_equal, tree, made)
+
+
+def test_a_mask_beside_the_weights_is_no_quantised_weight() -> None:
+    """As Pythia's files have, a boolean of 2,048 by 2,048 a layer."""
+    floats, shapes = {"w": "F16", "mask": "BOOL", "ids": "I64"}, {"w": (2, 2), "mask": (64, 64), "ids": (64,)}
+    for kind, worth in (("F16", False), ("IQ4_XS", True), ("Q4_K", True)):
+        checkpoint: Any = SimpleNamespace(dtypes=floats | {"w": kind}, shapes=shapes)
+        assert kept_weights.is_worth_keeping(tiny.CONFIG, checkpoint) == worth

@@ -12,14 +12,14 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from flax import linen as nn
 
 from spt_jax.config import default_config
 from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.models.frozen_tree import abstract_params, quantize_params
+from spt_jax.models.frozen_tree import quantize_params
 from spt_jax.parallel.collectives import Collective, collectives
 from spt_jax.parallel.mesh import make_mesh
-from spt_jax.parallel.rules import parameter_sharding, place_batch
+from spt_jax.parallel.rules import place_batch, place_whole_batch
+from spt_jax.prompting.selective_lm import score_turns
 from spt_jax.training.description import describe, objective_of
 from spt_jax.training.step import init_state, make_train_step, state_shardings
 
@@ -77,17 +77,11 @@ def first_tree(kind: str) -> Any:
     return jax.tree.map(lambda x: x if x.any() else 0.1 * jax.random.normal(jax.random.key(x.size), x.shape), tree)
 
 
-def layout_of(decoder: DecoderConfig, mesh: Any) -> Any:
-    boxes = abstract_params(decoder)
-    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)  # noqa: E731
-    return jax.tree.map(lambda box: parameter_sharding(mesh, box.names, box.value.shape), boxes, is_leaf=is_box)
-
-
 @functools.cache
 def stepped(kind: str, quantization: str, sizes: tuple[int, int, int]) -> Stepped:
     mesh = make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])
     config, decoder, optimizer = config_of(kind), decoder_of(quantization), optax.sgd(RATE)
-    layout, first = layout_of(decoder, mesh), first_tree(kind)
+    layout, first = tiny.layout_of(decoder, mesh), first_tree(kind)
     own = {"lm": layout} if kind == "full" else None
     frozen = {} if kind == "full" else jax.device_put(quantize_params(decoder, tiny.params()), layout)
     batch = tiny.packed("dialogue").batch([0, -1, 1, -1, 2, -1, 3, -1])
@@ -166,3 +160,17 @@ def check_traffic(found: list[Collective], kind: str, sizes: tuple[int, int, int
             assert not crossing and not sums
     if tensor == 1 and kind != "full":
         assert sum(c.bytes for c in found if c.kind == "all-reduce") <= 2 * learned + SCALARS
+
+
+def test_scoring_with_a_trained_lm_gathers_the_tables_of_the_vocabulary_once_and_not_for_each_chunk_of_targets():
+    mesh = make_mesh(1, 4, 1, devices=jax.devices()[:4])
+    model = dataclasses.replace(describe(config_of("full"), decoder_of("none"), mesh), max_logit_rows=8)
+    tree = {"lm": jax.device_put(tiny.params(), tiny.layout_of(model.decoder, mesh))}
+    batch = tiny.packed("dialogue").batch([0, -1, 1, -1])
+    host = {name: np.asarray(x) for name, x in batch.items() if name != "similar"}
+    score = jax.jit(score_turns, static_argnums=0)
+    compiled = score.lower(model, {}, tree, place_whole_batch(mesh, host)).compile()
+    text = compiled.as_text()
+    assert " while(" in text, "the targets come in chunks"
+    gathers = [c for c in collectives(text) if c.kind == "all-gather"]
+    assert [c.in_loop for c in gathers if c.bytes > largest_matrix()] == [False, False]
