@@ -182,17 +182,14 @@ def decode_loop(
 
 def _on_its_devices(state: DecodeState, row_sharding: NamedSharding | None) -> DecodeState:
     """Every row's part on the devices that own the row, so that what `decode_loop` gives lies as what it took."""
-    if row_sharding is None:
+    key = state.past.key
+    if row_sharding is None or isinstance(key, tuple):  # layers lie apart on one CPU alone
         return state
-    pair, whole = cache_sharding(row_sharding, state.past.key.shape), replicated(row_sharding.mesh)
-    shardings = DecodeState(
-        past=Continuation(key=pair, value=pair, ancestors=row_sharding, length=whole),
-        tokens=row_sharding,
-        counts=row_sharding,
-        finished=row_sharding,
-        keys=row_sharding,
-        step=whole,
-    )
+    rows: Any = row_sharding
+    whole: Any = replicated(rows.mesh)
+    pair: Any = cache_sharding(rows, key.shape)
+    past = Continuation(key=pair, value=pair, ancestors=rows, length=whole)
+    shardings = DecodeState(past=past, tokens=rows, counts=rows, finished=rows, keys=rows, step=whole)
     return jax.lax.with_sharding_constraint(state, shardings)
 
 
