@@ -273,3 +273,46 @@ def test_a_batch_without_its_pairs_is_refused_where_they_have_a_weight():
         _run(batch)
     losses, _ = _run(batch, dataclasses.replace(OBJECTIVE, contrastive_weight=0.0))
     assert float(losses.contrastive) == 0.0 and float(losses.total) > 0
+
+
+def test_what_the_selection_did_is_what_numpy_counts():
+    batch = tiny.packed("dialogue").batch()
+    objective, tree = dataclasses.replace(OBJECTIVE, score_temperature=0.3), tiny.trainable(seed=4)
+    losses, _ = tiny.STEP(tiny.MODEL, objective, tiny.params(), tree, batch, 1)
+    arrays = {name: np.asarray(x, np.float64) for name, x in batch.items()}
+    present, scores = arrays["turn_mask"] > 0, np.asarray(losses.scores, np.float64)
+    best = scores.argmax(axis=-1)
+    assert sorted(set(best[present])) == [1, 2]
+    shares = [(best[present] == k).mean() for k in range(3)]
+    chances = np.exp(scores[present] / 0.3) / np.exp(scores[present] / 0.3).sum(axis=-1, keepdims=True)
+    nats = count = 0
+    for d, n in np.argwhere(present):
+        tokens = arrays["target_mask"][d][arrays["target_turns"][d] == n].sum()
+        nats, count = nats + tokens * float(losses.nll[d, n, best[d, n]]), count + tokens
+    np.testing.assert_allclose(losses.usage, shares, rtol=1e-6)
+    assert float(losses.selection_entropy) == pytest.approx(-(chances * np.log(chances)).sum(-1).mean(), rel=1e-5)
+    assert float(losses.selected_nll) == pytest.approx(nats / count, rel=1e-6)
+
+
+PREFIXED = dataclasses.replace(tiny.MODEL, adapter=Prefixes(3, 2, 0.5, keys=True))
+
+
+def test_a_bank_of_prefixes_obeys_layouts_and_micro_batches():
+    packed = _run(tiny.packed("dialogue").batch(), model=PREFIXED)
+    turns = _run(tiny.packed("turn").batch(), model=PREFIXED, micro_batches=5)
+    _assert_same(packed, turns, 1e-5)
+    assert set(packed[1]["bank"]) == {"prefixes", "keys"}
+    assert all(float(jnp.abs(g).max()) > 0 for g in jax.tree.leaves(packed[1]))
+    assert float(packed[0].fusion) > 1e-4 and float(packed[0].selection) > 1e-4
+
+
+def test_the_likelihoods_of_a_bank_of_prefixes_are_those_of_each_prefix_alone():
+    batch, tree = tiny.packed("dialogue").batch(), tiny.trainable(PREFIXED)
+    alone = SelectiveLM(tiny.CONFIG, Prefixes(1, 2, 0.5), None, max_logit_rows=64)
+    score = jax.jit(score_turns, static_argnums=0)
+    whole = score(PREFIXED, tiny.params(), tree, batch)
+    for k in range(3):
+        own = {"bank": {"prefixes": tree["bank"]["prefixes"][k : k + 1]}}
+        one = score(alone, tiny.params(), own, batch)
+        assert tiny.relative_difference(one.nll[..., 0], whole.nll[..., k]) <= 1e-5
+    assert float(jnp.abs(jnp.diff(whole.nll, axis=-1)).max()) > 1e-2

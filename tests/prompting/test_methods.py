@@ -7,7 +7,6 @@ import functools
 from collections.abc import Iterator
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -16,9 +15,8 @@ import pytest
 import tiny
 
 from spt_jax.config import default_config
-from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.parallel.mesh import make_mesh
-from spt_jax.parallel.rules import parameter_sharding, place_batch, row_sharding
+from spt_jax.parallel.rules import place_batch, row_sharding
 from spt_jax.prompting.adapters import EncodedPrompt, LowRank, Nothing, Prefixes, SoftPrompts, WholeModel
 from spt_jax.prompting.objective import LM_ALONE, Objective, losses_and_gradients
 from spt_jax.prompting.retriever import RetrieverConfig
@@ -87,18 +85,10 @@ def test_dialogue_layout_equals_turn_layout_and_one_batch_its_micro_batches(name
     assert difference(run(name, micro_batches=2), run(name)) <= 2e-5
 
 
-def sharded_like_the_lm(mesh: Any) -> Any:
-    return jax.tree.map(
-        lambda leaf: parameter_sharding(mesh, leaf.names, leaf.value.shape),
-        abstract_params(tiny.CONFIG),
-        is_leaf=lambda x: isinstance(x, nn.LogicallyPartitioned),
-    )
-
-
 @pytest.mark.parametrize("name", METHODS)
 def test_one_device_equals_eight(name):
     mesh = make_mesh(2, 2, 2)
-    layout = sharded_like_the_lm(mesh)
+    layout = tiny.layout_of(tiny.CONFIG, mesh)
     model = dataclasses.replace(model_of(ADAPTERS[name]), row_sharding=row_sharding(mesh))
     optimizer = optax.sgd(RATE, momentum=0.9)
     own = {"lm": layout} if name == "full" else None
