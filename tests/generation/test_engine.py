@@ -101,6 +101,9 @@ def test_row_order_changes_nothing_when_rows_have_seeds(tiny, contexts, selected
         seed=[seeds[row] for row in order],
     )
     assert mixed == [expected[row] for row in order]
+    for row in (3, 7):
+        options = {"max_new_tokens": NEW, "decoding": decoding, "seed": seeds[row]}
+        assert engine.generate(tiny.bank, [contexts[row]], [selected[row]], **options) == [expected[row]]
 
 
 def test_equal_rows_draw_differently_and_seeds_matter(tiny, contexts):

@@ -160,6 +160,28 @@ def test_only_full_fine_tuning_makes_gradients_of_weights_and_nothing_copies_the
     assert not weights & made_by_products(ADAPTERS["lora"], None, LM_ALONE, unrolled)
 
 
+def test_micro_batches_and_steps_drop_out_differently():
+    """Of one dialogue, twice in a batch: parts that shared a key would have the same likelihoods."""
+    model = model_of(dataclasses.replace(ADAPTERS["lora"], dropout=0.5))
+    batch, tree = batch_of("dialogue", (0, 0)), start("lora")
+    found = [
+        tiny.STEP(model, LM_ALONE, tiny.params(), tree, batch, micro_batches, key)[0].nll
+        for micro_batches, key in ((2, jax.random.key(0)), (2, jax.random.key(0)), (2, None))
+    ]
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_allclose(found[2][0], found[2][1], rtol=1e-5)
+    present = np.asarray(batch["turn_mask"][0]) > 0
+    assert np.abs(found[0][0] - found[0][1])[present].min() > 1e-3
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    optimizer = optax.sgd(0.0)
+    step = make_train_step(model, LM_ALONE, optimizer, mesh, 2, seed=3)
+    state, losses = init_state(tree, optimizer, mesh), []
+    for _ in range(2):
+        state, metrics = step(state, tiny.params(), place_batch(mesh, jax.tree.map(np.asarray, batch)))
+        losses.append(float(metrics["loss/lm"]))
+    assert abs(losses[0] - losses[1]) > 1e-3
+
+
 SCORE = jax.jit(score_turns, static_argnums=0)
 
 
