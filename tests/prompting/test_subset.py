@@ -121,6 +121,38 @@ def test_the_mean_over_all_subsets_is_the_full_loss_and_the_full_gradient(monkey
     assert tiny.relative_difference(flat_gradient(found[0][1]), whole[1]) > 1e-2
 
 
+@pytest.mark.parametrize("fusion", [0.0, 0.9], ids=["gradients", "fusion"])
+def test_what_is_learned_of_a_subset_is_what_a_bank_of_its_prompts_learns(monkeypatch, fusion):
+    """But for the contrastive loss, of all prompts, and the sum of the scores with which logits are mixed."""
+    pair, batch, tree = jnp.asarray([2, 0]), tiny.packed("dialogue").batch(), tiny.trainable(MODEL)
+    objective = Objective(0.7, 0.4 if fusion else 0.0, fusion, gold_temperature=0.8, score_temperature=0.6)
+    rows = len(batch["tokens"])
+    subset = Subset(jnp.broadcast_to(pair, (rows, 2)), jnp.full((rows, 2), 2.0))
+
+    def run(model, objective, tree):
+        return jax.jit(lambda tree: losses_and_gradients(model, objective, tiny.params(), tree, batch))(tree)
+
+    with monkeypatch.context() as fixed:
+        fixed.setattr(objective_module, "draw_subset", lambda *_: subset)
+        found, gradients = run(MODEL, dataclasses.replace(objective, prompts_per_step=2), tree)
+    everything, _ = tiny.STEP(MODEL, objective, tiny.params(), tree, batch, 1)
+    small = tree | {"bank": {"prompts": tree["bank"]["prompts"][pair]}}
+    mixed = subset.fusion_scores(found.scores)
+    monkeypatch.setattr(Subset, "fusion_scores", lambda *_: mixed)
+    expected, theirs = run(dataclasses.replace(MODEL, adapter=SoftPrompts(2, 4)), objective, small)
+    for name in ("lm", "selection", "fusion", "nll"):
+        assert tiny.relative_difference(getattr(found, name), getattr(expected, name)) <= 1e-5, name
+    assert float(found.selection) > 1e-4
+    if fusion:
+        assert float(found.contrastive) == pytest.approx(float(everything.contrastive), rel=1e-6)
+        assert float(found.fusion) > 1.0 and abs(float(found.fusion) - float(everything.fusion)) > 1e-3
+    else:
+        bank = np.asarray(gradients["bank"]["prompts"])
+        assert (bank[[1, 3]] == 0).all()
+        assert tiny.relative_difference(bank[pair], theirs["bank"]["prompts"]) <= 1e-5
+        assert tiny.relative_difference(gradients["retriever"], theirs["retriever"]) <= 1e-5
+
+
 def test_random_subsets_estimate_the_full_loss_without_bias(whole):
     batch, losses = tiny.packed("dialogue").batch(), whole[0]
     keys = jax.random.split(jax.random.key(1), DRAWS)
