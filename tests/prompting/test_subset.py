@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -137,9 +138,11 @@ def test_what_is_learned_of_a_subset_is_what_a_bank_of_its_prompts_learns(monkey
         found, gradients = run(MODEL, dataclasses.replace(objective, prompts_per_step=2), tree)
     everything, _ = tiny.STEP(MODEL, objective, tiny.params(), tree, batch, 1)
     small = tree | {"bank": {"prompts": tree["bank"]["prompts"][pair]}}
-    mixed = subset.fusion_scores(found.scores)
-    monkeypatch.setattr(Subset, "fusion_scores", lambda *_: mixed)
+    mine = subset.of(found.scores)
+    mixed = mock.Mock(return_value=mine * (found.scores.sum(-1, keepdims=True) / mine.sum(-1, keepdims=True)))
+    monkeypatch.setattr(Subset, "fusion_scores", mixed)
     expected, theirs = run(dataclasses.replace(MODEL, adapter=SoftPrompts(2, 4)), objective, small)
+    mixed.assert_called_once()
     for name in ("lm", "selection", "fusion", "nll"):
         assert tiny.relative_difference(getattr(found, name), getattr(expected, name)) <= 1e-5, name
     assert float(found.selection) > 1e-4
