@@ -20,7 +20,7 @@ from spt_jax.generation.decoding import Decoding
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.weights import map_boxes
-from spt_jax.parallel.rules import parameter_sharding, replicated, row_devices, row_sharding
+from spt_jax.parallel.rules import cache_sharding, parameter_sharding, replicated, row_devices, row_sharding
 from spt_jax.planning.arithmetic import product_flops
 from spt_jax.prompting.selective_lm import SelectiveLM
 from spt_jax.training.description import describe, front_length, objective_of
@@ -179,12 +179,13 @@ def generation(config: Config, decoder: DecoderConfig, mesh: Mesh, length: int) 
     strands = decoding.samples if decoding.draws else 1
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (rows, strands)))
     start = (c, logits, on((rows,), jnp.bool_), on(keys.shape, keys.dtype), eos_ids)
-    first = Program("first token", begin, start, {"rule": rule, "room": room})
+    options = {"rule": rule, "row_sharding": spread if mesh.size > 1 else None}
+    first = Program("first token", begin, start, {"room": room, **options})
     state = _results(first, spread, mesh)
     until = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     return [
         reading,
-        Program("further tokens", decode_loop, (c, frozen, context, state, eos_ids, until), {"rule": rule}),
+        Program("further tokens", decode_loop, (c, frozen, context, state, eos_ids, until), options),
     ]
 
 
@@ -197,9 +198,8 @@ def _results(program: Program, rows: NamedSharding, mesh: Mesh) -> Shapes:
     found = jax.eval_shape(partial(program.function, program.arguments[0], **program.options), *program.arguments[1:])
 
     def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        axes: tuple[Any, ...] = () if x.ndim == 0 else (rows.spec[0] if len(rows.spec) else None,)
-        if x.ndim == 5:  # keys and values: layers first
-            axes = (None, *axes)
-        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, jax.sharding.PartitionSpec(*axes)))
+        if x.ndim == 5:
+            return _on(cache_sharding(rows, x.shape), x.shape, x.dtype)
+        return _on(rows if x.ndim else replicated(mesh), x.shape, x.dtype)
 
     return jax.tree.map(placed, found)

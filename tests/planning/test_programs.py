@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from typing import Any
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -14,9 +15,12 @@ from spt_jax.config import Config, default_config
 from spt_jax.data.buckets import BucketShape
 from spt_jax.data.sources import read_dialogues
 from spt_jax.errors import UserError
+from spt_jax.generation import batch as batch_module
+from spt_jax.generation.decode import decode_loop
+from spt_jax.generation.engine import GenerationEngine
 from spt_jax.models.random_lm import random_lm_params
 from spt_jax.parallel.mesh import make_mesh
-from spt_jax.parallel.rules import parameter_sharding, place_batch, replicated
+from spt_jax.parallel.rules import parameter_sharding, place_batch, replicated, row_sharding
 from spt_jax.planning.compilation import compile_program
 from spt_jax.planning.programs import Program, frozen_shapes, generation, train_step
 from spt_jax.training.description import describe
@@ -41,7 +45,7 @@ def as_compiled(tree: Any) -> list[Any]:
     """Shape, type and placement of every array, by name."""
 
     def one(x: Any) -> Any:
-        return x.shape, jnp.dtype(x.dtype), x.sharding.shard_shape(x.shape), x.sharding.is_fully_replicated
+        return x.shape, str(x.dtype), x.sharding.shard_shape(x.shape), x.sharding.is_fully_replicated
 
     return [(jax.tree_util.keystr(path), one(x)) for path, x in jax.tree_util.tree_leaves_with_path(tree)]
 
@@ -108,3 +112,23 @@ def test_generation_reads_contexts_chooses_a_token_and_goes_on():
     assert found[0].flops * mesh.size > 2 * (0.5 * tokens * kernels + head)
     assert found[1].flops * mesh.size > 2 * 3 * (config.evaluation.batch * kernels + head)
     assert all(each.fits and each.traffic is not None and each.traffic.hbm > 0 for each in found)
+
+
+def test_a_planned_reply_has_the_arguments_of_the_engines():
+    config, mesh = tiny_config(), make_mesh(data=2, fsdp=2, tensor=2)
+    params = jax.device_put(tiny.params(), tiny.layout_of(tiny.CONFIG, mesh))
+    engine = GenerationEngine(
+        tiny.CONFIG, params, eos_ids=[0], pad_id=0, max_batch=8, length_multiple=64, row_sharding=row_sharding(mesh)
+    )
+    seen = []
+
+    def looked_at(*arguments: Any, **options: Any) -> Any:
+        # Before the call, which takes the state with it.
+        seen.append((as_compiled(arguments[2:4]), options["row_sharding"]))
+        return decode_loop(*arguments, **options)
+
+    bank = jnp.zeros((2, 3, tiny.CONFIG.hidden_size))
+    with mock.patch.object(batch_module, "decode_loop", looked_at):
+        engine.generate(bank, [[1, 2, 3]] * 8, [0, 1] * 4, max_new_tokens=4)
+    _, further = generation(config, tiny.CONFIG, mesh, 64)
+    assert seen == [(as_compiled(further.arguments[2:4]), further.options["row_sharding"])]
