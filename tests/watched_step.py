@@ -37,6 +37,7 @@ def watched_step(
     Numbers that decide no branch of the objective are arguments of the compiled function, so that cases which differ
     in them alone share it. Unless it runs `once`, it is worth a longer compilation than the other tests' programs.
     """
+    # Of a batch without pairs it is asked whether the contrastive loss has a weight.
     traced = [name for name in _TRACED if "similar" in batch or name != "contrastive_weight"]
     numbers = {name: getattr(objective, name) for name in traced}
     blank = dataclasses.replace(objective, **{name: getattr(Objective(), name) for name in traced})

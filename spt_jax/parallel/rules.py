@@ -56,9 +56,8 @@ def attention_sharding(mesh: Mesh) -> NamedSharding:
 
 def cache_sharding(rows: NamedSharding, shape: Sequence[int]) -> NamedSharding:
     """Of keys and values ``[L, B, G, C, head_dim]`` whose rows lie like this: heads as the weights that make them."""
-    heads = LOGICAL_AXIS_RULES["kv_heads"]
-    even = heads is not None and shape[2] % rows.mesh.shape[heads] == 0
-    return NamedSharding(rows.mesh, PartitionSpec(None, rows.spec[0] if rows.spec else None, heads if even else None))
+    heads = parameter_sharding(rows.mesh, (None, None, "kv_heads", None, None), shape).spec[2]
+    return NamedSharding(rows.mesh, PartitionSpec(None, rows.spec[0] if rows.spec else None, heads))
 
 
 def row_devices(mesh: Mesh | AbstractMesh) -> int:

@@ -175,13 +175,13 @@ def generation(config: Config, decoder: DecoderConfig, mesh: Mesh, length: int) 
     prefix = (rows, c.num_layers, 2, front_length(config), c.num_key_value_heads, c.head_dim)
     texts = (on(prefix, c.jax_dtype), on((rows, length), jnp.int32), on((rows,), jnp.int32))
     reading = Program("reading contexts", prefill, (c, frozen, *texts))
-    context, logits = _results(reading, spread, mesh)
+    context, logits = _results(reading, spread)
     strands = decoding.samples if decoding.draws else 1
     keys = jax.eval_shape(lambda: jax.random.split(jax.random.key(0), (rows, strands)))
     start = (c, logits, on((rows,), jnp.bool_), on(keys.shape, keys.dtype), eos_ids)
     options = {"rule": rule, "row_sharding": spread if mesh.size > 1 else None}
     first = Program("first token", begin, start, {"room": room, **options})
-    state = _results(first, spread, mesh)
+    state = _results(first, spread)
     until = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated(mesh))
     return [
         reading,
@@ -193,13 +193,13 @@ def _on(sharding: NamedSharding, shape: tuple[int, ...], dtype: Any) -> jax.Shap
     return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
 
 
-def _results(program: Program, rows: NamedSharding, mesh: Mesh) -> Shapes:
+def _results(program: Program, rows: NamedSharding) -> Shapes:
     """The shapes of what a program gives, rows where the caches have them."""
     found = jax.eval_shape(partial(program.function, program.arguments[0], **program.options), *program.arguments[1:])
 
     def placed(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
-        if x.ndim == 5:
+        if x.ndim == 5:  # keys and values
             return _on(cache_sharding(rows, x.shape), x.shape, x.dtype)
-        return _on(rows if x.ndim else replicated(mesh), x.shape, x.dtype)
+        return _on(rows if x.ndim else replicated(rows.mesh), x.shape, x.dtype)
 
     return jax.tree.map(placed, found)

@@ -310,6 +310,7 @@ def score_turns(model: SelectiveLM, params: FrozenTree, trainable: Trainable, ba
     """
     params = vocabulary_gathered(model, params)
     conditions = model.adapter.conditions(model.decoder, params, trainable)
+    # A trained LM's tables are its own, not those of the frozen tree.
     conditions = conditions._replace(params=vocabulary_gathered(model, conditions.params))
     hidden = target_hidden(model, conditions, batch)
     onehot = target_turn_onehot(batch)

@@ -398,7 +398,7 @@ def test_rows_spread_over_devices_become_what_they_become_on_one(tiny, contexts,
 
 
 @pytest.mark.parametrize("axes", [(4, 1, 1), (2, 2, 1), (2, 1, 2), (8, 1, 1)])
-def test_a_program_serves_every_part_of_a_reply_on_several_devices(tiny, contexts, selected, axes):
+def test_a_program_serves_every_part_of_a_reply_on_several_devices(tiny, contexts, selected, axes, request):
     """Also where the rows, 4 of them, cannot be spread."""
     mesh = make_mesh(*axes, devices=jax.devices()[: math.prod(axes)])
     params = jax.device_put(tiny.params, layout_of(tiny.config, mesh))
@@ -413,8 +413,8 @@ def test_a_program_serves_every_part_of_a_reply_on_several_devices(tiny, context
 
     jax.clear_caches()
     jax.monitoring.register_event_duration_secs_listener(listen)
+    request.addfinalizer(lambda: jax.monitoring.unregister_event_duration_listener(listen))
     options = {"max_new_tokens": 20, "ended": lambda ids: False}
     rows = engine.generate(tiny.bank, contexts[:4], selected[:4], **options)
-    jax.monitoring.unregister_event_duration_listener(listen)
     assert len(compiled) == 1
     assert rows == make_engine(tiny, eos_ids=[7]).generate(tiny.bank, contexts[:4], selected[:4], **options)
