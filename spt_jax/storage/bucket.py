@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -14,6 +15,8 @@ from spt_jax.errors import UserError
 
 WAITS = (1.0, 2.0, 4.0)
 """Seconds between the attempts at a request."""
+WAITS_OF_SCHEMES = {"gs": (), "gcs": ()}
+"""The same where it is not `WAITS`: gcsfs makes six attempts by itself, over half a minute."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _Result = TypeVar("_Result")
@@ -120,17 +123,19 @@ class Bucket:
                 # Neither gets better by waiting.
                 if wait is None or isinstance(error, FileNotFoundError | PermissionError):
                     reason = " ".join(str(error).split())[:300] or type(error).__name__
+                    if isinstance(error, FileNotFoundError):
+                        reason = f"not found: {reason}"
                     raise BucketError(f"{self.url} cannot be {verb} ({reason})") from error
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 
 
-def open_bucket(url: str, waits: Sequence[float] = WAITS) -> Bucket:
+def open_bucket(url: str, waits: Sequence[float] | None = None) -> Bucket:
     """The folder that a URL names; nothing is asked of the store yet.
 
     Args:
         url: ``SCHEME://BUCKET/FOLDER``, of a scheme that fsspec knows.
-        waits: See `Bucket`.
+        waits: See `Bucket`; None for what suits the scheme.
 
     Raises:
         UserError: The scheme is unknown, or its package is not installed.
@@ -154,4 +159,12 @@ def open_bucket(url: str, waits: Sequence[float] = WAITS) -> Bucket:
         raise UserError(
             f"--workdir={url}: {reason}; allowed: a folder, gs://, s3:// and what else fsspec knows"
         ) from error
-    return Bucket(url, filesystem, root, waits)
+    _quiet("gcsfs")
+    return Bucket(url, filesystem, root, WAITS_OF_SCHEMES.get(scheme, WAITS) if waits is None else waits)
+
+
+def _quiet(package: str) -> None:
+    """Keeps a package's stack traces off the terminal, unless its user asked for them: failures are told here."""
+    logger = logging.getLogger(package)
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.CRITICAL)

@@ -11,7 +11,7 @@ from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
 from spt_jax.step_names import names_a_step
 from spt_jax.storage.background import BackgroundCopies
-from spt_jax.storage.bucket import WAITS, open_bucket
+from spt_jax.storage.bucket import open_bucket
 from spt_jax.storage.complete_steps import (
     CHECKPOINTS,
     complete_steps,
@@ -41,11 +41,15 @@ class StagedRun:
         url: Of the run.
         say: Takes sentences about the network.
         interval: Seconds between two looks for a new checkpoint.
-        waits: See `spt_jax.storage.bucket.Bucket`.
+        waits: See `spt_jax.storage.bucket.open_bucket`.
     """
 
     def __init__(
-        self, url: str, say: Callable[[str], None] = print, interval: float = INTERVAL, waits: Sequence[float] = WAITS
+        self,
+        url: str,
+        say: Callable[[str], None] = print,
+        interval: float = INTERVAL,
+        waits: Sequence[float] | None = None,
     ) -> None:
         self._bucket = open_bucket(url, waits)
         self._place = staging_folder(self._bucket.url)
