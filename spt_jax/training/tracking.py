@@ -173,34 +173,50 @@ def _without_torch() -> Iterator[None]:
 class WeightsAndBiases:
     """Weights & Biases; a resumed run is continued under the id that its working directory keeps.
 
+    Charts are over ``step``, a figure beside the others: W&B's own counter takes nothing behind what it has, such as
+    the evaluation of a checkpoint after which a run was killed.
+
     Raises:
-        UserError: The package ``wandb`` is not installed.
+        UserError: The package ``wandb`` is not installed, nobody is logged in, or the server does not answer.
     """
 
     def __init__(self, directory: Path, project: str, config: dict[str, Any]) -> None:
         try:
-            import wandb  # pyright: ignore[reportMissingImports]
+            import wandb
         except ImportError as error:
             raise UserError("tracking.wandb needs the package wandb: pip install wandb") from error
+        self._errors = wandb.Error
         identity = directory / "wandb_id"  # folders of one name in two places are two runs
         if not identity.exists():
             write_atomically(identity, uuid.uuid4().hex)
-        self._run = wandb.init(
-            project=project,
-            name=directory.name,
-            id=identity.read_text(encoding="utf-8"),
-            resume="allow",
-            dir=str(directory),
-            config=config,
-        )
+        with self._told("set WANDB_MODE=offline to keep the figures for `wandb sync`, or tracking.wandb=False"):
+            self._run = wandb.init(
+                project=project,
+                name=directory.name,
+                id=identity.read_text(encoding="utf-8"),
+                resume="allow",
+                dir=str(directory),
+                config=config,
+                allow_val_change=True,  # more steps than before, for instance
+            )
+            self._run.define_metric("*", step_metric="step")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Sends the metrics."""
-        self._run.log(dict(metrics), step=step)
+        with self._told("the checkpoints are intact"):
+            self._run.log({"step": step, **metrics})
 
     def close(self) -> None:
-        """Finishes the run."""
-        self._run.finish()
+        """Finishes the run, as a failed one where an exception passes by."""
+        with self._told("the checkpoints are intact"):
+            self._run.finish(exit_code=int(sys.exc_info()[0] is not None))
+
+    @contextlib.contextmanager
+    def _told(self, hint: str) -> Iterator[None]:
+        try:
+            yield
+        except self._errors as error:
+            raise UserError(f"tracking.wandb: {' '.join(str(error).split())[:300].rstrip('.')}; {hint}") from error
 
 
 def open_trackers(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
+import re
 import struct
 import subprocess
 import sys
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 
 from spt_jax.errors import UserError
-from spt_jax.training.tracking import JsonLines, TensorBoard, open_trackers
+from spt_jax.training.tracking import JsonLines, TensorBoard, WeightsAndBiases, open_trackers
 
 
 def rows(path: Path) -> list[dict]:
@@ -148,6 +150,85 @@ def test_wandb_that_is_not_installed_is_told_in_a_sentence(tmp_path, monkeypatch
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(UserError, match=r"tracking\.wandb needs the package wandb: pip install "):
         open_trackers(tmp_path, -1, tensorboard=True, wandb=True, project="p", config={})
+
+
+@pytest.fixture
+def offline(monkeypatch) -> Iterator[None]:
+    """W&B without its server or an account: what would be sent is kept in the run's folder."""
+    wandb = pytest.importorskip("wandb", reason="W&B is not installed here (the extra tracking)")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    yield
+    wandb.teardown()
+
+
+def kept_by_wandb(folder: Path) -> Iterator[Any]:
+    """The messages that W&B keeps for its server in ``FOLDER/wandb``, oldest start first.
+
+    The files are logs of LevelDB's format: behind seven bytes for their kind, blocks of 32 KiB of pieces, each with a
+    checksum, a length of two bytes and a byte that says whether more of the message follows (1 and 4 are ends).
+    """
+    from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
+
+    for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
+        content, place, message = path.read_bytes(), 7, b""
+        while place + 7 <= len(content):
+            if 32_768 - place % 32_768 < 7:
+                place += 32_768 - place % 32_768
+                continue
+            length, kind = struct.unpack_from("<HB", content, place + 4)
+            message += content[place + 7 : place + 7 + length]
+            place += 7 + length
+            if kind in (1, 4):
+                yield Record.FromString(message)
+                message = b""
+
+
+def test_wandb_gets_every_figure_over_its_step_and_a_resumed_run_is_the_same_run(tmp_path, offline):
+    for figure in ("loss/total", "development/perplexity"):
+        tracker = WeightsAndBiases(tmp_path, "p", {"seed": 3})
+        tracker.log(4, {figure: 0.5})
+        tracker.close()
+    kept = [*kept_by_wandb(tmp_path)]
+    told = [
+        {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in r.history.item} for r in kept
+    ]
+    figures = [{"step": 4, "loss/total": 0.5}, {"step": 4, "development/perplexity": 0.5}]
+    assert [{name: row[name] for name in row if name[0] != "_"} for row in told if row] == figures
+    assert ("*", "step") in {(r.metric.glob_name, r.metric.step_metric) for r in kept}
+    runs = [r.run for r in kept if r.run.run_id]
+    assert {(run.run_id, run.project, run.resumed) for run in runs} == {
+        ((tmp_path / "wandb_id").read_text(), "p", False)
+    }
+    assert all(("seed", "3") in {(item.key, item.value_json) for item in run.config.update} for run in runs)
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_wandb_learns_whether_a_training_failed(tmp_path, offline, fails):
+    tracker = WeightsAndBiases(tmp_path, "p", {})
+    with contextlib.suppress(UserError):
+        try:
+            if fails:
+                raise UserError("a full disk")
+        finally:
+            tracker.close()
+    assert [r.exit.exit_code for r in kept_by_wandb(tmp_path) if r.HasField("exit")] == [int(fails)]
+
+
+def test_wandb_without_an_account_is_told_in_a_sentence_and_what_to_do(tmp_path):
+    pytest.importorskip("wandb", reason="W&B is not installed here (the extra tracking)")
+    code = (
+        "import sys; from pathlib import Path; from spt_jax.training.tracking import WeightsAndBiases\n"
+        "try: WeightsAndBiases(Path(sys.argv[1]), 'p', {})\n"
+        "except ValueError as error: print(error)"
+    )
+    here = {name: value for name, value in os.environ.items() if not name.startswith("WANDB_")}
+    nobody = here | {"HOME": str(tmp_path), "NETRC": str(tmp_path / "netrc")}
+    command = [sys.executable, "-c", code, tmp_path]
+    ended = subprocess.run(command, env=nobody, stdin=subprocess.DEVNULL, capture_output=True, text=True, check=True)
+    assert re.fullmatch(
+        r"tracking\.wandb: .*`wandb login`.*; set WANDB_MODE=offline to keep the figures .*\n", ended.stdout
+    )
 
 
 @pytest.mark.parametrize("tensorboard", [True, False])
