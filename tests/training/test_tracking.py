@@ -168,8 +168,10 @@ def kept_by_wandb(folder: Path) -> Iterator[Any]:
     The files are logs of LevelDB's format: behind seven bytes for their kind, blocks of 32 KiB of pieces, each with a
     checksum, a length of two bytes and a byte that says whether more of the message follows (1 and 4 are ends).
     """
+    import wandb
     from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
+    wandb.teardown()  # a process of its own writes, and may be behind
     for path in sorted(folder.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.stat().st_mtime_ns):
         content, place, message = path.read_bytes(), 7, b""
         while place + 7 <= len(content):
