@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from several_processes import Job, start
+from several_processes import Job, environment, start
 from tiny_run import TALK, train_arguments, write_dialogues
 
 from spt_jax.exit_codes import STOPPED
@@ -131,6 +134,32 @@ def test_a_killed_process_ends_the_others_with_a_sentence_and_the_job_goes_on_bi
     train(arguments, workdir, 2, 2)
     assert rows(workdir) == rows(undisturbed)
     assert digests(workdir, STEPS) == digests(undisturbed, STEPS)
+
+
+def under_open_mpi(arguments: list[str], workdir: Path) -> Job:
+    """Two processes of two devices, which find each other by what Open MPI tells them."""
+    mpirun = ["mpirun", "--oversubscribe", *(["--allow-run-as-root"] if os.geteuid() == 0 else [])]
+    patient = ["--mca", "odls_base_sigkill_timeout", "8"]  # seconds; else one for what is to be saved
+    command = [*mpirun, *patient, "-n", "2", sys.executable, "-m", "spt_jax", *arguments, f"--workdir={workdir}"]
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return Job([subprocess.Popen(command, text=True, env=environment(2), **pipes)])
+
+
+def test_a_job_of_open_mpi_is_stopped_saves_goes_on_and_learns_what_one_process_learns(arguments, alone, tmp_path):
+    if "(Open MPI) 4." not in subprocess.getoutput("mpirun --version"):
+        pytest.skip("no Open MPI 4 here (Debian: apt install openmpi-bin)")
+    workdir = tmp_path / "run"
+    job = under_open_mpi([*arguments, "--config.train.steps=5000"], workdir)
+    disturb(job, workdir, STEPS + 1, job.processes[0].terminate)
+    assert job.wait() != [0]  # Open MPI has a code of its own
+    assert "saved; the same command goes on from there" in job.out[0]
+    saved = max(steps_saved(workdir))
+    assert STEPS <= saved < 5000
+    begun = [row for row in rows(workdir) if row["step"] <= STEPS]
+    assert largest_difference(begun, rows(alone)) <= 1e-5
+    job = under_open_mpi([*arguments, f"--config.train.steps={saved + 2}"], workdir)
+    assert job.wait() == [0], job.err
+    assert f"resuming from step {saved} of {saved + 2}" in job.out[0]
 
 
 def test_sigterm_to_one_process_saves_and_stops_all_and_one_process_goes_on(arguments, alone, tmp_path):
