@@ -9,8 +9,8 @@ For every method of `configs/comparison.py` that is asked for, each of its learn
 and the one with the lowest perplexity on the development dialogues is taken for all seeds; the test dialogues are seen
 once, by `evaluate`. Options of SPT beyond the paper (`--options`) take the rate that was chosen for `spt`, so they have
 no trials of their own. Runs lie in OUT/METHOD/lr_RATE/seed_SEED; one that is there already is resumed or reused, so the
-program may be stopped and started again: on Ctrl-C or SIGTERM no further run begins, those under way save and end, and
-it exits with 75. What was tried, and what was taken, is in OUT/trials.json.
+program may be stopped and started again: on Ctrl-C or SIGTERM, or when its terminal is closed, no further run begins,
+those under way save and end, and it exits with 75. What was tried, and what was taken, is in OUT/trials.json.
 
 With --jobs=N, N runs share the machine, each has its share of the GPUs, and what it prints is in OUT/logs. Several on
 one GPU share its memory, which must be enough for all; JAX_COMPILATION_CACHE_DIR lets them share what is compiled.
@@ -37,12 +37,13 @@ from typing import Any
 
 from spt_jax.exit_codes import INTERRUPTED, STOPPED
 from spt_jax.parallel.gpu_shares import gpu_shares
+from spt_jax.training.signals import leave_terminal, stop_signals
 
 HERE = Path(__file__).resolve().parent.parent
 CONFIG = HERE / "configs" / "comparison.py"
 
 # Ways in which a program ends that was asked to, by this one or by somebody else.
-_STOPS = (STOPPED, INTERRUPTED, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM)
+_STOPS = (STOPPED, INTERRUPTED, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
         sys.exit("comparison: --options take the learning rate that is chosen for spt; add spt to --methods")
     arguments.out.mkdir(parents=True, exist_ok=True)
     programs = _Programs()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in stop_signals():
         signal.signal(number, programs.stop)
     try:
         code: Any = _compare(arguments, described["LEARNING_RATES"], programs)
@@ -137,9 +138,11 @@ class _Programs:
             self.stop()
         return code
 
-    def stop(self, *_: object) -> None:
+    def stop(self, number: int | None = None, *_: object) -> None:
         """Also a handler of signals."""
         self.stopped = True
+        if number == signal.SIGHUP:
+            leave_terminal()
         # A terminal's Ctrl-C has reached them too, and a second one would end a training unsaved; SIGTERM does not.
         for process in list(self._going):
             process.terminate()

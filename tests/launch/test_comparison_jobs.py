@@ -57,7 +57,7 @@ import os, signal, sys, time
 from pathlib import Path
 
 notes, asked = Path({notes!r}), []
-for number in (signal.SIGTERM, signal.SIGINT):
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
     signal.signal(number, lambda *_: asked.append(1))
 with notes.open("a") as file:
     file.write("begins\\n")
@@ -159,7 +159,10 @@ def test_a_rate_whose_perplexity_is_no_number_is_not_taken(tmp_path):
 
 
 @pytest.mark.parametrize("jobs", [1, 2])
-@pytest.mark.parametrize("who", ["the program, by SIGTERM", "the program, by SIGINT", "a terminal", "one of the runs"])
+@pytest.mark.parametrize(
+    "who",
+    ["the program, by SIGTERM", "the program, by SIGINT", "a terminal", "a terminal that closes", "one of the runs"],
+)
 def test_a_stop_ends_the_runs_that_are_under_way_and_begins_none(tmp_path, jobs, who):
     command, environment = prepare(tmp_path, STOPPABLE.format(notes=str(tmp_path / "notes"), jobs=jobs), jobs)
     with subprocess.Popen(
@@ -167,8 +170,8 @@ def test_a_stop_ends_the_runs_that_are_under_way_and_begins_none(tmp_path, jobs,
     ) as process:
         try:
             wait_for(tmp_path / "going")
-            if who == "a terminal":
-                os.killpg(process.pid, signal.SIGINT)
+            if who.startswith("a terminal"):
+                os.killpg(process.pid, signal.SIGHUP if "closes" in who else signal.SIGINT)
             elif who == "one of the runs":
                 os.kill(int((tmp_path / "going").read_text()), signal.SIGTERM)
             else:

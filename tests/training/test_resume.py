@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import pty
 import re
 import signal
 import subprocess
@@ -28,7 +29,7 @@ class Command:
 
     folder: Path
 
-    def start(self, workdir: Path | str, *flags: str) -> subprocess.Popen[str]:
+    def start(self, workdir: Path | str, *flags: str, terminal: int = subprocess.PIPE) -> subprocess.Popen[str]:
         environment = os.environ | {
             "XLA_FLAGS": "",
             "PYTHONUNBUFFERED": "1",
@@ -38,8 +39,8 @@ class Command:
         arguments = ["train", f"--config={self.folder / 'tiny.py'}", f"--workdir={workdir}", *flags]
         return subprocess.Popen(
             [sys.executable, "-m", "spt_jax", *arguments],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
+            stdout=terminal,
+            stderr=terminal,
             text=True,
             env=environment,
             cwd=self.folder,
@@ -98,6 +99,29 @@ def test_a_polite_stop_saves_says_how_to_go_on_and_loses_nothing(command, never_
     code, out, err = command.run(workdir)
     assert code == 0, err
     assert f"resuming from step {stopped[1]} of {STEPS}" in out
+    assert_same_run(workdir, never_killed)
+
+
+def test_a_terminal_that_is_closed_is_a_polite_stop(command, never_killed, tmp_path):
+    workdir = tmp_path / "run"
+    ours, its = pty.openpty()
+    process = command.start(workdir, terminal=its)
+    os.close(its)
+    os.set_blocking(ours, False)
+
+    def saved() -> bool:
+        with contextlib.suppress(BlockingIOError):
+            os.read(ours, 65_536)
+        return 3 in steps_on_disk(workdir)
+
+    assert wait_until(process, saved)
+    os.close(ours)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait(60) == STOPPED
+    assert 3 <= steps_on_disk(workdir)[-1] < STEPS
+    code, out, err = command.run(workdir)
+    assert code == 0, err
+    assert "resuming from step" in out
     assert_same_run(workdir, never_killed)
 
 

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C ask politely; a second Ctrl-C does not ask."""
+"""SIGTERM, Ctrl-C and a closed terminal ask politely; a second Ctrl-C does not ask."""
 
 from __future__ import annotations
 
@@ -10,16 +10,28 @@ import pytest
 
 from spt_jax.training.signals import StopSignal
 
+STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+
+@pytest.mark.parametrize("number", STOPS)
 def test_the_first_signal_sets_the_flag_and_the_old_handlers_come_back(number):
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    before = [*map(signal.getsignal, STOPS)]
     with StopSignal() as stop:
         assert not stop.requested
         os.kill(os.getpid(), number)
         assert stop.requested
         os.kill(os.getpid(), signal.SIGTERM)
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+    assert [*map(signal.getsignal, STOPS)] == before
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 def test_a_second_ctrl_c_interrupts_at_once():
