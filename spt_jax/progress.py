@@ -36,6 +36,7 @@ class ProgressBar:
         self._bar: Progress | None = None
         self._left = threading.Event()
         self._began = self._printed = time.monotonic()
+        self._told = start
 
     def __enter__(self) -> ProgressBar:
         if not self._shown:
@@ -63,7 +64,7 @@ class ProgressBar:
         self._left.set()
         if self._bar is not None:
             self._bar.stop()
-        elif self._shown and self._done > self._first:
+        elif self._shown and self._done > self._told:
             self._line()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -74,6 +75,13 @@ class ProgressBar:
             self._bar.update(self._task, completed=self._done, note=self._note)
         elif self._shown and time.monotonic() - self._printed >= PLAIN_INTERVAL_SECONDS:
             self._line()
+
+    def skip(self, count: int) -> None:
+        """Counts units that were done before; the time that is left goes by those that are done here."""
+        self._first += count
+        self._done += count
+        if self._bar is not None:
+            self._bar.reset(self._task, completed=self._done, total=self._total)
 
     def message(self, text: str) -> None:
         """Prints a line without disturbing the bar."""
@@ -88,6 +96,7 @@ class ProgressBar:
     def _line(self) -> None:
         elapsed = self._printed = time.monotonic()
         elapsed -= self._began
+        self._told = self._done
         parts = [f"{self._description} {self._done}/{self._total}"]
         parts += [self._note] if self._note else []
         if self._first < self._done < self._total:

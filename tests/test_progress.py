@@ -46,6 +46,20 @@ def test_time_left_counts_from_where_a_resumed_run_began(clock, capsys):
     assert lines(capsys) == ["training 50/100", "training 60/100 · 1:20 left", "training 60/100 · 1:20 left"]
 
 
+def test_what_an_earlier_start_has_done_does_not_make_the_rest_look_near(clock, capsys):
+    with ProgressBar("replying", 2000) as bar:
+        bar.skip(1900)
+        clock[0] += 10.5
+        bar.advance(16)
+    assert lines(capsys) == ["replying 0/2000", "replying 1916/2000 · 0:55 left"]
+
+
+def test_all_that_was_done_before_is_told(clock, capsys):
+    with ProgressBar("replying", 20) as bar:
+        bar.skip(20)
+    assert lines(capsys) == ["replying 0/20", "replying 20/20"]
+
+
 def test_the_last_line_shows_all_done(clock, capsys):
     with ProgressBar("scoring", 3) as bar:
         clock[0] += 1.0

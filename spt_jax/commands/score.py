@@ -71,7 +71,7 @@ def run(flag_values: flags.FlagValues) -> int:
             batch_size=given["batch"] or config.evaluation.batch,
             pad_id=pad_id_of(config, lm.tokenizer),
             max_buckets=config.data.max_buckets,
-            on_batch=lambda turns, _: bar.advance(turns),
+            on_batch=lambda found, _: bar.advance(len(found)),
         )
     lines = [
         json.dumps(

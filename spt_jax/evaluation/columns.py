@@ -26,6 +26,7 @@ from spt_jax.generation.replies import ReplyText
 from spt_jax.metric_groups import EVERYDAY, chosen_groups, is_chosen
 from spt_jax.models.loading import LanguageModel
 from spt_jax.parallel.rules import row_sharding
+from spt_jax.progress import ProgressBar
 from spt_jax.prompting.adapters import Conditions, Trainable
 from spt_jax.prompting.selective_lm import SelectiveLM, inference_conditions, mixed_prompts
 
@@ -140,11 +141,6 @@ class ColumnEvaluator:
         """How many turns are scored."""
         return len(self._contexts)
 
-    @property
-    def work(self) -> int:
-        """How many turns `run` tells of: those that are scored, answered and ranked."""
-        return self.turns + len(self.answered) + len(self._ranked)
-
     def notes(self, column: Column) -> list[str]:
         """A sentence for every figure of the column that was asked for and could not be computed."""
         return [*column.metrics.notes, *([self._unranked] if self._unranked else [])]
@@ -180,7 +176,7 @@ class ColumnEvaluator:
         self,
         model: SelectiveLM,
         trainable: Trainable,
-        on_turns: Callable[[int], None],
+        bars: Callable[[str, int], ProgressBar],
         kept: KeptColumn | None = None,
     ) -> Column:
         """Scores every turn, replies to the chosen ones under their selected prompts, and measures both.
@@ -188,10 +184,11 @@ class ColumnEvaluator:
         Args:
             model: The description; K and P are those of `trainable`.
             trainable: What was learned.
-            on_turns: Called with the number of turns scored, then answered, after each batch.
+            bars: Makes the bar of a part of the work from its name and the number of turns.
             kept: What an evaluation that was stopped has found of this column; it gets what is found now.
         """
-        likelihoods = self._likelihoods(model, trainable, on_turns, kept)
+        with bars("scoring", self.turns) as bar:
+            likelihoods = self._likelihoods(model, trainable, bar, kept)
         options = self._options
         if options.selection_noise:
             noise = np.random.default_rng(options.seed).normal(size=likelihoods.scores.shape)
@@ -204,7 +201,8 @@ class ColumnEvaluator:
         if options.selection == "soft" and model.num_prompts > 1:
             mixed = mixed_prompts(writer.bank, likelihoods.scores[self.answered], options.score_temperature)
             writer, chosen = dataclasses.replace(writer, bank=mixed), range(len(keys))
-        replies = writer.replies(keys, chosen, on_turns, kept)
+        with bars("replying", len(keys)) as bar:
+            replies = writer.replies(keys, chosen, bar, kept)
         references = [self.reference(*key) for key in keys]
         personas = None if self.learns_persona else [self._dialogues[d].persona for d, _ in keys]
         metrics = text_metrics(
@@ -215,7 +213,10 @@ class ColumnEvaluator:
             bert_score_model=options.bert_score_model,
             nli_model=options.nli_model,
         )
-        ranking = self._rank(model, conditions, likelihoods, on_turns, kept) if self._ranked else None
+        ranking = None
+        if self._ranked:
+            with bars("ranking candidates", len(self._ranked)) as bar:
+                ranking = self._rank(model, conditions, likelihoods, bar, kept)
         words = [len(self.reference(d, t).split()) for d, t in zip(likelihoods.dialogue, likelihoods.turn, strict=True)]
         figures = {
             "perplexity": likelihoods.perplexity,
@@ -231,30 +232,29 @@ class ColumnEvaluator:
         return Column(likelihoods, self.answered, replies, metrics, ranking, figures | metrics.values, definitions)
 
     def _likelihoods(
-        self, model: SelectiveLM, trainable: Trainable, on_turns: Callable[[int], None], kept: KeptColumn | None
+        self, model: SelectiveLM, trainable: Trainable, bar: ProgressBar, kept: KeptColumn | None
     ) -> Likelihoods:
-        found = None if kept is None else kept.likelihoods(self.turns)
-        if found is not None:
-            on_turns(len(found.turn))
-            return found
-        found = score_rows(
-            model,
-            self._lm.params,
-            trainable,
-            self._rows,
-            **self._scoring,
-            on_batch=lambda turns, _: on_turns(turns),
+        def on_batch(found: Likelihoods, known: bool) -> None:
+            if known:
+                bar.skip(len(found))
+                return
+            if kept is not None:
+                kept.keep_likelihoods(found)
+            bar.advance(len(found))
+
+        known = None if kept is None else kept.likelihoods()
+        if known is not None and known.nll.shape[1] != model.num_prompts:
+            known = None
+        return score_rows(
+            model, self._lm.params, trainable, self._rows, **self._scoring, known=known, on_batch=on_batch
         )
-        if kept is not None:
-            kept.keep_likelihoods(found)
-        return found
 
     def _rank(
         self,
         model: SelectiveLM,
         conditions: Conditions,
         likelihoods: Likelihoods,
-        on_turns: Callable[[int], None],
+        bar: ProgressBar,
         kept: KeptColumn | None,
     ) -> hits.Hits:
         pairs = zip(likelihoods.dialogue.tolist(), likelihoods.turn.tolist(), strict=True)
@@ -264,12 +264,12 @@ class ColumnEvaluator:
         known = {} if kept is None else kept.candidates()
         known = {key: scores for key, scores in known.items() if len(scores.nll) == numbers.get(key)}
         left = [turn for turn in self._ranked if (turn.dialogue, turn.turn) not in known]
-        on_turns(len(self._ranked) - len(left))
+        bar.skip(len(self._ranked) - len(left))
 
         def keep(places: Sequence[int], scores: Sequence[CandidateScores]) -> None:
             if kept is not None:
                 kept.keep_candidates([(left[place].dialogue, left[place].turn) for place in places], scores)
-            on_turns(len(places))
+            bar.advance(len(places))
 
         scores = score_candidates(
             model,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import re
 import shutil
@@ -13,12 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
 from spt_jax.evaluation.candidate_scores import CandidateScores
 from spt_jax.evaluation.likelihood import Likelihoods
 from spt_jax.json_text import is_number, is_text, parse_json
-from spt_jax.numpy_files import read_npz
 from spt_jax.parallel.distributed import is_lead, told_by_lead
 
 FOLDER = "evaluation.partial"
@@ -69,33 +66,24 @@ class KeptColumn:
         self._folder = folder
         self._stem = re.sub(r"[^a-z0-9]+", "_", name.lower())
 
-    def likelihoods(self, turns: int) -> Likelihoods | None:
-        """Those of all turns; None where they are not known yet, or those there are not of so many."""
-        content = _bytes_of_lead(self._file(_LIKELIHOODS))
-        try:
-            found = read_npz(content)
-            likelihoods = Likelihoods(*(found[name] for name in _FIELDS))
-        except (ValueError, KeyError):
+    def likelihoods(self) -> Likelihoods | None:
+        """Those of the turns that are known, in the order in which they came; None where there are none."""
+        known = dict(self._rows(_LIKELIHOODS, _likelihood))
+        if len({len(nll) for _, nll, _ in known.values()}) != 1:
             return None
-        one_each = (likelihoods.dialogue, likelihoods.turn, likelihoods.tokens)
-        one_a_prompt = (likelihoods.nll, likelihoods.scores)
-        whole = all(array.shape == (turns,) and array.dtype.kind == "i" for array in one_each)
-        prompts = likelihoods.nll.shape[1:]
-        whole &= len(prompts) == 1 and all(a.shape == (turns, *prompts) and a.dtype.kind == "f" for a in one_a_prompt)
-        return likelihoods if whole else None
+        tokens, nll, scores = zip(*known.values(), strict=True)
+        dialogue, turn = np.array([*known]).T
+        return Likelihoods(dialogue, turn, np.array(tokens), np.array(nll, np.float32), np.array(scores, np.float32))
 
-    def keep_likelihoods(self, likelihoods: Likelihoods) -> None:
-        """Writes them, whole or not at all.
+    def keep_likelihoods(self, found: Likelihoods) -> None:
+        """Adds those of some turns; a float32 is read as it was.
 
         Raises:
             UserError: They cannot be written.
         """
-        if not is_lead():
-            return
-        self._make_folder()
-        content = io.BytesIO()
-        np.savez(content, **{name: getattr(likelihoods, name) for name in _FIELDS})
-        write_atomically(self._file(_LIKELIHOODS), content.getvalue())
+        turns = zip(found.dialogue.tolist(), found.turn.tolist(), strict=True)
+        columns = zip(found.tokens.tolist(), found.nll.tolist(), found.scores.tolist(), strict=True)
+        self._add(_LIKELIHOODS, [*turns], ({"tokens": t, "nll": nll, "scores": s} for t, nll, s in columns))
 
     def replies(self) -> dict[Turn, str]:
         """The replies that are known; a line that was cut off while it was written is taken out."""
@@ -161,8 +149,7 @@ class KeptColumn:
         return self._folder / (self._stem + kind)
 
 
-_LIKELIHOODS, _REPLIES, _CANDIDATES = ".npz", ".replies.jsonl", ".candidates.jsonl"
-_FIELDS = ("dialogue", "turn", "tokens", "nll", "scores")
+_LIKELIHOODS, _REPLIES, _CANDIDATES = ".likelihoods.jsonl", ".replies.jsonl", ".candidates.jsonl"
 
 
 def _whole(value: Any) -> int:
@@ -175,6 +162,13 @@ def _reply(row: Mapping[str, Any]) -> str:
     if not is_text(row["reply"]):
         raise ValueError("the reply is not a text")
     return row["reply"]
+
+
+def _likelihood(row: Mapping[str, Any]) -> tuple[int, list[float], list[float]]:
+    tokens, nll, scores = _whole(row["tokens"]), row["nll"], row["scores"]
+    if len(nll) != len(scores) or not nll or not all(map(is_number, [*nll, *scores])):
+        raise ValueError("a turn lacks its likelihood, or its score, under a prompt")
+    return tokens, nll, scores
 
 
 def _scores(row: Mapping[str, Any]) -> CandidateScores:

@@ -38,6 +38,21 @@ class Likelihoods:
     nll: np.ndarray
     scores: np.ndarray
 
+    def __len__(self) -> int:
+        return len(self.turn)
+
+    @classmethod
+    def joined(cls, parts: Iterable[Likelihoods]) -> Likelihoods:
+        """Several after one another."""
+        return cls(*(np.concatenate(arrays) for arrays in zip(*(part._arrays() for part in parts), strict=True)))
+
+    def at(self, places: Sequence[int] | np.ndarray) -> Likelihoods:
+        """The turns at some places, in their order."""
+        return Likelihoods(*(array[places] for array in self._arrays()))
+
+    def _arrays(self) -> tuple[np.ndarray, ...]:
+        return self.dialogue, self.turn, self.tokens, self.nll, self.scores
+
     @property
     def selected(self) -> np.ndarray:
         """int ``[U]``, the prompt with the highest score; among ties the lowest."""
@@ -87,7 +102,8 @@ def score_rows(
     batch_size: int,
     pad_id: int,
     max_buckets: int = 4,
-    on_batch: Callable[[int, int], None] | None = None,
+    known: Likelihoods | None = None,
+    on_batch: Callable[[Likelihoods, bool], None] | None = None,
     between: Callable[[], None] | None = None,
 ) -> Likelihoods:
     """Scores every turn of packed rows, forward only.
@@ -102,7 +118,9 @@ def score_rows(
         batch_size: Rows scored at once, rounded up to a multiple of the devices that share rows.
         pad_id: Fills rows up to their bucket.
         max_buckets: Length buckets; each is a compilation.
-        on_batch: Called with (turns done, tokens done) after each batch.
+        known: Turns that the same call has scored before, with the same `batch_size` and rows; a batch of such turns
+            alone is taken from there.
+        on_batch: Called after each batch with what was found, and whether it was known.
         between: Called before each batch but the first; what it raises ends the scoring.
 
     Returns:
@@ -119,20 +137,31 @@ def score_rows(
             f"{devices}, the devices that share it (mesh.data × mesh.fsdp)"
         )
     batch_size = batch_size if model.official else -(-min(batch_size, len(rows)) // devices) * devices
-    parts: list[tuple[np.ndarray, ...]] = []
+    places = {} if known is None else {turn: place for place, turn in enumerate(_turns(known.dialogue, known.turn))}
+    parts: list[Likelihoods] = []
     for batch, _ in batches(rows, batch_size=batch_size, pad_id=pad_id, max_buckets=max_buckets):
         if parts and between is not None:
             between()
-        placed = place_whole_batch(mesh, batch)
-        nll, scores, tokens = jax.device_get(_compiled(mesh)(model, params, trainable, placed))
         present = batch["turn_mask"] > 0
-        dialogues = np.broadcast_to(batch["dialogue_ids"][:, None], present.shape)
-        parts.append((dialogues[present], batch["turn_ids"][present], tokens[present], nll[present], scores[present]))
+        dialogue = np.broadcast_to(batch["dialogue_ids"][:, None], present.shape)[present]
+        turn = batch["turn_ids"][present]
+        taken = [places.get(key) for key in _turns(dialogue, turn)]
+        there = [place for place in taken if place is not None]
+        if known is not None and len(there) == len(taken):
+            part = known.at(there)
+        else:
+            placed = place_whole_batch(mesh, batch)
+            nll, scores, tokens = jax.device_get(_compiled(mesh)(model, params, trainable, placed))
+            part = Likelihoods(dialogue, turn, tokens[present].astype(np.int64), nll[present], scores[present])
+        parts.append(part)
         if on_batch is not None:
-            on_batch(int(present.sum()), int(batch["lengths"].sum()))
-    dialogue, turn, tokens, nll, scores = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    order = np.lexsort((turn, dialogue))
-    return Likelihoods(dialogue[order], turn[order], tokens[order].astype(np.int64), nll[order], scores[order])
+            on_batch(part, len(there) == len(taken))
+    found = Likelihoods.joined(parts)
+    return found.at(np.lexsort((found.turn, found.dialogue)))
+
+
+def _turns(dialogue: np.ndarray, turn: np.ndarray) -> Iterable[tuple[int, int]]:
+    return zip(dialogue.tolist(), turn.tolist(), strict=True)
 
 
 class DevelopmentEvaluator:

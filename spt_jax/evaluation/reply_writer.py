@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import jax
 import numpy as np
@@ -13,6 +13,7 @@ from spt_jax.evaluation.journal import KeptColumn
 from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.replies import ReplyText
+from spt_jax.progress import ProgressBar
 
 
 def turn_contexts(rows: Sequence[Row]) -> dict[tuple[int, int], list[int]]:
@@ -52,7 +53,7 @@ class ReplyWriter:
         self,
         keys: Sequence[tuple[int, int]],
         selected: Sequence[int],
-        on_turns: Callable[[int], None] = lambda _: None,
+        bar: ProgressBar | None = None,
         kept: KeptColumn | None = None,
         places: Sequence[int] | None = None,
     ) -> list[str]:
@@ -61,14 +62,15 @@ class ReplyWriter:
         Args:
             keys: The turns.
             selected: The condition of each.
-            on_turns: Called with the number of replies after each batch.
+            bar: Counts the replies.
             kept: Replies that it knows are not generated again, and it gets the others, batch by batch.
             places: Where each turn stands among those that are answered, for its draws; None for the order of `keys`.
         """
         known = {} if kept is None else kept.replies()
         replies = [known.get(key) for key in keys]
         open_places = [place for place, reply in enumerate(replies) if reply is None]
-        on_turns(len(keys) - len(open_places))
+        bar = bar or ProgressBar("replying", len(keys), shown=False)
+        bar.skip(len(keys) - len(open_places))
 
         def on_rows(rows: Sequence[int], found: Sequence[list[int]]) -> None:
             places = [open_places[row] for row in rows]
@@ -76,7 +78,7 @@ class ReplyWriter:
                 replies[place] = self.text.of(tokens)
             if kept is not None:
                 kept.keep_replies([keys[place] for place in places], [str(replies[place]) for place in places])
-            on_turns(len(rows))
+            bar.advance(len(rows))
 
         if open_places:
             self.engine.generate(

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -126,10 +127,8 @@ def evaluate_run(
         banks = {NO_PROMPT: (without_prompt(model), {}), **before, **banks}
     columns: dict[str, Column] = {}
     for name, (described, tree) in banks.items():
-        with ProgressBar(f"evaluating, {name}", evaluator.work, shown=is_lead()) as bar:
-            columns[name] = evaluator.run(
-                described, tree, bar.advance, None if journal is None else journal.column(name)
-            )
+        kept = None if journal is None else journal.column(name)
+        columns[name] = evaluator.run(described, tree, partial(_bar, name), kept)
     after = columns[AFTER]
     chosen = spread_evenly(len(after.answered), options.samples) if options.samples else np.array([], np.int64)
     samples = []
@@ -146,6 +145,10 @@ def evaluate_run(
         _selection(after, len(dialogues)) if model.retriever_config else [],
         [] if template.learns_persona else told_dialogues(dialogues, predictions, samples),
     )
+
+
+def _bar(column: str, what: str, total: int) -> ProgressBar:
+    return ProgressBar(f"{what}, {column}", total, shown=is_lead())
 
 
 def _results(experiment: Experiment, columns: dict[str, Column], evaluator: ColumnEvaluator) -> dict[str, Any]:
@@ -218,8 +221,7 @@ def _samples(
         repeated = [key for key in keys for _ in range(num_prompts)]
         # Every prompt draws as the one did that answered.
         places = np.repeat(chosen, num_prompts).tolist()
-        texts = writer.replies(repeated, list(range(num_prompts)) * len(keys), places=places)
-        bar.advance(len(texts))
+        texts = writer.replies(repeated, list(range(num_prompts)) * len(keys), bar, places=places)
     samples = []
     for i, (place, u, (d, t)) in enumerate(zip(chosen, turns, keys, strict=True)):
         sample = {

@@ -193,9 +193,9 @@ PACKED = [
 OWN_FILES = [
     Reader(
         "journal of likelihoods",
-        _journal(".npz"),
-        _written(".npz", _likelihoods),
-        lambda path: _whole_or_anew(path, _column(path).likelihoods(4) is not None),
+        _journal(".likelihoods.jsonl"),
+        _written(".likelihoods.jsonl", _likelihoods),
+        lambda path: _whole_or_anew(path, len(_column(path).likelihoods() or ()) == 4),
     ),
     Reader(
         "journal of replies",

@@ -11,6 +11,7 @@ from spt_jax.evaluation.reply_writer import turn_contexts
 from spt_jax.evaluation.spread import spread_evenly
 from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.replies import cut_reply
+from spt_jax.progress import ProgressBar
 from spt_jax.prompting.selective_lm import without_prompt
 from spt_jax.training.experiment import pack_dialogues
 
@@ -48,11 +49,16 @@ def test_a_spread_is_even_ordered_and_reaches_both_ends(count):
 
 
 def test_a_column_replies_behind_the_selected_prompt_of_each_turn(setting):
-    tree, told = tiny.trainable(), []
+    tree, bars = tiny.trainable(), []
+
+    def bar(what: str, total: int) -> ProgressBar:
+        bars.append((what, total))
+        return ProgressBar(what, total, shown=False)
+
     evaluator = evaluator_of(setting, replies=4)
-    column = evaluator.run(setting.model, tree, told.append)
+    column = evaluator.run(setting.model, tree, bar)
     assert len(column.answered) == len(column.replies) == 4
-    assert sum(told) == evaluator.turns + 4 == 14
+    assert bars == [("scoring", evaluator.turns), ("replying", 4)]
     lm, found = setting.lm, column.likelihoods
     engine = GenerationEngine(lm.config, lm.params, eos_ids=[lm.tokenizer.eos_id], pad_id=lm.tokenizer.pad_id)
     contexts = turn_contexts(pack_dialogues(setting.config, tiny.DIALOGUES, lm.tokenizer).rows)

@@ -15,7 +15,7 @@ from tiny_experiment import experiment
 
 from spt_jax.errors import UserError
 from spt_jax.evaluation.candidate_scores import CandidateScores
-from spt_jax.evaluation.journal import FOLDER, Journal
+from spt_jax.evaluation.journal import FOLDER, Journal, KeptColumn
 from spt_jax.evaluation.likelihood import Likelihoods
 from spt_jax.evaluation.run_evaluation import evaluate_run
 from spt_jax.generation.engine import GenerationEngine
@@ -38,9 +38,9 @@ def test_another_journal_of_the_question_knows_everything(tmp_path):
     again = Journal(tmp_path, "why")
     assert again.column(AFTER).replies() == {(0, 0): "yes\nand no", (1, 0): "ä \u2028 b", (0, 1): ""}
     assert again.column("before training").replies() == {}
-    kept = again.column(AFTER).likelihoods(3)
+    kept = again.column(AFTER).likelihoods()
     assert kept is not None
-    assert again.column("before training").likelihoods(3) is None
+    assert again.column("before training").likelihoods() is None
     for field in dataclasses.fields(Likelihoods):
         np.testing.assert_array_equal(getattr(kept, field.name), getattr(FOUND, field.name))
         assert getattr(kept, field.name).dtype == getattr(FOUND, field.name).dtype
@@ -87,32 +87,33 @@ def test_a_line_that_was_cut_off_is_taken_out_wherever_the_cut(tmp_path, cut):
     assert Journal(tmp_path, "why").column(AFTER).replies() == {(0, 0): "one", (0, 1): "zwölf"}
 
 
-def test_damaged_likelihoods_are_computed_again(tmp_path):
-    journal = Journal(tmp_path, "why")
-    journal.column(AFTER).keep_likelihoods(FOUND)
-    [path] = (tmp_path / FOLDER / "why").glob("*.npz")
-    path.write_bytes(path.read_bytes()[:100])
-    assert journal.column(AFTER).likelihoods(3) is None
-
-
 @pytest.mark.parametrize(
-    "changed",
+    "likelihood",
     [
-        {"turn": FOUND.turn[:2]},
-        {"nll": FOUND.nll[:, :1]},
-        {"nll": FOUND.nll[0], "scores": FOUND.scores[0]},
-        {"tokens": FOUND.tokens.astype(np.float32)},
-        {"scores": np.asarray([["a", "b"]] * 3)},
+        '"tokens": 3, "nll": [1.0, 2.0], "scores": [0.5]',
+        '"tokens": 3, "nll": [1.0, NaN], "scores": [0.5, 0.5]',
+        '"tokens": 3, "nll": [1.0, "2.0"], "scores": [0.5, 0.5]',
+        '"tokens": 3.5, "nll": [1.0, 2.0], "scores": [0.5, 0.5]',
+        '"tokens": 3, "nll": [], "scores": []',
+        '"tokens": 3, "nll": 1, "scores": 1',
+        '"tokens": 3, "nll": [1.0, 2.0]',
     ],
-    ids=lambda changed: ", ".join(changed),
 )
-def test_likelihoods_of_another_shape_or_kind_are_computed_again(tmp_path, changed):
+def test_likelihoods_that_are_none_are_taken_out(tmp_path, likelihood):
     column = Journal(tmp_path, "why").column(AFTER)
-    column.keep_likelihoods(dataclasses.replace(FOUND, **changed))
-    assert column.likelihoods(3) is None
     column.keep_likelihoods(FOUND)
-    assert column.likelihoods(4) is None
-    assert column.likelihoods(3) is not None
+    (path,) = (tmp_path / FOLDER / "why").iterdir()
+    path.write_bytes(path.read_bytes() + f'{{"dialogue": 2, "turn": 0, {likelihood}}}\n'.encode())
+    kept = column.likelihoods()
+    assert kept is not None
+    assert kept.dialogue.tolist() == FOUND.dialogue.tolist()
+
+
+def test_likelihoods_under_other_numbers_of_prompts_are_none(tmp_path):
+    column = Journal(tmp_path, "why").column(AFTER)
+    column.keep_likelihoods(FOUND)
+    column.keep_likelihoods(dataclasses.replace(FOUND, nll=FOUND.nll[:, :1], scores=FOUND.scores[:, :1]).at([2]))
+    assert column.likelihoods() is None
 
 
 @pytest.mark.parametrize(
@@ -175,7 +176,7 @@ def test_a_file_that_cannot_be_read_now_is_told_and_left_as_it_is(tmp_path, monk
         with pytest.raises(UserError, match=r"after_training.replies.jsonl cannot be read: not now"):
             column.replies()
         with pytest.raises(UserError, match=r"cannot be read: not now"):
-            column.likelihoods(1)
+            column.likelihoods()
     assert column.replies() == {(0, 0): "yes"}
     assert path.exists()
 
@@ -187,9 +188,9 @@ def test_nothing_found_leaves_no_folder(tmp_path):
 
 
 @functools.cache
-def undisturbed(temperature: float) -> tuple[Callable[[Journal | None], Any], Any]:
-    """An evaluation, and what it finds when nobody stops it."""
-    setting = experiment(batch=2, samples=0)
+def undisturbed(temperature: float, batch: int = 2) -> tuple[Callable[[Journal | None], Any], Any]:
+    """An evaluation of two dialogues, and what it finds when nobody stops it."""
+    setting = experiment(batch=batch, samples=0)
     setting.config.generation.temperature = temperature
     trainable = tiny.trainable(setting.model)
 
@@ -225,5 +226,31 @@ def test_an_evaluation_that_was_stopped_goes_on_and_generates_no_reply_twice(
     stop_before = -1
     found = evaluated(journal)
     assert sum(generated) == 3 * len(wanted.predictions)  # three columns
+    assert found.predictions == wanted.predictions
+    assert found.results["columns"] == wanted.results["columns"]
+
+
+@pytest.mark.parametrize("batches", [0, 1, 3, 4])
+def test_an_evaluation_that_is_stopped_while_it_scores_scores_no_batch_twice(tmp_path, monkeypatch, batches):
+    evaluated, wanted = undisturbed(0.0, batch=1)
+    kept_by = KeptColumn.keep_likelihoods
+    scored: list[tuple[int, int]] = []
+    stop_after = batches
+
+    def counted(self: KeptColumn, found: Likelihoods) -> None:
+        nonlocal stop_after
+        if not stop_after:
+            raise KeyboardInterrupt
+        stop_after -= 1
+        kept_by(self, found)
+        scored.extend(zip(found.dialogue.tolist(), found.turn.tolist(), strict=True))
+
+    monkeypatch.setattr(KeptColumn, "keep_likelihoods", counted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluated(Journal(tmp_path, "why"))
+    stop_after = -1
+    found = evaluated(Journal(tmp_path, "why"))
+    turns = [(d, t) for d, dialogue in enumerate(tiny.DIALOGUES[:2]) for t in range(len(dialogue.turns))]
+    assert sorted(scored) == sorted(turns * 3)  # three columns
     assert found.predictions == wanted.predictions
     assert found.results["columns"] == wanted.results["columns"]

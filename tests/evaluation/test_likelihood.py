@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from types import SimpleNamespace
 
 import jax
@@ -84,12 +85,26 @@ def test_devices_change_nothing(mesh):
     assert_same(scored(mesh=mesh), scored())
 
 
-def test_every_batch_is_told_once_with_its_turns_and_tokens():
-    told: list[tuple[int, int]] = []
-    scored(batch_size=2, on_batch=lambda turns, tokens: told.append((turns, tokens)))
-    rows = tiny.packed("dialogue").rows
+def test_every_batch_is_told_once_with_its_turns():
+    told: list[Likelihoods] = []
+    found = scored(batch_size=2, on_batch=lambda part, known: told.append(part))
     assert len(told) == 2
-    assert np.sum(told, axis=0).tolist() == [sum(len(row.turns) for row in rows), sum(len(row) for row in rows)]
+    joined = Likelihoods.joined(told)
+    assert_same(joined.at(np.lexsort((joined.turn, joined.dialogue))), found)
+
+
+def test_batches_that_are_known_are_taken_as_they_are_and_the_others_are_scored():
+    parts: list[Likelihoods] = []
+    whole = scored(batch_size=2, on_batch=lambda part, known: parts.append(part))
+    marked = dataclasses.replace(parts[0], nll=parts[0].nll + 7)
+    # Of the second batch a turn is missing, so that it is scored.
+    known = Likelihoods.joined([parts[1].at(range(1, len(parts[1]))), marked])
+    told: list[bool] = []
+    found = scored(batch_size=2, known=known, on_batch=lambda part, known: told.append(known))
+    assert told == [True, False]
+    first = np.isin(found.dialogue, parts[0].dialogue)
+    np.testing.assert_array_equal(found.nll, np.where(first[:, None], whole.nll + 7, whole.nll))
+    assert_same(dataclasses.replace(found, nll=whole.nll), whole)
 
 
 def test_perplexities_by_hand():
