@@ -115,6 +115,8 @@ def _sentence(flag_values: flags.FlagValues, arguments: Sequence[str], error: Ex
         if allowed:
             return f"--{name} is {value!r}; allowed: {', '.join(allowed)}.{nearest(value, allowed)}"
         kind = _KINDS.get(flag.flag_type(), f"a value of type {flag.flag_type()}")
-        lowest = getattr(flag.parser, "lower_bound", None)
-        return f"--{name} is {value!r}; allowed: {kind}{'' if lowest is None else f', {lowest} or more'}"
+        lowest, highest = (getattr(flag.parser, bound, None) for bound in ("lower_bound", "upper_bound"))
+        if lowest is not None:
+            kind += f", {lowest} or more" if highest is None else f" from {lowest:g} to {highest:g}"
+        return f"--{name} is {value!r}; allowed: {kind}"
     return " ".join(str(error).split())

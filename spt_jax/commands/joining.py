@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import time
 import traceback
@@ -28,9 +29,14 @@ def define_joining_flags(flag_values: flags.FlagValues) -> None:
         "JAX_COORDINATOR_ADDRESS; off; or HOST:PORT,PROCESSES,INDEX, or HOST:PORT alone under a launcher.",
         **fv,
     )
-    flags.DEFINE_float(
-        "heartbeat", 30.0, "Seconds of silence after which another process counts as lost.", lower_bound=1.0, **fv
-    )
+    define_seconds("heartbeat", 30.0, "Seconds of silence after which another process counts as lost.", flag_values)
+
+
+def define_seconds(name: str, default: float, text: str, flag_values: flags.FlagValues) -> None:
+    """Adds a flag of between one second and a day."""
+    flags.DEFINE_float(name, default, text, lower_bound=1.0, upper_bound=86_400.0, flag_values=flag_values)
+    # The bounds let nan pass.
+    flags.register_validator(name, math.isfinite, flag_values=flag_values)
 
 
 @contextlib.contextmanager

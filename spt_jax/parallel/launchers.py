@@ -57,7 +57,7 @@ def find_launch(asked: str, environment: Mapping[str, str]) -> Launch | None:
         return _found(environment)
     coordinator, *numbers = asked.split(",")
     address = re.fullmatch(r"\S+:(\d{1,5})", coordinator)
-    if not address or int(address[1]) > LAST_PORT or len(numbers) not in (0, 2):
+    if not address or not 0 < int(address[1]) <= LAST_PORT or len(numbers) not in (0, 2):
         raise UserError(f"--distributed={asked} is not understood; allowed: {ALLOWED}")
     if numbers:
         if not all(number.isdecimal() for number in numbers) or int(numbers[1]) >= int(numbers[0]):

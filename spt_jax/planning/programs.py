@@ -144,11 +144,11 @@ def _placed(tree: Any, shardings: Any) -> Shapes:
 def _batch(config: Config, mesh: Mesh, shape: BucketShape) -> Shapes:
     """A batch as the loader makes it and `spt_jax.parallel.rules.place_batch` places it."""
     empty = np.full(config.data.batch, -1, np.int64)
-    batch = collate([], empty, shape, 0)
+    batch: dict[str, Any] = dict(collate([], empty, shape, 0))
     if config.retriever.context == "official":
         batch |= training_contexts([], empty, config.data.max_length, 0)
     if config.method.kind == "spt" and config.objective.contrastive_weight:
-        batch["similar"] = np.zeros((len(empty) * shape.turns,) * 2, bool)
+        batch["similar"] = jax.ShapeDtypeStruct((len(empty) * shape.turns,) * 2, bool)
     rows, same = row_sharding(mesh), replicated(mesh)
     return {
         name: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=same if name == "similar" else rows)
@@ -161,7 +161,7 @@ def generation(config: Config, decoder: DecoderConfig, mesh: Mesh, length: int) 
 
     Args:
         config: A validated configuration; ``evaluation.batch`` rows get ``evaluation.max_new_tokens`` tokens by its
-            section ``generation``, beams aside.
+            section ``generation``, which asks for no beams.
         decoder: The LM.
         mesh: Of the devices that there would be.
         length: Tokens of the longest context.
@@ -169,7 +169,7 @@ def generation(config: Config, decoder: DecoderConfig, mesh: Mesh, length: int) 
     model = describe(config, decoder, mesh)
     c, rows, room = model.decoder, config.evaluation.batch, config.evaluation.max_new_tokens
     spread = row_sharding(mesh) if rows % row_devices(mesh) == 0 else replicated(mesh)
-    decoding = Decoding.of(config.generation, beams=1)
+    decoding = Decoding.of(config.generation)
     rule, eos_ids = decoding.rule([0]), jax.ShapeDtypeStruct((1,), jnp.int32, sharding=replicated(mesh))
     frozen, on = frozen_shapes(c, mesh), partial(_on, spread)
     prefix = (rows, c.num_layers, 2, front_length(config), c.num_key_value_heads, c.head_dim)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 
@@ -63,16 +64,32 @@ def report(request: Request, say: Callable[[str], None] | None = None) -> tuple[
         raise UserError(f"method.kind = {config.method.kind} trains nothing; allowed: --what=generate")
     if request.what == "generate" and (request.search or topology.chip.kind == "gpu"):
         raise UserError("--what=generate is planned for TPUs and without --search; allowed: --what=train")
+    if request.what == "generate" and config.generation.beams > 1:
+        raise UserError(
+            f"--what=generate plans greedy and sampled decoding, and generation.beams is {config.generation.beams}; "
+            "allowed: --config.generation.beams=1"
+        )
     decoder, workload = _decoder(config), _workload(config, request.workload)
     if request.what == "generate":
         plan = plan_generation(config, decoder, topology, workload, say)
-        return facts_of(plan), list(lines_of(plan)), "" if plan.fits else _shortfall(plan)
+        help_ = "a smaller evaluation.batch, model.quantization or a larger mesh.tensor"
+        return facts_of(plan), list(lines_of(plan)), "" if plan.fits else f"{_shortfall(plan)}; {help_} needs less"
     if not request.search:
         plan = plan_training(config, decoder, topology, workload, say)
         found = [] if plan.fits else advice(config, decoder, plan, workload)
         return _reported([plan], found)
     plans = search(config, decoder, topology, workload, _rows(config, request.rows), request.tries, say)
-    return _reported(plans, [])
+    if any(plan.fits for plan in plans):
+        return _reported(plans, [])
+    best = _least(plans)
+    chosen = copy.deepcopy(config)
+    chosen.mesh.update(best.mesh)
+    chosen.model.remat, chosen.data.batch = best.remat, best.rows
+    return _reported(plans, advice(chosen, decoder, best, workload))
+
+
+def _least(plans: Sequence[Plan]) -> Plan:
+    return min(plans, key=lambda plan: plan.needed)
 
 
 def _decoder(config: Config) -> DecoderConfig:
@@ -112,7 +129,7 @@ def _rows(config: Config, given: Sequence[str]) -> tuple[int, ...]:
 
 def _reported(plans: list[Plan], found: list[Advice]) -> tuple[Facts, list[str], str]:
     fitting = [plan for plan in plans if plan.fits]
-    best = max(fitting, key=lambda plan: plan.rows_per_second) if fitting else min(plans, key=lambda plan: plan.needed)
+    best = max(fitting, key=lambda plan: plan.rows_per_second) if fitting else _least(plans)
     lines = [*lines_of(best)]
     if len(plans) > 1:
         lines = [*search_lines(plans), "", *lines]

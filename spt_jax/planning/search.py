@@ -72,7 +72,8 @@ def search(
         UserError: No mesh goes with the topology and the rows.
     """
     found = candidates(config, decoder, topology, workload, rows)
-    limit = MARGIN * topology.chip.capacity
+    # For GPUs there is no compiler here that would know better than the estimate.
+    limit = (1.0 if topology.chip.kind == "gpu" else MARGIN) * topology.chip.capacity
     plausible = [each for each in found if each.needed <= limit] or [min(found, key=lambda each: each.needed)]
     say(f"{len(found)} choices of mesh, remat and rows; {len(plausible)} of them may fit by the estimate")
     plans: list[Plan] = []

@@ -31,6 +31,7 @@ from optuna.storages import RDBStorage
 from sqlalchemy.exc import SQLAlchemyError
 
 from spt_jax.commands.flag_reading import door_help, own_flags, read_flags
+from spt_jax.commands.joining import define_seconds
 from spt_jax.config import Config, flatten
 from spt_jax.errors import UserError
 from spt_jax.exit_codes import FINISHED, MISTAKE, STOPPED
@@ -68,12 +69,8 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_enum("launcher", "local", ["local", "slurm", "skypilot"], "What starts the workers.", **fv)
     flags.DEFINE_multi_string("slurm", [], "A parameter of submitit, as --slurm=timeout_min=240; repeatable.", **fv)
     flags.DEFINE_string("task", "launch/skypilot.yaml", "The SkyPilot task whose machines the workers get.", **fv)
-    flags.DEFINE_float(
-        "lease_seconds",
-        60.0,
-        "After how long another worker takes over from one that fell silent.",
-        lower_bound=1.0,
-        **fv,
+    define_seconds(
+        "lease_seconds", 60.0, "After how long another worker takes over from one that fell silent.", flag_values
     )
     flags.DEFINE_bool("worker", False, "Be a worker: run trials until none is left.", **fv)
     flags.DEFINE_bool("watch", False, "Start no worker; show the sweep until it ends, then write its results.", **fv)

@@ -97,6 +97,10 @@ def test_the_module_is_the_command_and_starts_within_a_second():
         (["evaluate"], "--workdir is missing; give the working directory"),
         (["evaluate", "--workdir"], "--workdir needs a value, as in --workdir=value"),
         (["evaluate", "--limit=-1"], "--limit is '-1'; allowed: a whole number, 0 or more"),
+        *(
+            (["evaluate", f"--heartbeat={value}"], f"--heartbeat is '{value}'; allowed: a number from 1 to 86400")
+            for value in ("0", "inf", "nan", "1e300")
+        ),
         (["evaluate", "--limit=many"], "--limit is 'many'; allowed: a whole number"),
         (["evaluate", "--nobaselines=no"], "--nobaselines=no does not take an argument"),
         (["plan", "--nosearch", "--config=absent.py"], "absent.py"),

@@ -107,6 +107,7 @@ def test_an_indexed_pod_needs_the_kubernetes_client_or_an_address(monkeypatch):
         ("on", {}, "--distributed=on is not understood; allowed: off, auto, COORDINATOR:PORT"),
         ("head,2,0", {}, "not understood"),
         ("head:65536,2,0", {}, "not understood"),
+        ("head:0,2,0", {}, "not understood"),
         ("head:1,2", {}, "not understood"),
         ("head:1,2,2", {}, "PROCESSES and INDEX are 2 and 2"),
         ("head:1,two,0", {}, "PROCESSES and INDEX are two and 0"),

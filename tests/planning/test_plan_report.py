@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import runpy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from spt_jax.training.remat import SHARE
 pytestmark = pytest.mark.first_python
 
 WORK = Workload()
+CONFIGS = Path(__file__).resolve().parent.parent.parent / "configs"
 
 
 def config_of(source: str, batch: int = 8, **options: Any) -> Config:
@@ -199,6 +202,30 @@ def test_a_search_goes_on_while_the_next_estimate_promises_more_than_what_was_co
     assert len(lines[: lines.index("")]) == tried + 1 if tried > 1 else "" not in lines
 
 
+def test_a_search_for_gpus_takes_the_first_choice_that_fits_by_the_estimate():
+    # The fastest choice needs 1.14 of the memory by the estimate.
+    config = runpy.run_path(str(CONFIGS / "convai2_llama2_7b.py"))["get_config"]()
+    config.model.source = "shape:llama2-7b"
+    _, _, shortfall = report(Request(config, CONVAI2, "h100:1", search=True, tries=1))
+    assert shortfall == ""
+
+
+def test_a_search_in_which_nothing_fits_says_what_would_need_less():
+    request = Request(config_of("shape:llama2-70b"), CONVAI2, "h100:1", search=True)
+    facts, lines, shortfall = report(request)
+    assert "GiB more than" in shortfall
+    assert "What would need less, by the estimate:" in lines
+    changes = [advised["change"] for advised in facts["advice"]]
+    assert "--config.model.quantization=int4" in changes
+    assert any(change.startswith("--topology=h100:2") for change in changes)
+
+
+def test_many_rows_are_planned_without_being_made():
+    # Which turns are similar would be 784 GiB.
+    _, _, shortfall = report(Request(config_of("shape:smollm2-135m", 65_536), CONVAI2, "h100:8"))
+    assert "more than the 55.88 GiB of h100" in shortfall
+
+
 def test_a_search_that_nothing_goes_with_says_so():
     config = config_of("shape:llama2-7b", 8, optimizer__micro_batches=3)
     with pytest.raises(UserError, match="no mesh of h100:8 shares 8 rows in 3 micro-batches"):
@@ -227,6 +254,14 @@ def test_epoch_and_facts_are_those_of_the_request():
     ("options", "words"),
     [
         ({"what": "generate"}, "allowed: --what=train"),
+        (
+            {
+                "what": "generate",
+                "topology": "v5e:1x1",
+                "config": config_of("shape:smollm2-135m", generation__beams=10),
+            },
+            "generation.beams is 10; allowed: --config.generation.beams=1",
+        ),
         ({"rows": ["8", "x"], "search": True}, "--rows is '8,x'; allowed: whole numbers"),
         ({"workload": {**CONVAI2, "turns": 3}}, "--turns is 3; allowed: --dialogues"),
     ],
