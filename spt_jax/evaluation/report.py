@@ -19,7 +19,7 @@ from spt_jax.evaluation.report_dialogues import dialogues_section
 from spt_jax.evaluation.report_page import details, page, section
 from spt_jax.evaluation.report_samples import sample_section
 from spt_jax.evaluation.report_selection import selection_section
-from spt_jax.evaluation.table import MISSING, format_number, table_cells
+from spt_jax.evaluation.table import FURTHER_ROWS, MISSING, ROWS, Row, format_number, table_cells
 
 
 @dataclass(frozen=True)
@@ -28,9 +28,9 @@ class ReportInputs:
 
     Attributes:
       title: The page's heading.
-      results: As results.json: ``columns`` {model: {figure: value}}, ``definitions`` {figure: sentence}, ``versions``
-        {library: version}, ``settings`` {option: value}, and optionally ``diagnostics`` (as `diagnostics_section`),
-        ``model``, ``hardware`` and others, each a mapping or a text.
+      results: As results.json: ``columns`` {model: {figure: value}}, ``definitions`` {figure: sentence}, ``notes``
+        [sentences], ``versions`` {library: version}, ``settings`` {option: value}, and optionally ``diagnostics`` (as
+        `diagnostics_section`), ``model``, ``hardware`` and others, each a mapping or a text.
       metrics: Rows of metrics.jsonl: ``step`` and any of the logged names; values may be None or NaN.
       selection: One mapping a dialogue: ``dialogue`` (name), ``usage`` [K] (share of its turns that select each
         prompt), ``scores`` [K] and ``nll`` [K] (means over its turns).
@@ -63,7 +63,7 @@ def render_report(inputs: ReportInputs) -> str:
     columns: Mapping[str, Mapping[str, Any]] = inputs.results.get("columns", {})
     body = [f"<header>\n<h1>{html.escape(inputs.title)}</h1>\n<p>{_subtitle(inputs.results)}</p>\n</header>"]
     if columns:
-        body += [_headline(columns), _results(columns)]
+        body += [_headline(columns), _results(columns, inputs.results.get("notes", []))]
     body += curve_sections(inputs.metrics)
     mixes = inputs.results.get("settings", {}).get("evaluation.selection") == "soft"
     body += selection_section(inputs.selection, columns, mixes=mixes)
@@ -138,23 +138,29 @@ def _headline(columns: Mapping[str, Mapping[str, Any]]) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>' if tiles else ""
 
 
-def _results(columns: Mapping[str, Mapping[str, Any]]) -> str:
+def _results(columns: Mapping[str, Mapping[str, Any]], notes: Sequence[str]) -> str:
+    caption = "On the held-out dialogues; ↓ lower is better, ↑ higher is better, the best of each row in colour."
+    parts = [_figures(columns, ROWS, "Results", caption), *(f"<p>{html.escape(note)}</p>" for note in notes)]
+    if any(row.key in column for column in columns.values() for row in FURTHER_ROWS):
+        parts.append(details("Further figures", _figures(columns, FURTHER_ROWS, "Further figures", caption)))
+    return section("Results", *parts)
+
+
+def _figures(columns: Mapping[str, Mapping[str, Any]], rows: Sequence[Row], name: str, caption: str) -> str:
     head = "".join(f'<th scope="col">{html.escape(name)}</th>' for name in columns)
     lines = []
-    for row, cells in table_cells(columns):
+    for row, cells in table_cells(columns, rows):
         direction = {"low": " ↓", "high": " ↑"}.get(row.better or "", "")
         values = "".join(
             f'<td class="best">{html.escape(cell.text)}</td>' if cell.best else f"<td>{html.escape(cell.text)}</td>"
             for cell in cells
         )
         lines.append(f'<tr><th scope="row">{html.escape(row.label)}{direction}</th>{values}</tr>')
-    table = (
-        '<div class="scroll" tabindex="0" role="region" aria-label="Results"><table class="figures">'
-        "<caption>On the held-out dialogues; ↓ lower is better, ↑ higher is better, the best of each row in colour."
-        f'</caption><thead><tr><th scope="col">Figure</th>{head}</tr></thead><tbody>{"".join(lines)}</tbody></table>'
-        "</div>"
+    return (
+        f'<div class="scroll" tabindex="0" role="region" aria-label="{name}"><table class="figures">'
+        f'<caption>{caption}</caption><thead><tr><th scope="col">Figure</th>{head}</tr></thead>'
+        f"<tbody>{''.join(lines)}</tbody></table></div>"
     )
-    return section("Results", table)
 
 
 def _fine_print(inputs: ReportInputs) -> str:
@@ -165,8 +171,14 @@ def _fine_print(inputs: ReportInputs) -> str:
             f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(str(text))}</dd>" for name, text in definitions.items()
         )
         parts.append(details("What each figure means", f"<dl>{entries}</dl>"))
-    for key, heading in (("versions", "Library versions"), ("model", "Model"), ("hardware", "Hardware")):
-        if facts := results.get(key):
+    asked = {name: results[name] for name in ("data", "turns", "replies", "checkpoint", "step") if name in results}
+    for heading, facts in (
+        ("What was evaluated, and how", asked | dict(results.get("settings", {}))),
+        ("Library versions", results.get("versions")),
+        ("Model", results.get("model")),
+        ("Hardware", results.get("hardware")),
+    ):
+        if facts:
             parts.append(details(heading, _facts(facts, heading)))
     if inputs.config:
         parts.append(details("Configuration", _facts(inputs.config, "Configuration of the run")))

@@ -54,6 +54,26 @@ ROWS = (
 )
 """The rows of the table that the quickstart prints; those that no column has are left out."""
 
+FURTHER_ROWS = (
+    Row("perplexity_per_word", "Perplexity per word", better="low"),
+    Row("oracle_perplexity", "Perplexity per token under each turn's best prompt", better="low"),
+    Row("f1_parlai", "Token F1 as ParlAI counts (%)"),
+    Row("rouge_1", "ROUGE-1 (%)"),
+    Row("rouge_2", "ROUGE-2 (%)"),
+    *(Row(f"bleu_precision_{n}", f"BLEU: precision of {n}-grams (%)") for n in (1, 2, 3, 4)),
+    Row("bleu_brevity_penalty", "BLEU: brevity penalty", digits=3),
+    Row("bert_p", "BERTScore precision (%)"),
+    Row("bert_r", "BERTScore recall (%)"),
+    Row("dist_3", "DIST-3 (%)"),
+    Row("persona_precision", "Persona precision (%)"),
+    Row("persona_recall", "Persona recall (%)"),
+    Row("hits_turns", "Turns that were ranked", digits=0, better=None),
+    Row("hits_ties", "Ranked turns with a tie at the top", digits=0, better=None),
+    Row("pairs", "Replies that were measured", digits=0, better=None),
+    Row("empty_replies", "Empty replies", digits=0, better="low"),
+)
+"""The other figures of an evaluation, which the report shows on request."""
+
 PAPER_COLUMNS = (
     Row("f1", "F1"),
     Row("bleu", "BLEU"),

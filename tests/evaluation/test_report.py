@@ -14,6 +14,8 @@ import pytest
 from spt_jax.errors import UserError
 from spt_jax.evaluation.report import ReportInputs, flatten, render_report, write_report
 from spt_jax.evaluation.report_curves import column
+from spt_jax.evaluation.table import FURTHER_ROWS, ROWS
+from spt_jax.metric_groups import ALWAYS, GROUPS
 
 VOID = {"meta", "br", "hr", "img", "input", "link", "wbr"}
 EVIL = "<script>alert('x')</script>\"><img src=x onerror=y>"
@@ -46,6 +48,23 @@ class Walker(HTMLParser):
 
     def count(self, tag: str) -> int:
         return sum(name == tag for name, _ in self.elements)
+
+
+def test_every_figure_of_an_evaluation_has_its_row():
+    figures = {figure for group in GROUPS.values() for figure in group.figures} | {*ALWAYS}
+    assert sorted(row.key for row in (*ROWS, *FURTHER_ROWS)) == sorted(figures)
+
+
+def test_the_report_has_the_further_figures_the_notes_and_what_was_evaluated():
+    given = inputs()
+    columns = {"after training": {"perplexity": 25.0, "rouge_2": 3.25, "perplexity_per_word": 41.5}}
+    more = {"columns": columns, "notes": ["METEOR is left out: <WordNet>."], "data": "valid.txt", "step": 300}
+    more["settings"] = {"generation.temperature": 0.7}
+    text = Walker(render_report(dataclasses.replace(given, results={**given.results, **more}))).text
+    for expected in ("Further figures", "3.25", "41.50", "METEOR is left out: <WordNet>.", "valid.txt", "300"):
+        assert expected in text
+    assert "generation.temperature" in text and "0.7" in text
+    assert "Further figures" not in Walker(render_report(given)).text
 
 
 def inputs(text: str = "a text", steps: int = 80) -> ReportInputs:
