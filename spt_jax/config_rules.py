@@ -170,6 +170,10 @@ UNRULED: dict[str, str] = {
 """Options of which every value of the right type is allowed here, and why."""
 
 
+CUTS = {"top_k": 0, "top_p": 1.0, "min_p": 0.0, "typical_p": 1.0}
+"""The options of decoding that cut a draw, and the value of each that cuts nothing."""
+
+
 def decoding_relations(values: Mapping[str, Any], prefix: str = "") -> list[str]:
     """One sentence for every option of decoding that does not go with another.
 
@@ -177,8 +181,7 @@ def decoding_relations(values: Mapping[str, Any], prefix: str = "") -> list[str]
         values: The options of the section ``generation`` by name, each allowed by itself.
         prefix: Stands before their names.
     """
-    neutral = {"top_k": 0, "top_p": 1, "min_p": 0, "typical_p": 1}
-    cuts = [name for name, nothing in neutral.items() if values[name] != nothing]
+    cuts = [name for name, nothing in CUTS.items() if values[name] != nothing]
     problems = []
     if values["temperature"] == 0 and cuts:
         problems.append(

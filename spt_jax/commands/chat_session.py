@@ -167,7 +167,10 @@ class ChatSession:
             return
         if tokens == self._responder.encode(conversation.persona, history[2:]):
             self._said_dropped = True
-            self._note("The conversation is longer than the context: from here on the oldest turns are left out.")
+            self._note(
+                "The conversation is longer than data.max_length, data.max_turns or the LM allows: from here on the "
+                "oldest turns are left out."
+            )
 
     def _show_selection(self, selection: Selection) -> None:
         scores = "  ".join(f"{index}: {score:.3f}" for index, score in enumerate(selection.scores))

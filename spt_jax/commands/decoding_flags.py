@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from spt_jax.config_rules import RULES
+from spt_jax.config_rules import CUTS, RULES
 from spt_jax.errors import UserError
 
 
@@ -49,7 +49,10 @@ def define_decoding_flags(flag_values: flags.FlagValues, *, samples: bool = Fals
 
 
 def given_decoding(flag_values: flags.FlagValues) -> dict[str, Any]:
-    """The options that were given as flags.
+    """The options that were given as flags, and those of the run that do not go with them, set to do nothing.
+
+    So ``--beams`` serves a run that draws, and ``--temperature`` one that searches; and a door that shows one reply to
+    a context asks for one.
 
     Raises:
         UserError: A value is outside its range.
@@ -65,4 +68,11 @@ def given_decoding(flag_values: flags.FlagValues) -> dict[str, Any]:
         rule = RULES[f"generation.{name}"]
         if not rule.holds(value):
             raise UserError(f"--{name} is {value!r}; allowed: {rule.allowed}")
-    return given
+    aside: dict[str, Any] = {} if "samples" in flag_values else {"samples": 1}
+    if given.get("beams", 1) > 1 and "temperature" not in given:
+        aside["temperature"] = 0.0
+    if (given | aside).get("temperature") == 0:
+        aside |= CUTS
+    elif given.get("temperature"):
+        aside["beams"] = 1
+    return aside | given
