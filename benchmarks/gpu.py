@@ -28,6 +28,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import traverse_util
+from machine import machine
 from train_step_setup import EPOCH, read_turns, tokenizer_of
 
 from spt_jax.config import default_config
@@ -253,6 +254,7 @@ def main() -> None:
             flush=True,
         )
     line = {"device": device.device_kind, "jax": jax.__version__, "ceilings": found, "models": results}
+    line["machine"] = machine()
     if arguments.epoch:
         line["epoch"] = e = train_epoch(*parts_of(arguments.epoch), epoch, arguments)
         print(

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from drawn_batch import draw_batch
+from machine import machine
 
 from spt_jax.config import default_config
 from spt_jax.models.decoder_config import DecoderConfig
@@ -107,9 +108,11 @@ def measure(point: Point, repeats: int) -> dict[str, float]:
     assert memory is not None
     products = product_flops(traced.jaxpr.jaxpr)
     if point.devices > 1:
-        # The trace is of the whole step; what a device does of it is known to the compiler alone.
+        # The trace is of the whole step; what a device does of it is known to the compiler alone, which counts the body
+        # of a loop once: as many chunks of logits on each device as on one alone make counts compare.
+        shared = _step(point, point.devices)[1]
         alone = _step(dataclasses.replace(point, devices=1))[1]
-        products *= compiled.cost_analysis()["flops"] / alone.cost_analysis()["flops"]
+        products *= shared.cost_analysis()["flops"] / alone.cost_analysis()["flops"]
     found = {"products": products, "temporary_bytes": float(memory.temp_size_in_bytes)}
     if repeats:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, params)
@@ -118,12 +121,16 @@ def measure(point: Point, repeats: int) -> dict[str, float]:
     return found
 
 
-def _step(point: Point) -> tuple[Any, Any, tuple[Any, Any, Any]]:
-    """The step as traced and as compiled, with its arguments: state, abstract weights, batch."""
+def _step(point: Point, parts: int = 1) -> tuple[Any, Any, tuple[Any, Any, Any]]:
+    """The step as traced and as compiled, with its arguments: state, abstract weights, batch.
+
+    Args:
+        point: What it is of.
+        parts: Chunks of logits are so many times as small as they would be.
+    """
     decoder, config = decoder_of(point), default_config()
     config.bank.num_prompts, config.bank.prompt_length = point.prompts, point.prompt_length
-    # XLA counts the body of a loop once: as many chunks of logits on each device as on one alone make counts compare.
-    config.model.max_logit_rows //= point.devices
+    config.model.max_logit_rows //= parts
     mesh = make_mesh(devices=jax.devices()[: point.devices])
     model, optimizer = describe(config, decoder, mesh), make_optimizer(config.optimizer, 100)
     # As much of a frozen tree as a bank from the vocabulary needs.
@@ -158,8 +165,9 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", action="store_true", help="time the steps too")
     parser.add_argument("--remat", default="none", choices=("none", "dots", "full"))
     options = parser.parse_args(arguments)
-    print(f"jax {jax.__version__}, Python {platform.python_version()}, {platform.machine()}, remat {options.remat}")
-    found: dict[str, Any] = {}
+    here = machine()
+    print(f"{here['cpu']}, jax {jax.__version__}, Python {platform.python_version()}, remat {options.remat}")
+    found: dict[str, Any] = {"machine": here}
     for name in options.curves:
         values, theory = CURVES[name]
         base = Point(remat=options.remat, rows=8 if name == "devices" else 4)

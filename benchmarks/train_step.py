@@ -38,7 +38,7 @@ from typing import Any
 
 import numpy as np
 from machine import machine
-from train_step_setup import GROUP, PREPARED, SHAPES, prepare
+from train_step_setup import GROUP, SHAPES, prepared
 from train_step_workers import SIDES, Side, Worker
 
 ALLOWED_DIFFERENCE = {"cpu": 1e-4, "gpu": 2e-2}
@@ -283,8 +283,7 @@ def main(options: argparse.Namespace, start: Start = Worker) -> None:
     start = functools.partial(start, device=options.device)
     with tempfile.TemporaryDirectory(prefix="train_step-") as name:
         folder = Path(options.folder or name)
-        kept = folder / PREPARED
-        turns = json.loads(kept.read_text()) if kept.exists() else prepare(folder, options)
+        turns = prepared(folder, options)
         print(f"{options.shape}, {options.dtype}, {options.threads} threads, {turns}")
         losses, gradients = compare_losses(folder, options.threads, start, options.sides)
         print(loss_table(losses, gradients), flush=True)

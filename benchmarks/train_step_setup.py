@@ -10,6 +10,7 @@ import dataclasses
 import importlib.metadata
 import itertools
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -232,8 +233,26 @@ def rows_of_json(rows: Sequence[dict[str, Any]]) -> list[Row]:
     ]
 
 
-def prepare(folder: Path, options: Any) -> dict[str, Any]:
-    """Writes everything; the figures of the turns, and what they and the tokens came from."""
+def prepared(folder: Path, options: Any) -> dict[str, Any]:
+    """What the sides share, made where the folder lacks it; the figures of the turns, and what they came from.
+
+    Raises:
+        SystemExit: The folder was prepared for something else.
+    """
+    asked = {name: getattr(options, name) for name in ("shape", "data", "tokenizer", "dialogues", "turns", "group")}
+    kept = folder / PREPARED
+    if not kept.exists():
+        figures = _prepare(folder, options)
+        kept.write_text(json.dumps({"asked": asked, "figures": figures}))
+        return figures
+    found = json.loads(kept.read_text())
+    if found["asked"] != asked:
+        others = ", ".join(f"{name} {found['asked'][name]!r}" for name in asked if found["asked"][name] != asked[name])
+        sys.exit(f"{folder} was prepared for {others}; give the same options, or another --folder")
+    return found["figures"]
+
+
+def _prepare(folder: Path, options: Any) -> dict[str, Any]:
     folder.mkdir(parents=True, exist_ok=True)
     fields = lm_fields(options.shape)
     tokenizer, name = tokenizer_of(options.tokenizer, fields["vocab_size"])
@@ -250,6 +269,4 @@ def prepare(folder: Path, options: Any) -> dict[str, Any]:
     vocabulary = Path(name).name if Path(name).is_dir() else name
     epoch = {"buckets_of_the_epoch": len(lengths), "padding_of_the_epoch": round(buckets.padding_share, 4)}
     compared_turns = {"compared_turns": len(compared.single)}
-    figures = {"data": source, "tokenizer": vocabulary} | turns.figures | compared_turns | epoch
-    (folder / PREPARED).write_text(json.dumps(figures))
-    return figures
+    return {"data": source, "tokenizer": vocabulary} | turns.figures | compared_turns | epoch

@@ -97,14 +97,14 @@ def test_a_side_with_another_loss_stops_the_program_before_any_time_is_measured(
     def start(side: str, folder: Path, *_: int, checking: bool = False, device: str = "cpu") -> Iterator[Canned]:
         yield Canned(side, folder)
 
-    monkeypatch.setattr(program, "prepare", lambda folder, options: {"dialogues": 4})
+    monkeypatch.setattr(program, "prepared", lambda folder, options: {"dialogues": 4})
     with pytest.raises(SystemExit, match=f"losses differ by {told}"):
         program.main(program.parse(TINY), start)
     assert "turns/s" not in capsys.readouterr().out
 
 
 def test_a_side_works_in_a_process_of_its_own_and_its_death_is_reported(program, tmp_path):
-    program.prepare(tmp_path, program.parse(TINY))
+    program.prepared(tmp_path, program.parse(TINY))
     with program.Worker("strong", tmp_path, 2, 1) as worker:
         started = worker.peak_memory
         found = worker.run(1)
@@ -120,3 +120,10 @@ def test_a_batch_for_no_side_is_refused(program, capsys):
     with pytest.raises(SystemExit):
         program.parse(["--batch", "authors=4"])
     assert "authors=4" in capsys.readouterr().err
+
+
+def test_a_folder_that_was_prepared_for_something_else_is_refused(program, tmp_path):
+    figures = program.prepared(tmp_path, program.parse(TINY))
+    assert program.prepared(tmp_path, program.parse(TINY)) == figures
+    with pytest.raises(SystemExit, match=r"was prepared for shape 'tiny'; give the same options, or another --folder"):
+        program.prepared(tmp_path, program.parse([*TINY, "--shape=small"]))
