@@ -35,7 +35,7 @@ def diagnose(
     likelihoods: Likelihoods,
     personas: Sequence[tuple[str, ...]],
 ) -> dict[str, Any]:
-    """Diagnostics of a retriever over a bank of soft prompts; empty where there is nothing to select.
+    """Diagnostics of a retriever over a bank, and of the bank's soft prompts; empty where there are neither.
 
     Args:
         experiment: The LM and the model; the likelihoods' mesh.
@@ -47,19 +47,18 @@ def diagnose(
     Returns:
         ``figures``: see `SELECTION_DEFINITIONS`. ``personas``: a list of ``lines``, ``turns``, ``nll`` and ``usage``
         (K each). ``map``: ``contexts`` (``[x, y, selected, dialogue, turn]`` each), ``prompts`` and ``explained``; left
-        out in the official mode, where a context's vector depends on its batch. ``nearest_tokens``: K lists of P lists
-        of ``[text, cosine]``; for a bank of embeddings alone.
+        out in the official mode, where a context's vector depends on its batch. All three tell of a choice among
+        several prompts, and are absent without one. ``nearest_tokens``: K lists of P lists of ``[text, cosine]``; for a bank of
+        embeddings alone.
     """
     model = experiment.model
-    if model.retriever_config is None or model.num_prompts < 2:
-        return {}
-    found: dict[str, Any] = {
-        "figures": selection_figures(likelihoods, experiment.config.objective.score_temperature),
-        "personas": _personas(likelihoods, personas),
-    }
-    if not model.official:
-        found["map"] = _map(experiment, trainable, rows, likelihoods)
-    if "prompts" in trainable["bank"]:
+    found: dict[str, Any] = {}
+    if model.retriever_config is not None and model.num_prompts > 1:
+        found["figures"] = selection_figures(likelihoods, experiment.config.objective.score_temperature)
+        found["personas"] = _personas(likelihoods, personas)
+        if not model.official:
+            found["map"] = _map(experiment, trainable, rows, likelihoods)
+    if "prompts" in trainable.get("bank", {}):
         found["nearest_tokens"] = _nearest(experiment, trainable["bank"]["prompts"])
     return found
 

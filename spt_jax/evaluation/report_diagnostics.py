@@ -26,6 +26,8 @@ _LABELS = {
 def diagnostics_section(diagnostics: Mapping[str, Any]) -> list[str]:
     """The section as markup in a list, empty where nothing was diagnosed.
 
+    Without a choice among prompts it shows their nearest tokens alone.
+
     Args:
       diagnostics: As `spt_jax.evaluation.diagnostics.diagnose` gives it; any part may be absent.
     """
@@ -39,10 +41,14 @@ def diagnostics_section(diagnostics: Mapping[str, Any]) -> list[str]:
         parts += _personas(personas)
     if nearest := diagnostics.get("nearest_tokens"):
         parts.append(details("Nearest vocabulary tokens of each virtual token", _nearest(nearest)))
+    if not parts:
+        return []
+    if "figures" not in diagnostics:
+        return [section("What was learned", *parts)]
     note = (
         "Regret is what the choice costs: the selected prompt's nll minus the best prompt's, known only in hindsight."
     )
-    return [section("What the selection is worth", *parts, note=note)] if parts else []
+    return [section("What the selection is worth", *parts, note=note)]
 
 
 def _figures(figures: Mapping[str, float]) -> str:

@@ -51,8 +51,13 @@ def test_diagnostics_are_json_and_complete():
     assert all(near[0][1] >= near[-1][1] for virtual in found["nearest_tokens"] for near in virtual)
 
 
-def test_one_prompt_leaves_nothing_to_diagnose():
-    assert diagnosed(prompts=1)[0] == {}
+def test_of_one_prompt_the_nearest_tokens_are_all_there_is_to_tell():
+    found = diagnosed(prompts=1)[0]
+    assert [*found] == ["nearest_tokens"]
+    assert [len(virtual) for virtual in found["nearest_tokens"]] == [4]
+    (text,) = diagnostics_section(found)
+    assert "Nearest vocabulary tokens of each virtual token" in text
+    assert "selection" not in text
     assert diagnostics_section({}) == []
 
 

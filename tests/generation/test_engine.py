@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy import stats
 from tiny import layout_of
 
 from spt_jax.errors import UserError
@@ -114,6 +116,47 @@ def test_equal_rows_draw_differently_and_seeds_matter(tiny, contexts):
 
     assert len({tuple(row) for row in draw(0)}) == 6
     assert draw(0) == draw(0) != draw(1)
+
+
+def distribution(tiny, context: list[int], depth: int, decoding: Decoding) -> dict[tuple[int, ...], float]:
+    """Of `depth` tokens behind prompt 0, top-k alone, by a full forward of each beginning."""
+    found = {(): 1.0}
+    for _ in range(depth):
+        longer = {}
+        for begun, share in found.items():
+            logits = tiny.logits_after(tiny.bank[0], [*context, *begun]).astype(np.float64) / decoding.temperature
+            best = np.argsort(logits)[-decoding.top_k :]
+            weights = np.exp(logits[best] - logits[best].max())
+            longer |= {(*begun, int(t)): share * w for t, w in zip(best, weights / weights.sum(), strict=True)}
+        found = longer
+    return found
+
+
+def p_value(drawn: list[tuple[int, ...]], expected: dict[tuple[int, ...], float]) -> float:
+    assert set(drawn) <= set(expected), "outside the support"
+    counts = Counter(drawn)
+    shares = np.array([*expected.values()])
+    return float(stats.chisquare([counts[key] for key in expected], shares / shares.sum() * len(drawn)).pvalue)
+
+
+def test_whole_replies_of_many_rows_follow_the_distribution_of_the_lm(tiny, contexts):
+    decoding, rows = Decoding(8.0, top_k=3), 3000
+    engine = make_engine(tiny, max_batch=300)
+    drawn = engine.generate(tiny.bank, [contexts[0]] * rows, [0] * rows, max_new_tokens=3, decoding=decoding, seed=11)
+    expected = distribution(tiny, contexts[0], 3, decoding)
+    assert min(expected.values()) * rows > 5, "too rare for the test"
+    assert p_value([tuple(row) for row in drawn], expected) > 1e-3
+
+
+def test_samples_of_a_row_are_independent_of_one_another(tiny, contexts):
+    decoding, rows = Decoding(8.0, top_k=3, samples=2), 2000
+    engine = make_engine(tiny, max_batch=200)
+    found = engine.continuations(
+        tiny.bank, [contexts[0]] * rows, [0] * rows, max_new_tokens=1, decoding=decoding, seed=12
+    )
+    one = distribution(tiny, contexts[0], 1, decoding)
+    pairs = {(*first, *second): one[first] * one[second] for first in one for second in one}
+    assert p_value([tuple(continued.tokens[0] for continued in row) for row in found], pairs) > 1e-3
 
 
 @pytest.mark.parametrize("decoding", [GREEDY, SAMPLED, SEARCHED])

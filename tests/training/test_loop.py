@@ -470,3 +470,19 @@ def test_a_step_that_is_not_finite_changes_nothing_but_the_counters(tmp_path):
     assert tiny.relative_difference(seen[0], seen[1]) > 0
     assert tiny.relative_difference(seen[2], seen[3]) > 0
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(seen))
+
+
+def test_a_selection_that_collapses_is_told_once_while_the_training_goes_on(tmp_path, capsys):
+    run = Run(tmp_path / "run", total_steps=9)
+    perplexity = run.run
+
+    def settled(state: Any, between: Callable[[], None]) -> list[tuple[str, float]]:
+        share = 0.98 if int(state.step) else 0.5
+        usage = [("development/usage/0", 1 - share), ("development/usage/1", share)]
+        return perplexity(state, between) + usage
+
+    run.run = settled
+    assert run.go().finished
+    told = " ".join(capsys.readouterr().err.split())
+    assert told.count("answers 98% of the development turns") == 1
+    assert "step 3: prompt 1 answers" in told
