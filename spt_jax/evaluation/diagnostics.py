@@ -48,8 +48,8 @@ def diagnose(
         ``figures``: see `SELECTION_DEFINITIONS`. ``personas``: a list of ``lines``, ``turns``, ``nll`` and ``usage``
         (K each). ``map``: ``contexts`` (``[x, y, selected, dialogue, turn]`` each), ``prompts`` and ``explained``; left
         out in the official mode, where a context's vector depends on its batch. All three tell of a choice among
-        several prompts, and are absent without one. ``nearest_tokens``: K lists of P lists of ``[text, cosine]``; for a bank of
-        embeddings alone.
+        several prompts, and are absent without one. ``nearest_tokens``: K lists of P lists of ``[text, cosine]``; for a
+        bank of embeddings alone.
     """
     model = experiment.model
     found: dict[str, Any] = {}

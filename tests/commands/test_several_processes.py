@@ -110,6 +110,11 @@ def test_two_processes_learn_what_one_learns(two, alone):
     assert [row["step"] for row in rows(workdir) if "loss/total" in row] == list(range(1, STEPS + 1))
 
 
+def test_four_processes_of_two_devices_learn_what_one_learns(arguments, alone, tmp_path):
+    train(arguments, tmp_path / "run", 4, 2)
+    assert largest_difference(rows(tmp_path / "run"), rows(alone)) <= 1e-5
+
+
 def test_files_are_written_once_and_the_first_process_alone_speaks(two, alone):
     workdir, job = two
     assert {path.name for path in workdir.iterdir()} == {path.name for path in alone.iterdir()}
@@ -119,17 +124,20 @@ def test_files_are_written_once_and_the_first_process_alone_speaks(two, alone):
     assert job.said(1) == ""
 
 
-def test_a_killed_process_ends_the_others_with_a_sentence_and_the_job_goes_on_bitwise(arguments, two, tmp_path):
+@pytest.mark.parametrize("victim", [1, 0])
+def test_a_killed_process_ends_the_others_with_a_sentence_and_the_job_goes_on_bitwise(arguments, two, tmp_path, victim):
     undisturbed, _ = two
     workdir = tmp_path / "run"
     job = start([*arguments, f"--workdir={workdir}"], 2, 2)
-    killed = disturb(job, workdir, 7, job.processes[1].kill)
+    killed = disturb(job, workdir, 7, job.processes[victim].kill)
     codes = job.wait()
     assert time.monotonic() - killed < 60
-    assert codes == [1, -signal.SIGKILL]
-    assert job.err[0].count("process 1 of 2 (") == 1
-    assert "is gone" in job.err[0]
-    assert "Traceback" not in job.err[0]
+    assert codes.pop(victim) == -signal.SIGKILL
+    assert codes == [1]
+    left = job.err[1 - victim]
+    assert left.count(f"process {victim} of 2 (") == 1
+    assert "is gone" in left
+    assert "Traceback" not in left
     assert steps_saved(workdir) and max(steps_saved(workdir)) < STEPS
     train(arguments, workdir, 2, 2)
     assert rows(workdir) == rows(undisturbed)
