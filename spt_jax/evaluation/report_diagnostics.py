@@ -93,8 +93,9 @@ def _personas(personas: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def _nearest(nearest: Sequence[Sequence[Sequence[Sequence[Any]]]]) -> str:
+    several = len(nearest) > 1
     rows = "".join(
-        f'<tr><th scope="row">prompt {prompt}, token {place}</th><td>'
+        f'<tr><th scope="row">{f"prompt {prompt}, " if several else ""}token {place}</th><td>'
         + ", ".join(f"<code>{html.escape(str(text))}</code> {cosine:.2f}" for text, cosine in tokens)
         + "</td></tr>"
         for prompt, virtual in enumerate(nearest)

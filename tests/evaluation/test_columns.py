@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import jax
 import numpy as np
 import pytest
@@ -76,7 +78,7 @@ def test_a_column_replies_behind_the_selected_prompt_of_each_turn(setting):
 def test_the_lm_without_a_prompt_learns_and_selects_nothing(setting):
     bare = without_prompt(setting.model)
     assert (bare.num_prompts, bare.init(jax.random.key(0))) == (1, {})
-    column = evaluator_of(setting, replies=2).run(bare, {}, lambda _: None)
+    column = evaluator_of(setting, replies=2).run(bare, {}, partial(ProgressBar, shown=False))
     assert column.likelihoods.nll.shape == (10, 1)
     assert np.isfinite(column.likelihoods.scores).all()
     assert column.figures["usage"] is None

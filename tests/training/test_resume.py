@@ -105,7 +105,9 @@ def test_a_polite_stop_saves_says_how_to_go_on_and_loses_nothing(command, never_
 def test_a_terminal_that_is_closed_is_a_polite_stop(command, never_killed, tmp_path):
     workdir = tmp_path / "run"
     ours, its = pty.openpty()
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     process = command.start(workdir, terminal=its)
+    signal.signal(signal.SIGHUP, before)
     os.close(its)
     os.set_blocking(ours, False)
 
