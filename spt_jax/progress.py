@@ -64,7 +64,7 @@ class ProgressBar:
         self._left.set()
         if self._bar is not None:
             self._bar.stop()
-        elif self._shown and self._done > self._told:
+        elif self._shown and self._done > min(self._first, self._told):
             self._line()
 
     def advance(self, count: int = 1, note: str = "") -> None:
