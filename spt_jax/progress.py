@@ -30,13 +30,13 @@ class ProgressBar:
 
     def __init__(self, description: str, total: int, start: int = 0, *, shown: bool = True) -> None:
         self._shown = shown
-        self._description, self._total, self._done, self._first = description, total, start, start
+        self._description, self._total, self._done = description, total, start
+        self._start = self._first = start  # of the bar, and of what this process does
         self._note = ""
         self._console = Console(stderr=True)
         self._bar: Progress | None = None
         self._left = threading.Event()
         self._began = self._printed = time.monotonic()
-        self._told = start
 
     def __enter__(self) -> ProgressBar:
         if not self._shown:
@@ -64,7 +64,7 @@ class ProgressBar:
         self._left.set()
         if self._bar is not None:
             self._bar.stop()
-        elif self._shown and self._done > min(self._first, self._told):
+        elif self._shown and self._done > self._start:
             self._line()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -96,7 +96,6 @@ class ProgressBar:
     def _line(self) -> None:
         elapsed = self._printed = time.monotonic()
         elapsed -= self._began
-        self._told = self._done
         parts = [f"{self._description} {self._done}/{self._total}"]
         parts += [self._note] if self._note else []
         if self._first < self._done < self._total:
