@@ -157,10 +157,12 @@ def default_config() -> Config:
     c.evaluation = ConfigDict()
     c.evaluation.batch = 16  # Rows scored, and replies decoded, at once
     c.evaluation.max_new_tokens = 32  # Tokens of a reply at most
+    c.evaluation.seed = -1  # Of draws and of the noise on the scores; -1 for the run's
     c.evaluation.selection = "hard"  # What answers: hard (the best prompt), or soft (a score-weighted mixture)
     c.evaluation.selection_noise = 0.0  # Standard deviation of noise on the scores before the choice
     c.evaluation.metrics = ("default",)  # Groups of figures; default: all that take nothing but the replies and the LM
     c.evaluation.bertscore = ""  # Encoder of BERTScore: folder, hub id or package:NAME (extra: eval); if set, computed
+    c.evaluation.bertscore_layers = 0  # Layers of it that are used; 0: those bert-score knows to be best, else all
     c.evaluation.nli = ""  # Classifier of entailment for the persona's consistency (extra: eval); if set, computed
     c.evaluation.replies = 0  # Turns that get a reply, spread evenly over the dialogues; 0 for every turn
     c.evaluation.samples = 6  # Turns whose replies under every prompt stand in report.html

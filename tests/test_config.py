@@ -25,6 +25,7 @@ BAD_VALUES: dict[str, list[Any]] = {
     "16 or more": [15, 0],
     "1 or more, or -1 for the rest": [0, -2],
     "1 or more, or -1 for those that are there": [0, -2],
+    "0 to 2147483647, or -1 for the run's": [-2, 2**31],
     "more than 0, up to 1": [0, 1.5],
     "names of projections": [(), (3,)],
     "texts": [(3,), ("a", None)],

@@ -42,6 +42,13 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         "Compute BERTScore with this encoder (a folder, a hub id or package:NAME) instead of taking the evaluations'.",
         **fv,
     )
+    flags.DEFINE_integer(
+        "bertscore_layers",
+        0,
+        "Layers of the encoder that are used; 0 for those that bert-score knows to be best, else all.",
+        lower_bound=0,
+        **fv,
+    )
 
 
 def run(flag_values: flags.FlagValues) -> int:
@@ -66,7 +73,9 @@ def run(flag_values: flags.FlagValues) -> int:
     from spt_jax.progress import ProgressBar
 
     if given["bertscore"]:
-        check_bert_score(given["bertscore"])
+        check_bert_score(given["bertscore"], given["bertscore_layers"])
+    elif given["bertscore_layers"]:
+        raise UserError("--bertscore_layers needs --bertscore, the encoder whose layers they are")
     names = [name.rstrip("/") or name for name in given["runs"]]
     runs = [read_run(name, local_workdir(name)) for name in names]
     check_comparable(runs)
@@ -79,6 +88,7 @@ def run(flag_values: flags.FlagValues) -> int:
             seed=given["seed"],
             group=given["group"],
             bert_score_model=given["bertscore"],
+            bert_score_layers=given["bertscore_layers"],
             on_step=bar.advance,
         )
     console = Console()

@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from spt_jax.data.dialogue import Dialogue
 
 _SAMPLES_PRINTED = 3
+_OPTIONS = ("batch", "bertscore", "bertscore_layers", "nli", "max_new_tokens", "seed")
+"""Flags that override an option of the run's section ``evaluation``, as they are."""
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
@@ -60,6 +62,14 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         **fv,
     )
     flags.DEFINE_string("bertscore", None, "Encoder of BERTScore; else the run's evaluation.bertscore.", **fv)
+    flags.DEFINE_integer(
+        "bertscore_layers",
+        None,
+        "Layers of the encoder that are used; 0 for those that bert-score knows to be best, else all. Else the run's "
+        "evaluation.bertscore_layers.",
+        lower_bound=0,
+        **fv,
+    )
     flags.DEFINE_string("nli", None, "Classifier of entailment; else the run's evaluation.nli.", **fv)
     flags.DEFINE_bool("baselines", True, "Also measure no soft prompt and the bank before training.", **fv)
     flags.DEFINE_bool("reuse", False, "Show the results that are there when they answer the same question.", **fv)
@@ -70,6 +80,16 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         "evaluation.replies. Likelihoods are always those of every turn.",
         lower_bound=0,
         **fv,
+    )
+    flags.DEFINE_integer(
+        "max_new_tokens",
+        None,
+        "Tokens in a reply, at most. Else the run's evaluation.max_new_tokens.",
+        lower_bound=1,
+        **fv,
+    )
+    flags.DEFINE_integer(
+        "seed", None, "Seed of the draws. Else the run's evaluation.seed.", lower_bound=-1, upper_bound=2**31 - 1, **fv
     )
     define_decoding_flags(flag_values)
     define_joining_flags(flag_values)
@@ -100,7 +120,7 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
     from spt_jax.training.workdir import CHECKPOINT_FOLDER, read_config
 
     config, _, _ = read_config(workdir)
-    options = {name: given[name] for name in ("batch", "bertscore", "nli") if given[name] is not None}
+    options = {name: given[name] for name in _OPTIONS if given[name] is not None}
     if given["metrics"] is not None:
         options["metrics"] = tuple(given["metrics"])
     config.evaluation.update(options)
@@ -158,10 +178,12 @@ def _measured(
     from spt_jax.evaluation.journal import Journal
     from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
     from spt_jax.parallel.distributed import is_lead
+    from spt_jax.training.experiment import check_room
 
     restored = open_run(str(workdir), given["checkpoint"])
     for section, values in changes.items():
         restored.config[section].update(values)
+    check_room(restored.config, restored.lm)
     # While the LM was loaded a training beside this may have saved a later or a better checkpoint.
     question = ask(restored.record)
     _check_same(question)
@@ -201,7 +223,7 @@ def _check_scorers(options: Any) -> None:
         with contextlib.suppress(WordNetMissingError):  # the evaluation says it beside its figures
             find_wordnet()
     if options.bertscore or "bertscore" in groups:
-        check_bert_score(options.bertscore or PAPERS_MODEL)
+        check_bert_score(options.bertscore or PAPERS_MODEL, options.bertscore_layers)
     if options.nli:
         check_nli(options.nli)
     elif "nli" in groups:

@@ -4,7 +4,8 @@ A line of the input: {"persona": ["i have two dogs."], "history": ["hi, how are 
 and ends with the partner's utterance. A line of the output: the same fields, and "reply", "selected" (the prompt that
 answered; with evaluation.selection = soft the one that weighs most in the mixture that did) and "scores" (the
 retriever's, one a prompt), in the input's order. With --samples=n "replies" holds n of them, the first of which is
-"reply".
+"reply". Where replies are drawn, a line's "seed" makes its reply the same wherever it stands; a line without one draws
+by --seed and its place in the file.
 
 Examples:
   spt-jax generate --workdir=runs/quickstart --input=contexts.jsonl --out=replies.jsonl
@@ -56,7 +57,7 @@ def run(flag_values: flags.FlagValues, opener: Opener | None = None) -> int:
     run_ = restored(flag_values, opener)
     responder = Responder(run_, settings, max_batch=flag_values.batch)
     selections = _selections(responder, encode_requests(requests, responder.encode), flag_values.batch)
-    replies = _replies(responder, selections)
+    replies = _replies(responder, selections, [request.seed for request in requests])
     write_atomically(target, "".join(map(_line, requests, selections, replies)))
     print(f"{len(replies)} replies in {target}", file=sys.stderr)
     return 0
@@ -83,7 +84,7 @@ def _selections(responder: Responder, contexts: Sequence[Sequence[int]], batch: 
     return selections
 
 
-def _replies(responder: Responder, selections: Sequence[Selection]) -> list[list[str]]:
+def _replies(responder: Responder, selections: Sequence[Selection], seeds: Sequence[int | None]) -> list[list[str]]:
     done = 0
     with ProgressBar("replies", len(selections)) as bar:
 
@@ -92,7 +93,7 @@ def _replies(responder: Responder, selections: Sequence[Selection]) -> list[list
             bar.advance(now_done - done)
             done = now_done
 
-        return responder.replies(selections, on_batch)
+        return responder.replies(selections, on_batch, seeds)
 
 
 def _line(request: Request, selection: Selection, replies: Sequence[str]) -> str:

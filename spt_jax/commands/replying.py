@@ -10,6 +10,7 @@ import numpy as np
 from absl import flags
 
 from spt_jax.commands.decoding_flags import define_decoding_flags, given_decoding
+from spt_jax.commands.requests import SEEDS
 from spt_jax.errors import UserError
 
 if TYPE_CHECKING:  # whatever needs jax is imported late: --help and a wrong flag do not wait for it
@@ -119,8 +120,8 @@ def reply_settings(flag_values: flags.FlagValues) -> ReplySettings:
         raise UserError("--workdir is missing; give the working directory of a trained run")
     if fv.max_new_tokens is not None and fv.max_new_tokens < 1:
         raise UserError(f"--max_new_tokens is {fv['max_new_tokens'].value}; allowed: 1 or more")
-    if not 0 <= fv.seed < 2**31:
-        raise UserError(f"--seed is {fv['seed'].value}; allowed: 0 to {2**31 - 1}")
+    if not 0 <= fv.seed < SEEDS:
+        raise UserError(f"--seed is {fv['seed'].value}; allowed: 0 to {SEEDS - 1}")
     if fv.prompt is not None and fv.prompt < 0:
         raise UserError(f"--prompt is {fv['prompt'].value}; allowed: the index of a soft prompt, 0 or more")
     return ReplySettings(given_decoding(fv), fv.max_new_tokens, fv.seed, fv.prompt)
@@ -205,16 +206,30 @@ class Responder:
             for context, prompt, row in zip(contexts, chosen, scores, strict=True)
         ]
 
-    def replies(self, selections: Sequence[Selection], on_batch: Callable[[int, int], None] | None) -> list[list[str]]:
-        """`decoding.samples` cut replies to each selection, in order; `on_batch` hears (rows done, rows in all)."""
+    def replies(
+        self,
+        selections: Sequence[Selection],
+        on_batch: Callable[[int, int], None] | None,
+        seeds: Sequence[int | None] | None = None,
+    ) -> list[list[str]]:
+        """`decoding.samples` cut replies to each selection, in order.
+
+        Args:
+            selections: The contexts.
+            on_batch: Hears (rows done, rows in all).
+            seeds: Each selection's own seed of draws; None draws by the settings' seed and the selection's place.
+        """
+        from spt_jax.generation.seeds import seed_at
+
         bank, prompts = self._fronts(selections)
+        own = seeds or [None] * len(selections)
         found = self._engine.continuations(
             bank,
             [selection.tokens for selection in selections],
             prompts,
             max_new_tokens=self.max_new_tokens,
             decoding=self.decoding,
-            seed=self.settings.seed,
+            seed=[seed_at(self.settings.seed, place) if seed is None else seed for place, seed in enumerate(own)],
             ended=self._text.ended,
             stopped=self._text.stopped,
             on_batch=on_batch,

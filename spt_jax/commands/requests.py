@@ -15,6 +15,9 @@ from spt_jax.json_text import parse_json
 RESULT_FIELDS = ("reply", "replies", "selected", "scores")
 """What is added to a request's fields."""
 
+SEEDS = 2**31
+"""A seed of draws is below it."""
+
 _SHOWN = 10
 
 
@@ -26,12 +29,14 @@ class Request:
         place: ``file:line``.
         persona: The persona's lines; may be none.
         history: Alternating utterances, the last one the partner's.
+        seed: Of the draws of its reply; None where the line names none.
         fields: The whole JSON object, other fields included.
     """
 
     place: str
     persona: tuple[str, ...]
     history: tuple[str, ...]
+    seed: int | None
     fields: dict[str, Any]
 
 
@@ -111,7 +116,10 @@ def _request(line: bytes, place: str) -> Request:
     history = _texts(fields, "history")
     if not history:
         raise UserError("history is empty; it ends with the partner's utterance")
-    return Request(place, persona, history, fields)
+    seed = fields.get("seed")
+    if seed is not None and not (type(seed) is int and 0 <= seed < SEEDS):
+        raise UserError(f"seed must be a whole number from 0 to {SEEDS - 1}")
+    return Request(place, persona, history, seed, fields)
 
 
 def _texts(fields: dict[str, Any], name: str) -> tuple[str, ...]:

@@ -66,7 +66,7 @@ class Encoder:
 
 
 def bert_scores(
-    predictions: Sequence[str], references: Sequence[str], model: str = PAPERS_MODEL, *, num_layers: int | None = None
+    predictions: Sequence[str], references: Sequence[str], model: str = PAPERS_MODEL, *, num_layers: int = 0
 ) -> BertScores:
     """Scores each prediction against the reference of the same place; without idf weights, not rescaled.
 
@@ -75,7 +75,7 @@ def bert_scores(
         references: The N responses of the same turns.
         model: The encoder: a folder in Hugging Face's format, ``package:NAME`` for the folder inside an installed
             distribution, or a hub id (the paper's is `PAPERS_MODEL`).
-        num_layers: Layers used; by default bert-score's own choice for the models it knows, else all of them.
+        num_layers: Layers used; see `find_encoder`.
 
     Raises:
         UserError: The library is missing, or the encoder cannot be loaded.
@@ -107,27 +107,32 @@ def bert_scores(
     return BertScores(scores[0], scores[1], scores[2], definitions, versions)
 
 
-def check_bert_score(model: str) -> None:
-    """Says before the work whether `bert_scores` could run with the encoder `model`.
+def check_bert_score(model: str, num_layers: int = 0) -> None:
+    """Says before the work whether `bert_scores` could run with the encoder `model` and so many of its layers.
 
     A hub id is not looked up, but for the number of layers of one that bert-score does not know.
 
     Raises:
-        UserError: The library is missing, or there is no such folder or package.
+        UserError: The library is missing, there is no such folder or package, or it has fewer layers.
     """
     _library()
-    find_encoder(model)
+    find_encoder(model, num_layers)
 
 
-def find_encoder(model: str, num_layers: int | None = None) -> Encoder:
+def find_encoder(model: str, num_layers: int = 0) -> Encoder:
     """The encoder that `bert_scores` would use.
+
+    Args:
+        model: As there.
+        num_layers: Layers used; 0 for bert-score's own choice for a model it knows, by its hub id or by the name of
+            the folder that holds a copy of it, else for all of them.
 
     Raises:
         UserError: There is no such encoder, it has fewer layers than asked for, or their number is not known.
     """
     source = local_model("BERTScore's encoder", model)
+    known: dict[str, int] = importlib.import_module("bert_score.utils").model2layers
     if source is None:
-        known = importlib.import_module("bert_score.utils").model2layers
         layers = num_layers or known.get(model) or _layers_of_hub_model(model)
         return Encoder(model, layers, model)
     try:
@@ -137,11 +142,12 @@ def find_encoder(model: str, num_layers: int | None = None) -> Encoder:
         raise UserError(
             f"{source.path / 'config.json'} does not say how many layers BERTScore's encoder has"
         ) from error
-    if num_layers is not None and not 1 <= num_layers <= most:
+    if not 0 <= num_layers <= most:
         raise UserError(
-            f"num_layers is {num_layers}; allowed: 1 to {most}, the layers of BERTScore's encoder {model!r}"
+            f"BERTScore was asked for {num_layers} layers; allowed: 1 to {most}, those of the encoder {model!r}, or 0"
         )
-    return Encoder(str(source.path), num_layers or most, f"{model} {source.revision}".strip())
+    best = {name.rpartition("/")[2]: layers for name, layers in known.items()}.get(source.path.name, most)
+    return Encoder(str(source.path), num_layers or min(best, most) or most, f"{model} {source.revision}".strip())
 
 
 def _layers_of_hub_model(model: str) -> int:

@@ -81,6 +81,7 @@ class ColumnOptions:
         selection_noise: Standard deviation of normal noise on the scores before the choice.
         score_temperature: τ_sim of the mixture.
         bert_score_model: Encoder of BERTScore; one that is given asks for it.
+        bert_score_layers: Layers of it that are used; 0 leaves the choice to bert-score.
         nli_model: Classifier of entailment; one that is given asks for the consistency with the persona.
         seed: Of the noise, and of draws.
     """
@@ -99,6 +100,7 @@ class ColumnOptions:
     selection_noise: float = 0.0
     score_temperature: float = 1.0
     bert_score_model: str = ""
+    bert_score_layers: int = 0
     nli_model: str = ""
     seed: int = 0
 
@@ -211,6 +213,7 @@ class ColumnEvaluator:
             personas,
             metrics=self._groups,
             bert_score_model=options.bert_score_model,
+            bert_score_layers=options.bert_score_layers,
             nli_model=options.nli_model,
         )
         ranking = None

@@ -68,7 +68,11 @@ def find_baseline(groups: Sequence[RunGroup], wanted: str) -> int:
 
 
 def bert_of_runs(
-    runs: Sequence[EvaluatedRun], model: str, notes: list[str], on_step: Callable[[int], None] = lambda runs: None
+    runs: Sequence[EvaluatedRun],
+    model: str,
+    notes: list[str],
+    on_step: Callable[[int], None] = lambda runs: None,
+    layers: int = 0,
 ) -> tuple[list[np.ndarray | None], dict[str, str], dict[str, str]]:
     """BERTScore of every run as fractions ``[U, 3]``, None where there is none; definitions; versions of libraries.
 
@@ -77,9 +81,10 @@ def bert_of_runs(
         model: Scores them anew with this encoder; else their evaluations' own scores are taken, if made alike.
         notes: Takes a sentence where scores are left out.
         on_step: Called with numbers that add up to that of the runs, while they are scored anew.
+        layers: Of the encoder that are used; 0 leaves the choice to bert-score.
     """
     if model:
-        return _scored_anew(runs, model, on_step)
+        return _scored_anew(runs, model, layers, on_step)
     having = [run for run in runs if run.bert_score is not None]
     sentences = {run.results.get("definitions", {}).get("bert_f1", "") for run in having}
     if len(sentences) > 1:
@@ -112,7 +117,7 @@ def kept_of_runs(runs: Sequence[EvaluatedRun], notes: list[str]) -> list[dict[st
 
 
 def _scored_anew(
-    runs: Sequence[EvaluatedRun], model: str, on_step: Callable[[int], None]
+    runs: Sequence[EvaluatedRun], model: str, layers: int, on_step: Callable[[int], None]
 ) -> tuple[list[np.ndarray | None], dict[str, str], dict[str, str]]:
     # All runs' replies to the same turns go together, so that the encoder reads a reference once, not once a run.
     turns = len(runs[0].references)
@@ -120,7 +125,9 @@ def _scored_anew(
     for start in range(0, turns, _TURNS_SCORED):
         block = slice(start, start + _TURNS_SCORED)
         predictions = [text for run in runs for text in run.predictions[block]]
-        found = bert_scores(predictions, [text for run in runs for text in run.references[block]], model)
+        found = bert_scores(
+            predictions, [text for run in runs for text in run.references[block]], model, num_layers=layers
+        )
         parts.append(np.asarray(found.per_pair()).reshape(len(runs), -1, 3))
         definitions, versions = found.definitions, found.versions
         before, after = (len(runs) * done // turns for done in (start, min(start + _TURNS_SCORED, turns)))

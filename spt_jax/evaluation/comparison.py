@@ -146,6 +146,7 @@ def compare_runs(
     seed: int = 0,
     group: bool = True,
     bert_score_model: str = "",
+    bert_score_layers: int = 0,
     on_step: Callable[[int], None] = lambda runs: None,
 ) -> Comparison:
     """Measures runs on the same turns and compares them with a baseline.
@@ -157,6 +158,7 @@ def compare_runs(
         seed: Of both.
         group: Whether runs that differ in their seed alone share a row.
         bert_score_model: Computes BERTScore anew with this encoder; else the evaluations' own are taken.
+        bert_score_layers: Layers of it that are used; 0 leaves the choice to bert-score.
         on_step: Called with a number of runs when BERTScore is computed anew, when they are measured, and when their
             row is finished.
 
@@ -167,7 +169,7 @@ def compare_runs(
     groups = group_by_seed(runs, group=group)
     base = find_baseline(groups, baseline)
     notes: list[str] = []
-    bert, definitions, versions = bert_of_runs(runs, bert_score_model, notes, on_step)
+    bert, definitions, versions = bert_of_runs(runs, bert_score_model, notes, on_step, bert_score_layers)
     vocabulary: dict[str, int] = {}
     statistics: dict[str, CorpusStatistics] = {}
     sets: dict[str, dict[str, float]] = {}

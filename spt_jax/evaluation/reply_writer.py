@@ -6,13 +6,13 @@ import dataclasses
 from collections.abc import Sequence
 
 import jax
-import numpy as np
 
 from spt_jax.data.packing import Row
 from spt_jax.evaluation.journal import KeptColumn
 from spt_jax.generation.decoding import Decoding
 from spt_jax.generation.engine import GenerationEngine
 from spt_jax.generation.replies import ReplyText
+from spt_jax.generation.seeds import seed_at
 from spt_jax.progress import ProgressBar
 
 
@@ -88,14 +88,9 @@ class ReplyWriter:
                 max_new_tokens=self.max_new_tokens,
                 decoding=self.decoding,
                 # A turn draws as it would in an evaluation that was not stopped.
-                seed=[_turn_seed(self.seed, places[place] if places else place) for place in open_places],
+                seed=[seed_at(self.seed, places[place] if places else place) for place in open_places],
                 ended=self.text.ended,
                 stopped=self.text.stopped,
                 on_rows=on_rows,
             )
         return [str(reply) for reply in replies]
-
-
-def _turn_seed(seed: int, place: int) -> int:
-    """A seed of a turn's own, another one in every evaluation with another seed."""
-    return int(np.random.SeedSequence((seed, place)).generate_state(1)[0])

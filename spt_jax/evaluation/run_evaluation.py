@@ -39,7 +39,7 @@ from spt_jax.training.workdir import write_json
 
 NO_PROMPT, BEFORE, AFTER = "no soft prompt", "before training", "after training"
 PACKAGES = ("spt_jax", "jax", "flax", "transformers")
-_OF_REPLIES = ("generation.", "evaluation.max_new_tokens", "evaluation.selection")
+_OF_REPLIES = ("generation.", "evaluation.max_new_tokens", "evaluation.seed", "evaluation.selection")
 """Options that change replies, by the beginnings of their names: flags of an evaluation may override the run's."""
 _OFFICIAL = (*_OF_REPLIES, "evaluation.batch")
 """The same in the official mode, whose scores depend on the rows of their batch."""
@@ -117,8 +117,9 @@ def evaluate_run(
         selection_noise=options.selection_noise,
         score_temperature=config.objective.score_temperature,
         bert_score_model=options.bertscore,
+        bert_score_layers=options.bertscore_layers,
         nli_model=options.nli,
-        seed=config.seed,
+        seed=config.seed if options.seed == -1 else options.seed,
     )
     evaluator = ColumnEvaluator(experiment.lm, experiment.mesh, dialogues, rows, how)
     banks = {AFTER: (model, trainable)}

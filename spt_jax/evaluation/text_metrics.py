@@ -73,6 +73,7 @@ def text_metrics(
     *,
     metrics: Iterable[str] = (EVERYDAY,),
     bert_score_model: str = "",
+    bert_score_layers: int = 0,
     nli_model: str = "",
 ) -> TextMetrics:
     """The text figures of `predictions` against `references`, pair by pair in the same order.
@@ -84,6 +85,7 @@ def text_metrics(
       metrics: Groups of figures (`spt_jax.metric_groups`).
       bert_score_model: The encoder of BERTScore, as `spt_jax.evaluation.bert_score.bert_scores` takes it; one that is
         given asks for BERTScore. Empty for the paper's, where `metrics` ask for it.
+      bert_score_layers: Layers of it that are used; 0 leaves the choice to bert-score.
       nli_model: The classifier of the consistency with the persona, as `spt_jax.evaluation.nli` takes it; one that is
         given asks for that score.
 
@@ -102,7 +104,7 @@ def text_metrics(
     if "meteor" in groups:
         _add_meteor(found, predictions, references)
     if "bertscore" in groups:
-        bert = bert_scores(predictions, references, bert_score_model or PAPERS_MODEL)
+        bert = bert_scores(predictions, references, bert_score_model or PAPERS_MODEL, num_layers=bert_score_layers)
         _add(found, bert_values(bert), bert, bert_score=[list(scores) for scores in bert.per_pair()])
     if "nli" in groups and personas is not None:
         nli = persona_consistency(predictions, personas, nli_model)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from spt_jax.errors import UserError
 
@@ -36,3 +37,8 @@ def row_keys(seed: int | Sequence[int], count: int) -> jax.Array:
 def strand_keys(keys: jax.Array, strands: int) -> jax.Array:
     """From one key a row to one a strand, ``[n, strands]``: the first is the same however many there are."""
     return jax.vmap(jax.vmap(jax.random.fold_in, in_axes=(None, 0)), in_axes=(0, None))(keys, jnp.arange(strands))
+
+
+def seed_at(seed: int, place: int) -> int:
+    """The seed of the row at a place, 0, 1, …: its own, and another one for another `seed`."""
+    return int(np.random.SeedSequence((seed, place)).generate_state(1)[0])

@@ -75,15 +75,24 @@ def open_experiment(config: Config) -> Experiment:
             sharding_for=partial(parameter_sharding, mesh),
             progress=progress,
         )
+    check_room(config, lm)
+    return Experiment(config, mesh, lm, describe(config, lm.config, mesh))
+
+
+def check_room(config: Config, lm: LanguageModel) -> None:
+    """Checks that the longest row and the reply behind it fit into the LM's context.
+
+    Raises:
+        UserError: Soft prompt, row and reply together are longer.
+    """
     # Rows are padded to such multiples; a context as long as a row must leave room for its reply.
     padded = -(-config.data.max_length // MULTIPLE) * MULTIPLE
     longest = front_length(config) + padded + config.evaluation.max_new_tokens
     if longest > lm.config.longest_row:
         raise UserError(
             f"bank.prompt_length + data.max_length + evaluation.max_new_tokens takes {longest} tokens, but the context "
-            f"of {lm.identity.name} is {lm.config.longest_row}; lower data.max_length"
+            f"of {lm.identity.name} is {lm.config.longest_row}; lower data.max_length or evaluation.max_new_tokens"
         )
-    return Experiment(config, mesh, lm, describe(config, lm.config, mesh))
 
 
 @contextlib.contextmanager

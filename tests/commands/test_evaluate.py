@@ -262,6 +262,22 @@ def test_flags_of_decoding_override_the_runs_options(trained, copy_of, capsys):
     assert "generation.top_k would cut a draw, but generation.temperature is 0" in capsys.readouterr().err
 
 
+def test_replies_are_as_long_and_drawn_as_the_flags_ask(copy_of, capsys):
+    def predictions(*flags: str) -> list[str]:
+        walk("evaluate", f"--workdir={copy_of}", "--nobaselines", "--metrics=length", *flags)
+        return [p["prediction"] for p in lines_of(copy_of / "predictions.jsonl")]
+
+    free, short = predictions(), predictions("--max_new_tokens=2")
+    assert results_of(copy_of)["settings"]["evaluation.max_new_tokens"] == 2
+    assert all(text.startswith(cut) for text, cut in zip(free, short, strict=True)) and free != short
+    drawn, again, other = (predictions("--temperature=2", f"--seed={seed}") for seed in (1, 1, 2))
+    assert drawn == again != other
+    assert results_of(copy_of)["settings"]["evaluation.seed"] == 2
+    capsys.readouterr()
+    assert main(["evaluate", f"--workdir={copy_of}", "--max_new_tokens=100000"]) == 2
+    assert "lower data.max_length or evaluation.max_new_tokens" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("door", ["evaluate", "score", "chat"])
 def test_without_a_run_or_a_checkpoint_the_doors_say_so(trained, copy_of, tmp_path, capsys, door):
     more = [f"--data={trained / 'test.txt'}", f"--out={tmp_path / 'o'}"] if door == "score" else []

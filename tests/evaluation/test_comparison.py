@@ -408,16 +408,17 @@ def test_a_perplexity_whose_tokens_nobody_kept_is_compared_with_no_other(tmp_pat
 def test_every_run_is_counted_at_each_stage(runs: list[Path], monkeypatch: pytest.MonkeyPatch, model: str) -> None:
     monkeypatch.setattr(comparability, "bert_scores", lengths_as_scores)
     steps: list[int] = []
-    found = compared(*runs, bert_score_model=model, on_step=steps.append)
+    found = compared(*runs, bert_score_model=model, bert_score_layers=5, on_step=steps.append)
     assert sum(steps) == len(runs) * (3 if model else 2)
     assert ("bert_f1" in found.rows[1].change) == bool(model)
     assert ("bert" in found.versions) == bool(model)
+    assert found.definitions.get("bert_f1") == ("an encoder, layer 5" if model else None)
 
 
-def lengths_as_scores(predictions: list[str], references: list[str], model: str) -> BertScores:
+def lengths_as_scores(predictions: list[str], references: list[str], model: str, *, num_layers: int = 0) -> BertScores:
     """In the place of BERTScore: precision from the reply, recall from the reference."""
     precision, recall = (np.asarray([1 / (1 + len(text)) for text in texts]) for texts in (predictions, references))
-    definitions = dict.fromkeys(("bert_f1", "bert_p", "bert_r"), model)
+    definitions = dict.fromkeys(("bert_f1", "bert_p", "bert_r"), f"{model}, layer {num_layers}")
     return BertScores(precision, recall, precision * recall, definitions, {"bert": "1"})
 
 
