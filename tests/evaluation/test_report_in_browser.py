@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import json
 import re
 import shutil
 import struct
@@ -45,6 +47,14 @@ def browser(report: Path, *arguments: str, fragment: str = "") -> subprocess.Com
     return done
 
 
+def framed(page: Path, width: int, more: str = "") -> Path:
+    """A page that shows another in a frame as wide as a screen: a window is at least 500 pixels wide."""
+    frame = page.with_name(f"frame-{width}.html")
+    style = f"width: {width}px; height: 2400px; border: 0"
+    frame.write_text(f'<body style="margin: 0">{more}<iframe src="{page.name}" style="{style}"></iframe></body>')
+    return frame
+
+
 def opened(dom: str) -> list[str]:
     """The ids in the dialogues that are open."""
     return re.findall(r'<details name="dialogues" open="">.*?<div id="(dialogue-\d+)">', dom, flags=re.DOTALL)
@@ -64,10 +74,49 @@ def test_a_link_opens_its_dialogue_and_no_other(report, number):
     assert opened(browser(report, "--dump-dom", fragment=f"#dialogue-{number}").stdout) == [f"dialogue-{number}"]
 
 
+MEASURE = """
+<script>
+  const root = document.documentElement, found = {width: innerWidth, closed: root.scrollWidth, dialogues: []};
+  for (const other of document.querySelectorAll("details:not([name])")) other.open = true;
+  for (const dialogue of document.querySelectorAll("details[name=dialogues]")) {
+    dialogue.querySelector("summary").click();
+    found.dialogues.push({
+      open: [...document.querySelectorAll("details[name=dialogues][open] > div")].map((content) => content.id),
+      text: dialogue.innerText, width: root.scrollWidth,
+    });
+  }
+  parent.postMessage(found, "*");
+</script></body>"""
+"""Opens one dialogue after another as a reader does, and writes down what can be read then, and how wide the page is."""
+
+
+@pytest.mark.parametrize("width", [390, 1200])
+def test_every_dialogue_opens_to_its_replies_and_nothing_is_wider_than_the_screen(report, width):
+    allowed = report.read_text().replace("default-src 'none';", "default-src 'none'; script-src 'unsafe-inline';")
+    measured = report.with_name("measured.html")
+    measured.write_text(allowed.replace("</body>", MEASURE))
+    hear = "<script>onmessage = ({data}) => document.body.dataset.found = JSON.stringify(data)</script>"
+    dom = browser(framed(measured, width, hear), "--dump-dom", "--virtual-time-budget=10000").stdout
+    found = json.loads(html.unescape(re.search(r'data-found="([^"]*)"', dom)[1]))
+    assert found["width"] == width
+    assert found["closed"] <= width
+    assert [dialogue["open"] for dialogue in found["dialogues"]] == [
+        [f"dialogue-{number}"] for number in range(len(tiny.DIALOGUES))
+    ]
+    answers = [json.loads(line) for line in (report.parent / "predictions.jsonl").read_text().splitlines()]
+    for number, dialogue in enumerate(found["dialogues"]):
+        assert dialogue["width"] <= width
+        for answer in answers:
+            if answer["dialogue"] == number:
+                assert f"as it was said: {answer['reference']}" in dialogue["text"]
+                assert answer["prediction"].strip() in dialogue["text"]
+    assert sum("What every prompt would have said" in dialogue["text"] for dialogue in found["dialogues"]) == 2
+
+
 @pytest.mark.parametrize("width", [390, 1200])
 def test_the_page_is_painted_at_the_width_of_a_phone_and_of_a_desk(report, width):
     picture = report.parent / f"{width}.png"
-    browser(report, f"--screenshot={picture}", f"--window-size={width},2400", "--hide-scrollbars")
+    browser(framed(report, width), f"--screenshot={picture}", f"--window-size={width},2400", "--hide-scrollbars")
     colours = colours_of(picture)
     assert len(colours) > 100  # text, cards, curves and dots
 
