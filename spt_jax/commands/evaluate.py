@@ -32,6 +32,7 @@ from spt_jax.step_names import names_a_step
 
 if TYPE_CHECKING:
     from spt_jax.data.dialogue import Dialogue
+    from spt_jax.evaluation.kept_results import Question
 
 _SAMPLES_PRINTED = 3
 _OPTIONS = ("batch", "bertscore", "bertscore_layers", "nli", "max_new_tokens", "seed")
@@ -72,7 +73,13 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     )
     flags.DEFINE_string("nli", None, "Classifier of entailment; else the run's evaluation.nli.", **fv)
     flags.DEFINE_bool("baselines", True, "Also measure no soft prompt and the bank before training.", **fv)
-    flags.DEFINE_bool("reuse", False, "Show the results that are there when they answer the same question.", **fv)
+    flags.DEFINE_bool(
+        "reuse",
+        False,
+        "Take what the last evaluation found: its results, where they answer the same question, or its likelihoods and "
+        "replies, where only other figures or columns are asked for.",
+        **fv,
+    )
     flags.DEFINE_integer(
         "replies",
         None,
@@ -138,7 +145,7 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
         replies=given["replies"],
         demonstrations=demonstrations_of(config),
     )
-    asked = ask(checkpoint) if checkpoint else ""
+    asked = ask(checkpoint).whole if checkpoint else ""
     _check_same(asked)
     chat = f"spt-jax chat --workdir={shlex.quote(given['workdir'])}"
     results = kept_results(workdir, asked) if given["reuse"] and is_lead() else None
@@ -170,7 +177,7 @@ def _measured(
     *,
     source: str,
     chat: str,
-    ask: Callable[[dict[str, Any]], str],
+    ask: Callable[[dict[str, Any]], Question],
 ) -> dict[str, Any] | None:
     """What ``results.json`` holds now; None for a process that is not the first of several, which wrote nothing."""
     from spt_jax.atomic_file import check_writable
@@ -186,14 +193,17 @@ def _measured(
     check_room(restored.config, restored.lm)
     # While the LM was loaded a training beside this may have saved a later or a better checkpoint.
     question = ask(restored.record)
-    _check_same(question)
-    journal = Journal(workdir, question)
+    _check_same(question.whole)
+    journal = Journal(workdir, question.groundwork)
     if is_lead():
+        where = "where an evaluation was stopped"
+        if given["reuse"] and journal.reopen():
+            where = "from the last evaluation"
         check_writable(workdir / "results.json")
         which = "" if names_a_step(given["checkpoint"]) else f"{given['checkpoint']} "
         print(f"{which}checkpoint, step {restored.step}, on {len(dialogues)} dialogues of {source}", flush=True)
         if journal.begun:
-            print(f"going on where an evaluation was stopped: {journal.begun} replies are there", flush=True)
+            print(f"going on {where}: {journal.begun} replies are there", flush=True)
     evaluation = evaluate_run(
         restored.experiment,
         restored.trainable,
@@ -206,7 +216,7 @@ def _measured(
     )
     if not is_lead():
         return None
-    about = {"source": source, "checkpoint": given["checkpoint"], "chat": chat, "question": question}
+    about = {"source": source, "checkpoint": given["checkpoint"], "chat": chat, "question": question.whole}
     results = write_results(workdir, evaluation, restored.config, step=restored.step, **about)
     journal.close()
     return results

@@ -19,6 +19,8 @@ from spt_jax.json_text import is_number, is_text, parse_json
 from spt_jax.parallel.distributed import is_lead, told_by_lead
 
 FOLDER = "evaluation.partial"
+ENDED = ".evaluation"
+"""The folder of what the last evaluation found that came to its end; a bucket gets no copy of hidden ones."""
 Turn = tuple[int, int]
 """Dialogue and turn."""
 _Kept = TypeVar("_Kept")
@@ -27,16 +29,18 @@ _Kept = TypeVar("_Kept")
 class Journal:
     """A folder with what is known of every column of an evaluation that has begun.
 
-    Each question has its own, so that a short evaluation in between takes nothing from a long one that was stopped. Of
-    several processes the first reads, tells the others what it read, and writes.
+    Each has its own, so that a short evaluation in between takes nothing from a long one that was stopped. Of several
+    processes the first reads, tells the others what it read, and writes.
 
     Args:
         workdir: The run's working directory.
-        question: Of `spt_jax.evaluation.kept_results.question`, a hash of everything that the results follow from.
+        groundwork: Of `spt_jax.evaluation.kept_results.Question`: a hash of all that likelihoods and replies follow
+            from.
     """
 
-    def __init__(self, workdir: Path, question: str) -> None:
-        self._folder = workdir / FOLDER / question
+    def __init__(self, workdir: Path, groundwork: str) -> None:
+        self._folder = workdir / FOLDER / groundwork
+        self._ended = workdir / ENDED / groundwork
 
     def column(self, name: str) -> KeptColumn:
         """The part of a column."""
@@ -47,10 +51,34 @@ class Journal:
         """How many replies an evaluation that was stopped has left on this process's disk, over all columns."""
         return sum(len(_read_bytes(path).splitlines()) for path in self._folder.glob(f"*{_REPLIES}"))
 
+    def reopen(self) -> bool:
+        """Takes up what the last evaluation that came to its end found, where this one needs the same.
+
+        For the process that writes. One that was stopped goes before it.
+
+        Returns:
+            Whether there was one.
+        """
+        if self._folder.exists() or not self._ended.is_dir():
+            return False
+        try:
+            self._folder.parent.mkdir(exist_ok=True)
+            self._ended.rename(self._folder)
+        except OSError:
+            return False  # it is computed again
+        return True
+
     def close(self) -> None:
-        """Throws everything of this question away: the results are written. For the process that writes."""
+        """Puts everything where `reopen` finds it, in the place of an earlier evaluation's: the results are written.
+
+        For the process that writes.
+        """
+        shutil.rmtree(self._ended.parent, ignore_errors=True)
+        with contextlib.suppress(OSError):  # then it is not kept
+            self._ended.parent.mkdir()
+            self._folder.rename(self._ended)
         shutil.rmtree(self._folder, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another question's is there
+        with contextlib.suppress(OSError):  # another evaluation's is there
             self._folder.parent.rmdir()
 
 

@@ -6,13 +6,29 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import spt_jax
 from spt_jax.config import Config
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.errors import UserError
 from spt_jax.json_text import is_text, json_object
+
+_OF_FIGURES = ("metrics", "bertscore", "bertscore_layers", "nli", "samples")
+"""Options of the section evaluation that choose figures and what is shown."""
+
+
+class Question(NamedTuple):
+    """What an evaluation is asked, as hashes.
+
+    Attributes:
+        whole: A sha256 of everything that its results follow from.
+        groundwork: The same of what each turn's likelihoods, reply and scores of candidates follow from, which take the
+            time: not which figures are computed of them, and for which columns.
+    """
+
+    whole: str
+    groundwork: str
 
 
 def question(
@@ -22,8 +38,8 @@ def question(
     baselines: bool,
     replies: int | None,
     demonstrations: Sequence[Dialogue] = (),
-) -> str:
-    """A sha256 of everything that the results of an evaluation follow from.
+) -> Question:
+    """What the results of an evaluation follow from.
 
     Args:
         config: The run's configuration.
@@ -44,6 +60,12 @@ def question(
     }
     if demonstrations:  # without them the question is what it was before they were part of it
         parts["demonstrations"] = [dialogue.told for dialogue in demonstrations]
+    evaluation = {name: value for name, value in config.evaluation.items() if name not in _OF_FIGURES}
+    groundwork = parts | {"baselines": None, "config": parts["config"] | {"evaluation": evaluation, "tracking": None}}
+    return Question(_sha256(parts), _sha256(groundwork))
+
+
+def _sha256(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

@@ -219,6 +219,46 @@ def test_results_are_shown_again_on_request_while_the_question_is_the_same(copy_
         asked.clear()
 
 
+def test_other_figures_are_computed_of_the_replies_that_are_there(copy_of, capsys, monkeypatch):
+    from spt_jax.evaluation.journal import KeptColumn
+
+    monkeypatch.setenv("WNSEARCHDIR", str(write_wordnet(copy_of.parent / "dict")))
+    command = ("evaluate", f"--workdir={copy_of}", "--replies=5")
+    measured = []
+    for name in ("keep_likelihoods", "keep_replies"):
+        keep = getattr(KeptColumn, name)
+        monkeypatch.setattr(KeptColumn, name, lambda *a, keep=keep: measured.append(1) or keep(*a))
+    walk(*command, "--nobaselines")
+    first = results_of(copy_of)["columns"]["after training"]
+    assert measured
+    measured.clear()
+    capsys.readouterr()
+    with readers_closed():
+        walk(*command, "--nobaselines", "--metrics=default,meteor", "--reuse")
+    assert "going on from the last evaluation: 5 replies are there" in capsys.readouterr().out
+    assert not measured
+    found = results_of(copy_of)["columns"]["after training"]
+    assert found["meteor"] >= 0 and found.items() >= first.items()
+    walk(*command, "--reuse")
+    assert results_of(copy_of)["columns"].keys() == {"no soft prompt", "before training", "after training"}
+    several = len(measured)
+    measured.clear()
+    walk(*command)  # nothing is taken unasked
+    assert len(measured) > several > 0
+
+
+def test_an_evaluation_that_was_stopped_goes_on_with_other_figures(copy_of, capsys, monkeypatch):
+    from spt_jax.evaluation import columns
+
+    command = ("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=5")
+    with monkeypatch.context() as patched:
+        patched.setattr(columns, "text_metrics", lambda *a, **b: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert main([*command]) == 130
+    capsys.readouterr()
+    walk(*command, "--metrics=length")
+    assert "going on where an evaluation was stopped: 5 replies are there" in capsys.readouterr().out
+
+
 def test_results_of_few_shot_prompting_follow_from_the_dialogues_it_shows(tmp_path, monkeypatch):
     from spt_jax.evaluation import run_evaluation
 

@@ -61,7 +61,7 @@ def test_scores_of_candidates_come_back_exactly(tmp_path):
     assert Journal(tmp_path, "why").begun == 0, "these are no replies"
 
 
-def test_each_question_has_its_own_and_a_finished_one_leaves_nothing(tmp_path):
+def test_each_question_has_its_own_and_a_finished_one_leaves_the_place_of_those_that_were_stopped(tmp_path):
     Journal(tmp_path, "why").column(AFTER).keep_replies([(0, 0)], ["yes"])
     journal = Journal(tmp_path, "how")
     assert journal.column(AFTER).replies() == {}
@@ -73,6 +73,26 @@ def test_each_question_has_its_own_and_a_finished_one_leaves_nothing(tmp_path):
     assert again.column(AFTER).replies() == {(0, 0): "yes"}
     again.close()
     assert not (tmp_path / FOLDER).exists()
+
+
+def test_the_last_one_that_ended_is_there_on_request_alone_and_once(tmp_path):
+    for work, reply in (("why", "yes"), ("how", "so")):
+        journal = Journal(tmp_path, work)
+        journal.column(AFTER).keep_replies([(0, 0)], [reply])
+        journal.close()
+    assert Journal(tmp_path, "how").begun == 0
+    assert not Journal(tmp_path, "why").reopen()  # an earlier one
+    again = Journal(tmp_path, "how")
+    assert again.reopen()
+    assert again.column(AFTER).replies() == {(0, 0): "so"}
+    assert not Journal(tmp_path, "how").reopen()
+    again.close()
+    stopped = Journal(tmp_path, "how")
+    stopped.column(AFTER).keep_replies([(0, 1)], ["no"])
+    assert not Journal(tmp_path, "how").reopen()  # what was stopped since goes before it
+    assert stopped.column(AFTER).replies() == {(0, 1): "no"}
+    Journal(tmp_path, "nothing").close()
+    assert not Journal(tmp_path, "nothing").reopen()
 
 
 @pytest.mark.parametrize("cut", range(1, 20))

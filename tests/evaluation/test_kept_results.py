@@ -9,32 +9,37 @@ import json
 import pytest
 
 import spt_jax
-from spt_jax.config import default_config
+from spt_jax.config import Config, default_config
 from spt_jax.data import Dialogue, Turn
-from spt_jax.evaluation.kept_results import question
+from spt_jax.evaluation.kept_results import Question, question
 
 TURN = Turn("hi", "hello", ("no", "hello"))
 DIALOGUE = Dialogue(("i sing.",), (TURN,), ("i dance.",), "a.txt:1")
 CHECKPOINT = {"digests": {"trainable": "a"}, "lm": {"sha256": "b"}}
 
 
-def asked(*, config=None, checkpoint=None, dialogue=DIALOGUE, baselines=True, replies=None, shown=()) -> str:
+def asked(*, config=None, checkpoint=None, dialogue=DIALOGUE, baselines=True, replies=None, shown=()) -> Question:
     return question(config or default_config(), checkpoint or CHECKPOINT, [dialogue], baselines, replies, shown)
 
 
-def other_config():
+def config_with(name: str, value: object) -> Config:
     config = default_config()
-    config.evaluation.batch += 1
+    config.update_from_flattened_dict({name: value})
     return config
 
 
 @pytest.mark.parametrize(
     "changed",
     [
-        {"config": other_config()},
+        {"config": config_with("evaluation.batch", 17)},
+        {"config": config_with("evaluation.max_new_tokens", 17)},
+        {"config": config_with("evaluation.seed", 17)},
+        {"config": config_with("evaluation.selection", "soft")},
+        {"config": config_with("evaluation.selection_noise", 0.5)},
+        {"config": config_with("generation.beams", 2)},
+        {"config": config_with("data.max_length", 256)},
         {"checkpoint": CHECKPOINT | {"digests": {"trainable": "c"}}},
         {"checkpoint": CHECKPOINT | {"lm": {"sha256": "c"}}},
-        {"baselines": False},
         {"replies": 3},
         {"shown": [DIALOGUE]},
         *(
@@ -50,7 +55,25 @@ def other_config():
     ],
 )
 def test_whatever_results_follow_from_makes_it_another_question(changed):
-    assert asked(**changed) != asked()
+    assert asked(**changed).whole != asked().whole
+    assert asked(**changed).groundwork != asked().groundwork
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"baselines": False},
+        {"config": config_with("evaluation.metrics", ("default", "hits"))},
+        {"config": config_with("evaluation.bertscore", "package:x")},
+        {"config": config_with("evaluation.bertscore_layers", 3)},
+        {"config": config_with("evaluation.nli", "package:x")},
+        {"config": config_with("evaluation.samples", 9)},
+        {"config": config_with("tracking.wandb", True)},
+    ],
+)
+def test_other_figures_of_the_same_replies_are_another_question_on_the_same_groundwork(changed):
+    assert asked(**changed).whole != asked().whole
+    assert asked(**changed).groundwork == asked().groundwork
 
 
 def test_where_a_dialogue_was_read_does_not():
@@ -71,4 +94,4 @@ def test_what_is_demonstrated_makes_another_question_and_nothing_demonstrated_th
         "baselines": True,
         "replies": None,
     }
-    assert asked() == hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    assert asked().whole == hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

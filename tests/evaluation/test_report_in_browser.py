@@ -87,7 +87,7 @@ MEASURE = """
   }
   parent.postMessage(found, "*");
 </script></body>"""
-"""Opens one dialogue after another as a reader does, and writes down what can be read then, and how wide the page is."""
+"""Opens one dialogue after another as a reader does, and tells what can be read then, and how wide the page is."""
 
 
 @pytest.mark.parametrize("width", [390, 1200])
