@@ -14,13 +14,15 @@ import tiny
 from spt_jax.data.dialogue import Dialogue, Turn
 from spt_jax.data.few_shot import FewShot
 from spt_jax.data.packing import Row, pack
-from spt_jax.data.template import PlainTemplate, Template
+from spt_jax.data.sources import read_dialogues
+from spt_jax.data.template import PlainTemplate, Template, TextEncoder
 from spt_jax.errors import UserError
 from spt_jax.evaluation.candidate_scores import CandidateScores, score_candidates
 from spt_jax.evaluation.candidates import RankedTurn, ranked_turns
 from spt_jax.evaluation.hits import rank
 from spt_jax.models.decoder import decode, embed, vocabulary_logits
 from spt_jax.models.decoder_config import LayerKind
+from spt_jax.models.tokenization.folder_tokenizer import tokenizer_of_folder
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.prompting.adapters import Prefixes, SoftPrompts
 from spt_jax.prompting.prefixes import prefix_cache
@@ -93,7 +95,14 @@ def _log_probabilities(config, params, chosen, tokens, length):
 
 
 def from_scratch(
-    model: SelectiveLM, turns: list[RankedTurn], selected: list[int], template: Template | None = None, start: int = 0
+    model: SelectiveLM,
+    turns: list[RankedTurn],
+    selected: list[int],
+    template: Template | None = None,
+    start: int = 0,
+    dialogues: list[Dialogue] = DIALOGUES,
+    encoder: TextEncoder = ENCODER,
+    length: int = 900,
 ) -> list[CandidateScores]:
     """Every candidate as the response of a row of its own, packed and scored alone."""
     params = tiny.params(model.decoder)
@@ -102,12 +111,16 @@ def from_scratch(
     for turn, prompt in zip(turns, selected, strict=True):
         nll, tokens = [], []
         for text in turn.texts:
-            dialogue = DIALOGUES[turn.dialogue]
+            dialogue = dialogues[turn.dialogue]
             said = (*dialogue.turns[start : turn.turn], Turn(dialogue.turns[turn.turn].query, text))
             [*_, row] = pack(
-                [dataclasses.replace(dialogue, turns=said)], ENCODER, layout="turn", max_length=900, template=template
+                [dataclasses.replace(dialogue, turns=said)],
+                encoder,
+                layout="turn",
+                max_length=length,
+                template=template,
             ).rows
-            padded = np.pad(row.tokens, (0, 900 - len(row)))
+            padded = np.pad(row.tokens, (0, length - len(row)))
             log_probabilities = _log_probabilities(model.decoder, params, bank[prompt], padded, len(row))
             nll.append(-float(log_probabilities[row.target_positions, row.target_ids].sum()))
             tokens.append(len(row.target_ids))
@@ -276,3 +289,20 @@ def test_a_model_that_knows_the_answers_always_hits() -> None:
         CandidateScores(np.where(np.arange(len(t.ids)) == t.response, 1.0, 2.0), np.ones(len(t.ids))) for t in turns
     ]
     assert rank(turns, scores).values["hits_1"] == 100.0
+
+
+def test_convai2s_candidates_score_as_rows_of_their_own(shared_dir) -> None:
+    """The published file, its 20 candidates a turn, in the tokens of a real LM; the weights are random."""
+    dialogues = list(read_dialogues(str(shared_dir / "data/convai2/valid_self_original.txt.xz")).dialogues[:2])
+    encoder = tokenizer_of_folder(shared_dir / "data/tokenizers/opt", "opt")
+    decoder = dataclasses.replace(tiny.CONFIG, vocab_size=encoder.vocab_size, **WIDE)
+    model = dataclasses.replace(tiny.MODEL, decoder=decoder)
+    rows = list(pack(dialogues, encoder, layout="dialogue", max_length=512).rows)
+    wanted = [(d, t) for d, dialogue in enumerate(dialogues) for t in range(len(dialogue.turns))]
+    turns = ranked_turns(rows, dialogues, wanted, PlainTemplate(), encoder)
+    assert [len(turn.texts) for turn in turns] == [20] * len(wanted)
+    selected = np.random.default_rng(0).integers(0, 3, len(turns)).tolist()
+    found, some = scored(model, rows=rows, turns=turns), slice(3, None, 6)
+    alone = from_scratch(model, turns[some], selected[some], dialogues=dialogues, encoder=encoder, length=320)
+    assert_same(found[some], alone)
+    assert rank(turns, found).values["hits_turns"] == len(turns)
