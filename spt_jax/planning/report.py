@@ -111,6 +111,13 @@ def _workload(config: Config, numbers: Mapping[str, int]) -> Workload:
     workload = Workload(**{**numbers, "longest": longest, "mean_length": mean}, layout=layout)
     if workload.turns < workload.dialogues:
         raise UserError(f"--turns is {workload.turns}; allowed: --dialogues ({workload.dialogues}) or more")
+    if workload.turns > workload.dialogues * mean:
+        raise UserError(
+            f"--turns is {workload.turns}; allowed: up to {workload.dialogues * mean}, for a turn takes a token at least, "
+            f"and {workload.dialogues} dialogues have rows of {mean} on average"
+        )
+    if workload.mean_targets > longest:
+        raise UserError(f"--mean_targets is {workload.mean_targets}; allowed: up to {longest}, the longest row")
     return workload
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
+import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -127,6 +129,48 @@ def test_a_job_set_has_the_fields_of_the_api_and_their_rules(job_set: dict[str, 
     }
     for resource, amount in container["resources"].get("requests", {}).items():
         assert container["resources"]["limits"][resource] == amount  # extended resources are not overcommitted
+
+
+@pytest.mark.parametrize("version", ["1.31.0", "1.34.0"])
+@pytest.mark.parametrize("job_set", job_sets(), ids=lambda job: job["metadata"]["name"])
+def test_kubernetes_own_schemas_accept_the_job_in_a_job_set(job_set: dict[str, Any], version: str) -> None:
+    schemas = pytest.importorskip(
+        "kubernetes_validate", reason="Kubernetes' schemas are not installed: pip install kubernetes-validate"
+    )
+    (workers,) = job_set["spec"]["replicatedJobs"]
+    job = {"apiVersion": "batch/v1", "kind": "Job", "metadata": {"name": "job"}, "spec": workers["template"]["spec"]}
+    schemas.validate(job, version, strict=True)
+    job["spec"] = job["spec"] | {"parallelsm": 4}
+    with pytest.raises(schemas.ValidationError):
+        schemas.validate(job, version, strict=True)
+
+
+READ_BY_SKYPILOT = """
+import json, sys, sky, yaml
+task = sky.Task.from_yaml_config(yaml.safe_load(open(sys.argv[1])), env_overrides=[("WORKDIR", "gs://bucket/run")])
+found = [[r.use_spot, sorted(r.accelerators), r.job_recovery] for r in task.resources]
+print(json.dumps({"envs": task.envs, "run": task.run, "setup": task.setup, "resources": found}))
+"""
+
+
+def test_skypilot_reads_its_file_as_it_is_meant(tmp_path: Path) -> None:
+    if importlib.util.find_spec("sky") is None:
+        pytest.skip("SkyPilot is not installed: pip install skypilot")
+    path = LAUNCH / "skypilot.yaml"
+    environment = os.environ | {"HOME": str(tmp_path), "SKYPILOT_DISABLE_USAGE_COLLECTION": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", READ_BY_SKYPILOT, path], capture_output=True, text=True, env=environment, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout.splitlines()[-1])
+    written = yaml.safe_load(path.read_text())
+    assert (found["run"], found["setup"]) == (written["run"], written["setup"])
+    assert found["envs"] == written["envs"] | {"WORKDIR": "gs://bucket/run"}
+    assert sorted(name for _, [name], _ in found["resources"]) == ["A100", "H100", "L4"]
+    for spot, _, recovery in found["resources"]:
+        assert spot
+        assert recovery["recover_on_exit_codes"] == [STOPPED]
+        assert recovery["max_restarts_on_errors"] == 0
 
 
 @pytest.mark.parametrize("job_set", job_sets(), ids=lambda job: job["metadata"]["name"])

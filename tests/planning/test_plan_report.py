@@ -240,7 +240,7 @@ def test_the_official_mode_is_planned_with_a_turn_a_row():
 
 def test_epoch_and_facts_are_those_of_the_request():
     config = config_of("shape:smollm2-135m", 16)
-    facts, lines, shortfall = report(Request(config, {**CONVAI2, "dialogues": 161}, "h100:1"))
+    facts, lines, shortfall = report(Request(config, {**CONVAI2, "dialogues": 161, "turns": 1184}, "h100:1"))
     assert shortfall == "" and facts["fits"] and facts["steps"] == 11
     json.dumps(facts)
     assert any("11 steps" in line for line in lines)
@@ -264,6 +264,8 @@ def test_epoch_and_facts_are_those_of_the_request():
         ),
         ({"rows": ["8", "x"], "search": True}, "--rows is '8,x'; allowed: whole numbers"),
         ({"workload": {**CONVAI2, "turns": 3}}, "--turns is 3; allowed: --dialogues"),
+        ({"workload": {**CONVAI2, "turns": 10**12}}, "--turns is 1000000000000; allowed: up to 4827060, for a turn"),
+        ({"workload": {**CONVAI2, "mean_targets": 10**9}}, "--mean_targets is 1000000000; allowed: up to 512"),
     ],
 )
 def test_what_cannot_be_planned_is_refused(options, words):
