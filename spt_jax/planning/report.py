@@ -113,8 +113,8 @@ def _workload(config: Config, numbers: Mapping[str, int]) -> Workload:
         raise UserError(f"--turns is {workload.turns}; allowed: --dialogues ({workload.dialogues}) or more")
     if workload.turns > workload.dialogues * mean:
         raise UserError(
-            f"--turns is {workload.turns}; allowed: up to {workload.dialogues * mean}, for a turn takes a token at least, "
-            f"and {workload.dialogues} dialogues have rows of {mean} on average"
+            f"--turns is {workload.turns}; allowed: up to {workload.dialogues * mean}, for a turn takes a token at "
+            f"least, and {workload.dialogues} dialogues have rows of {mean} on average"
         )
     if workload.mean_targets > longest:
         raise UserError(f"--mean_targets is {workload.mean_targets}; allowed: up to {longest}, the longest row")
