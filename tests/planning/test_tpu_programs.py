@@ -48,6 +48,17 @@ def kinds(program: dict[str, Any]) -> set[str]:
     return {each["kind"] for each in program["traffic"]["collectives"]}
 
 
+def moves_the_weights_once_a_pass(program: dict[str, Any], matrices: int, tables: int, devices: int) -> bool:
+    """Whether gathers and permutations bring a device the layers' matrices twice, and the vocabulary's tables once.
+
+    The two passes are forward and backward: recomputation shares the backward's. Where a product waits for a gather the
+    compiler passes the parts around in permutations instead, which bring all but the device's own.
+    """
+    moved = {each["kind"]: each["bytes"] for each in program["traffic"]["collectives"]}
+    found = moved["all-gather"] + moved.get("collective-permute", 0) / (1 - 1 / devices)
+    return abs(found / (2 * (2 * matrices + tables)) - 1) < 0.01  # two bytes each
+
+
 def test_a_train_step_for_four_chips_has_splash_attention_and_gathers_a_layer_at_a_time():
     facts = plan(
         *("--config.model.source=shape:smollm2-135m?layers=4", "--config.model.dtype=bfloat16"),
@@ -65,6 +76,7 @@ def test_a_train_step_for_four_chips_has_splash_attention_and_gathers_a_layer_at
     gathered = {each["kind"]: each for each in program["traffic"]["collectives"]}["all-gather"]
     # Seven kernels in each of the passes over the layers, the vocabulary beside them.
     assert gathered["count"] >= 2 * 7 * 3
+    assert moves_the_weights_once_a_pass(program, 4 * 3_538_944, 49_152 * 576, 4)
     assert program["peak"] < 0.5 * GIB
     assert the_estimate_is_close(facts)
     assert facts["longest"]["seconds"] > 0 and facts["mean"]["seconds"] <= facts["longest"]["seconds"]
@@ -99,7 +111,8 @@ def test_llama2_7b_fits_four_v5e_in_bfloat16():
     assert facts["prompts"] == 4 and facts["quantization"] == "none"
     assert only_program(facts)["peak"] < 16 * GIB
     assert the_estimate_is_close(facts)
-    assert "all-gather" in kinds(only_program(facts))
+    assert kinds(only_program(facts)) == {"all-gather", "all-reduce", "collective-permute"}
+    assert moves_the_weights_once_a_pass(only_program(facts), 32 * 202_375_168, 2 * 32_000 * 4096, 4)
 
 
 @pytest.mark.campaign
