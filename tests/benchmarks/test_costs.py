@@ -21,7 +21,7 @@ def programs() -> Iterator[dict[str, ModuleType]]:
         patch.syspath_prepend(str(Path(__file__).resolve().parents[2] / "benchmarks"))
         # One of them asks for eight devices when it is imported, which these tests have; the rest stays as it was.
         patch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
-        yield {name: importlib.import_module(name) for name in ("scaling", "step_parts")}
+        yield {name: importlib.import_module(name) for name in ("scaling", "step_parts", "step_means")}
 
 
 @pytest.mark.first_python
@@ -58,3 +58,14 @@ def test_the_parts_of_a_step_and_the_rest_are_the_whole(programs, capsys):
     found = json.loads(capsys.readouterr().out.splitlines()[-1])["core_seconds"]
     assert min(found[part] for part in ("step", "blocks", "vocabulary")) > 0
     assert found["blocks"] + found["vocabulary"] + found["rest"] == pytest.approx(found["step"])
+
+
+def test_each_means_is_one_change_of_the_step_and_all_stand_beside_it(programs, capsys):
+    program = programs["step_means"]
+    program.main(["--shape=tiny", "--rows=1", "--rounds=1", "--means", "state not donated", "remat full", "bfloat16"])
+    *_, last = capsys.readouterr().out.splitlines()
+    found = json.loads(last)["means"]
+    assert list(found) == ["as it is", "state not donated", "remat full", "bfloat16"]
+    assert all(figures["seconds"] > 0 for figures in found.values())
+    memory = {name: figures["memory"] for name, figures in found.items()}
+    assert memory["state not donated"] > memory["as it is"] > memory["remat full"]

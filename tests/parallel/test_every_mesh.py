@@ -25,17 +25,15 @@ from spt_jax.training.step import init_state, make_train_step, state_shardings
 
 MESHES = [(d, f, 8 // d // f) for d, f in itertools.product((1, 2, 4, 8), repeat=2) if d * f <= 8]
 KINDS = ("spt", "prompt_tuning", "prefix_tuning", "p_tuning", "lora", "full")
-INT4 = ("spt", "int4", (1, 4, 2))
 CASES = [
     (kind, quantization, mesh)
-    for kind, quantization, mesh in itertools.product(KINDS, ("none", "int8"), MESHES)
-    if (kind, quantization) != ("full", "int8")  # there are no floats to learn
+    for kind, quantization, mesh in itertools.product(KINDS, ("none", "int8", "int4"), MESHES)
+    if kind != "full" or quantization == "none"  # else there are no floats to learn
 ]
-CASES.append(INT4)
 # Weights gathered, activations summed, weights learned; prompts, a prefix, matrices of each layer, the LM.
 SHORT = {
     ("spt", "int8", (1, 4, 2)),
-    INT4,
+    ("spt", "int4", (1, 4, 2)),
     ("prefix_tuning", "none", (2, 1, 4)),
     ("lora", "none", (2, 2, 2)),
     ("full", "none", (4, 2, 1)),
