@@ -96,7 +96,12 @@ def define_flags(flag_values: flags.FlagValues) -> None:
         **fv,
     )
     flags.DEFINE_integer(
-        "seed", None, "Seed of the draws. Else the run's evaluation.seed.", lower_bound=-1, upper_bound=2**31 - 1, **fv
+        "seed",
+        None,
+        "Seed of draws and of noise on scores. Else the run's evaluation.seed.",
+        lower_bound=-1,
+        upper_bound=2**31 - 1,
+        **fv,
     )
     define_decoding_flags(flag_values)
     define_joining_flags(flag_values)
@@ -124,6 +129,7 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
     from spt_jax.evaluation.kept_results import kept_results, question
     from spt_jax.parallel.distributed import any_process, is_lead
     from spt_jax.training.checkpoint import Checkpoints
+    from spt_jax.training.experiment import open_lm_of
     from spt_jax.training.workdir import CHECKPOINT_FOLDER, read_config
 
     config, _, _ = read_config(workdir)
@@ -140,6 +146,7 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
     ask = functools.partial(
         question,
         config,
+        lm=open_lm_of(config),
         dialogues=dialogues,
         baselines=given["baselines"],
         replies=given["replies"],
@@ -195,31 +202,33 @@ def _measured(
     question = ask(restored.record)
     _check_same(question.whole)
     journal = Journal(workdir, question.groundwork)
-    if is_lead():
-        where = "where an evaluation was stopped"
-        if given["reuse"] and journal.reopen():
-            where = "from the last evaluation"
-        check_writable(workdir / "results.json")
-        which = "" if names_a_step(given["checkpoint"]) else f"{given['checkpoint']} "
-        print(f"{which}checkpoint, step {restored.step}, on {len(dialogues)} dialogues of {source}", flush=True)
-        if journal.begun:
-            print(f"going on {where}: {journal.begun} replies are there", flush=True)
-    evaluation = evaluate_run(
-        restored.experiment,
-        restored.trainable,
-        restored.initial if given["baselines"] else None,
-        dialogues,
-        template=restored.template,
-        replies=given["replies"],
-        journal=journal,
-        say=lambda line: print(line, file=sys.stderr, flush=True),
-    )
-    if not is_lead():
-        return None
-    about = {"source": source, "checkpoint": given["checkpoint"], "chat": chat, "question": question.whole}
-    results = write_results(workdir, evaluation, restored.config, step=restored.step, **about)
-    journal.close()
-    return results
+    with contextlib.ExitStack() as stack:
+        if is_lead():
+            check_writable(workdir / "results.json")
+            stack.enter_context(journal.locked())
+            where = "where an evaluation was stopped"
+            if given["reuse"] and journal.reopen():
+                where = "from the last evaluation"
+            which = "" if names_a_step(given["checkpoint"]) else f"{given['checkpoint']} "
+            print(f"{which}checkpoint, step {restored.step}, on {len(dialogues)} dialogues of {source}", flush=True)
+            if journal.begun:
+                print(f"going on {where}: {journal.begun} replies are there", flush=True)
+        evaluation = evaluate_run(
+            restored.experiment,
+            restored.trainable,
+            restored.initial if given["baselines"] else None,
+            dialogues,
+            template=restored.template,
+            replies=given["replies"],
+            journal=journal,
+            say=lambda line: print(line, file=sys.stderr, flush=True),
+        )
+        if not is_lead():
+            return None
+        about = {"source": source, "checkpoint": given["checkpoint"], "chat": chat, "question": question.whole}
+        results = write_results(workdir, evaluation, restored.config, step=restored.step, **about)
+        journal.close()
+        return results
 
 
 def _check_scorers(options: Any) -> None:
@@ -234,6 +243,8 @@ def _check_scorers(options: Any) -> None:
             find_wordnet()
     if options.bertscore or "bertscore" in groups:
         check_bert_score(options.bertscore or PAPERS_MODEL, options.bertscore_layers)
+    elif options.bertscore_layers:
+        raise UserError("BERTScore's layers are named, but neither its group of metrics nor its encoder (--bertscore)")
     if options.nli:
         check_nli(options.nli)
     elif "nli" in groups:

@@ -110,7 +110,8 @@ def bert_scores(
 def check_bert_score(model: str, num_layers: int = 0) -> None:
     """Says before the work whether `bert_scores` could run with the encoder `model` and so many of its layers.
 
-    A hub id is not looked up, but for the number of layers of one that bert-score does not know.
+    A hub id is not looked up, but for the number of layers of one that bert-score does not know; whether it has as many
+    as are asked for is seen when it is loaded.
 
     Raises:
         UserError: The library is missing, there is no such folder or package, or it has fewer layers.

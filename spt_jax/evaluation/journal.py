@@ -12,11 +12,13 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
 from spt_jax.evaluation.candidate_scores import CandidateScores
 from spt_jax.evaluation.likelihood import Likelihoods
 from spt_jax.json_text import is_number, is_text, parse_json
 from spt_jax.parallel.distributed import is_lead, told_by_lead
+from spt_jax.training.workdir import locked_folder
 
 FOLDER = "evaluation.partial"
 ENDED = ".evaluation"
@@ -49,23 +51,44 @@ class Journal:
     @property
     def begun(self) -> int:
         """How many replies an evaluation that was stopped has left on this process's disk, over all columns."""
-        return sum(len(_read_bytes(path).splitlines()) for path in self._folder.glob(f"*{_REPLIES}"))
+        # What was found twice is the same line.
+        return sum(len(set(_read_bytes(path).splitlines())) for path in self._folder.glob(f"*{_REPLIES}"))
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps other evaluations that would find the same out while the context is open.
+
+        For the process that writes.
+
+        Raises:
+            UserError: The folder cannot be made, or another process evaluates the same.
+        """
+        with locked_folder(self._folder, f"another process is evaluating the same in {self._folder.parents[1]}"):
+            try:
+                yield
+            finally:
+                with contextlib.suppress(OSError):  # something is kept there
+                    self._folder.rmdir()
+                    self._folder.parent.rmdir()
 
     def reopen(self) -> bool:
-        """Takes up what the last evaluation that came to its end found, where this one needs the same.
+        """Adds what the last evaluation that came to its end found, where this one needs the same.
 
-        For the process that writes. One that was stopped goes before it.
+        For the process that writes.
 
         Returns:
             Whether there was one.
+
+        Raises:
+            UserError: It cannot be written.
         """
-        if self._folder.exists() or not self._ended.is_dir():
+        if not self._ended.is_dir():
             return False
-        try:
-            self._folder.parent.mkdir(exist_ok=True)
-            self._ended.rename(self._folder)
-        except OSError:
-            return False  # it is computed again
+        _make_folder(self._folder)
+        for ended in self._ended.glob("*.jsonl"):
+            # What one that was stopped since has found is the same, and stands behind: its last line may be cut off.
+            path = self._folder / ended.name
+            write_atomically(path, _read_bytes(ended) + _read_bytes(path))
         return True
 
     def close(self) -> None:
@@ -75,7 +98,7 @@ class Journal:
         """
         shutil.rmtree(self._ended.parent, ignore_errors=True)
         with contextlib.suppress(OSError):  # then it is not kept
-            self._ended.parent.mkdir()
+            self._ended.parent.mkdir(exist_ok=True)
             self._folder.rename(self._ended)
         shutil.rmtree(self._folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # another evaluation's is there
@@ -162,19 +185,20 @@ class KeptColumn:
             json.dumps({"dialogue": d, "turn": t, **row}, ensure_ascii=False) + "\n"
             for (d, t), row in zip(turns, rows, strict=True)
         ]
-        self._make_folder()
+        _make_folder(self._folder)
         path = self._file(kind)
         with _writing(path), path.open("ab") as file:
             file.write("".join(lines).encode())
 
-    def _make_folder(self) -> None:
-        try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{self._folder} cannot be made: {error.strerror}") from None
-
     def _file(self, kind: str) -> Path:
         return self._folder / (self._stem + kind)
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be made: {error.strerror}") from None
 
 
 _LIKELIHOODS, _REPLIES, _CANDIDATES = ".likelihoods.jsonl", ".replies.jsonl", ".candidates.jsonl"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,6 +14,7 @@ from spt_jax.config import Config
 from spt_jax.data.dialogue import Dialogue
 from spt_jax.errors import UserError
 from spt_jax.json_text import is_text, json_object
+from spt_jax.models.loading import OpenedLM
 
 _OF_FIGURES = ("metrics", "bertscore", "bertscore_layers", "nli", "samples")
 """Options of the section evaluation that choose figures and what is shown."""
@@ -34,6 +36,7 @@ class Question(NamedTuple):
 def question(
     config: Config,
     checkpoint: Mapping[str, Any],
+    lm: OpenedLM,
     dialogues: Sequence[Dialogue],
     baselines: bool,
     replies: int | None,
@@ -43,7 +46,8 @@ def question(
 
     Args:
         config: The run's configuration.
-        checkpoint: The JSON values beside the checkpoint, with the digests of its arrays.
+        checkpoint: The JSON values beside the checkpoint, with the digests of its arrays and of the LM's weights.
+        lm: What else the LM and its tokenizer are: their files may have been mended since.
         dialogues: What it is measured on.
         baselines: Whether the LM without a prompt and the bank before training are measured too.
         replies: The number of replies asked for; None for the configuration's.
@@ -54,6 +58,8 @@ def question(
         "config": config.to_dict(),
         "trainable": checkpoint["digests"]["trainable"],
         "lm": checkpoint["lm"],
+        "decoder": repr(lm.config),
+        "tokenizer": [lm.tokenizer.content_digest, list(lm.tokenizer.stop_ids)],
         "dialogues": [dialogue.told for dialogue in dialogues],
         "baselines": baselines,
         "replies": replies,
@@ -61,7 +67,11 @@ def question(
     if demonstrations:  # without them the question is what it was before they were part of it
         parts["demonstrations"] = [dialogue.told for dialogue in demonstrations]
     evaluation = {name: value for name, value in config.evaluation.items() if name not in _OF_FIGURES}
-    groundwork = parts | {"baselines": None, "config": parts["config"] | {"evaluation": evaluation, "tracking": None}}
+    groundwork = parts | {
+        "baselines": None,
+        "config": parts["config"] | {"evaluation": evaluation, "tracking": None},
+        "jax": importlib.metadata.version("jax"),
+    }
     return Question(_sha256(parts), _sha256(groundwork))
 
 

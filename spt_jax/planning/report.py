@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping, Sequence
 
 from spt_jax.config import Config
 from spt_jax.errors import UserError
-from spt_jax.models.decoder_config import DecoderConfig
-from spt_jax.models.loading import open_lm
 from spt_jax.planning.advice import Advice, advice
 from spt_jax.planning.convai2 import MEAN_LENGTHS
 from spt_jax.planning.plan import Plan, plan_generation, plan_training
@@ -17,7 +15,8 @@ from spt_jax.planning.search import search
 from spt_jax.planning.table import Facts, advice_lines, facts_of, lines_of, search_lines, size
 from spt_jax.planning.topology import Topology
 from spt_jax.planning.workload import Workload
-from spt_jax.training.description import TEXTUAL, remat_of
+from spt_jax.training.description import TEXTUAL
+from spt_jax.training.experiment import open_lm_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +68,7 @@ def report(request: Request, say: Callable[[str], None] | None = None) -> tuple[
             f"--what=generate plans greedy and sampled decoding, and generation.beams is {config.generation.beams}; "
             "allowed: --config.generation.beams=1"
         )
-    decoder, workload = _decoder(config), _workload(config, request.workload)
+    decoder, workload = open_lm_of(config).config, _workload(config, request.workload)
     if request.what == "generate":
         plan = plan_generation(config, decoder, topology, workload, say)
         help_ = "a smaller evaluation.batch, model.quantization or a larger mesh.tensor"
@@ -90,19 +89,6 @@ def report(request: Request, say: Callable[[str], None] | None = None) -> tuple[
 
 def _least(plans: Sequence[Plan]) -> Plan:
     return min(plans, key=lambda plan: plan.needed)
-
-
-def _decoder(config: Config) -> DecoderConfig:
-    """The LM of a configuration, of which the hub is asked for no weight."""
-    return open_lm(
-        config.model.source,
-        dtype=config.model.dtype,
-        remat=remat_of(config),
-        revision=config.model.revision,
-        context_length=config.model.context_length,
-        quantization=config.model.quantization,
-        weights=False,
-    ).config
 
 
 def _workload(config: Config, numbers: Mapping[str, int]) -> Workload:

@@ -42,6 +42,10 @@ def new_run_id() -> str:
     return uuid.uuid4().hex
 
 
+_ANOTHER = (-1, -1)
+"""The state of no file here."""
+
+
 class FileMirror:
     """Copies files that changed from a folder into a bucket; checkpoints are not among them.
 
@@ -63,6 +67,10 @@ class FileMirror:
                 path.parent.mkdir(parents=True, exist_ok=True)
                 write_atomically(path, content)
                 self._equal[name] = _state(path)
+
+    def replace(self, names: Iterable[str]) -> None:
+        """Knows files of the bucket that those of the folder, or their absence, go before."""
+        self._equal |= dict.fromkeys(names, _ANOTHER)
 
     def push(self) -> None:
         """Copies what changed since it was last pulled or pushed; what vanished from a folder of it vanishes there."""

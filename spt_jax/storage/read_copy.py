@@ -18,7 +18,8 @@ from spt_jax.storage.file_mirror import CONFIG_FILE, RESULTS_FILE, FileMirror, f
 INTERVAL = 20.0
 """Seconds between two copies of what an evaluation has found so far."""
 
-JOURNAL = "evaluation.partial/"
+JOURNAL, ENDED = "evaluation.partial/", ".evaluation/"
+"""Folders of what an evaluation has found so far, and of what the last one had found at its end."""
 _RESULTS = (RESULTS_FILE, "predictions.jsonl", "report.html")
 """What an evaluation leaves."""
 _ARRAYS = ("trainable/", "optimizer/")
@@ -61,7 +62,9 @@ class ReadCopy:
             self._unsent.unlink(missing_ok=True)
             shutil.rmtree(self.folder / JOURNAL, ignore_errors=True)
         wanted = [*files_at_root(files), *(name for name in files if name.startswith(JOURNAL))]
-        self._files.pull(name for name in wanted if self.folder / name not in kept)
+        replaced = {name for name in wanted if kept and (self.folder / name in kept or self._ended(name))}
+        self._files.pull(name for name in wanted if name not in replaced)
+        self._files.replace(replaced)
         if preference is not None:
             self._pull_checkpoint(complete_steps(self._bucket, files), preference)
 
@@ -75,6 +78,10 @@ class ReadCopy:
             return set()
         found = (*(self.folder / name for name in _RESULTS), *(self.folder / JOURNAL).rglob("*"))
         return {path for path in found if path.is_file()}
+
+    def _ended(self, name: str) -> bool:
+        """Whether a file of the bucket is of an evaluation that has come to its end here."""
+        return name.startswith(JOURNAL) and (self.folder / ENDED / name.split("/")[1]).is_dir()
 
     def _local(self, name: str) -> bytes | None:
         path = self.folder / name

@@ -25,7 +25,7 @@ from spt_jax.data.similarity import pair_texts
 from spt_jax.data.sources import read_dialogues
 from spt_jax.data.template import PlainTemplate, Template
 from spt_jax.errors import UserError
-from spt_jax.models.loading import LanguageModel, load_lm
+from spt_jax.models.loading import LanguageModel, OpenedLM, load_lm, open_lm
 from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.models.weights import Progress
 from spt_jax.parallel.distributed import is_lead
@@ -77,6 +77,23 @@ def open_experiment(config: Config) -> Experiment:
         )
     check_room(config, lm)
     return Experiment(config, mesh, lm, describe(config, lm.config, mesh))
+
+
+def open_lm_of(config: Config) -> OpenedLM:
+    """The LM of a configuration, of which no weight is read, nor asked of a hub.
+
+    Raises:
+        UserError: See `spt_jax.models.loading.open_lm`.
+    """
+    return open_lm(
+        config.model.source,
+        dtype=config.model.dtype,
+        remat=remat_of(config),
+        revision=config.model.revision,
+        context_length=config.model.context_length,
+        quantization=config.model.quantization,
+        weights=False,
+    )
 
 
 def check_room(config: Config, lm: LanguageModel) -> None:

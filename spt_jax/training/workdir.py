@@ -173,20 +173,33 @@ def check_dialogues(workdir: Path, config: Config, dialogues: Mapping[str, str])
         )
 
 
-@contextlib.contextmanager
-def locked_workdir(workdir: Path) -> Iterator[None]:
+def locked_workdir(workdir: Path) -> contextlib.AbstractContextManager[None]:
     """Keeps other trainings out of a folder, which is made when missing, while the context is open.
-
-    The lock is the kernel's, on the folder itself: it ends with this process, whatever becomes of that, and leaves no
-    file. A file system without locks, as a bucket that is mounted, has none.
 
     Raises:
         UserError: The folder cannot be made, or another process trains in it.
     """
-    _make(workdir)
-    descriptor = os.open(workdir, os.O_RDONLY)
+    return locked_folder(workdir, f"another process is training in {workdir}")
+
+
+@contextlib.contextmanager
+def locked_folder(folder: Path, taken: str) -> Iterator[None]:
+    """Keeps other processes that lock it out of a folder, which is made when missing, while the context is open.
+
+    The lock is the kernel's, on the folder itself: it ends with this process, whatever becomes of that, and leaves no
+    file. A file system without locks, as a bucket that is mounted, has none.
+
+    Args:
+        folder: What is locked.
+        taken: Tells what the other process does.
+
+    Raises:
+        UserError: The folder cannot be made, or another process has it.
+    """
+    _make(folder)
+    descriptor = os.open(folder, os.O_RDONLY)
     try:
-        _lock(descriptor, workdir)
+        _lock(descriptor, taken)
         yield
     finally:
         os.close(descriptor)
@@ -199,13 +212,11 @@ def check_unlocked(workdir: Path) -> None:
             pass
 
 
-def _lock(descriptor: int, workdir: Path) -> None:
+def _lock(descriptor: int, taken: str) -> None:
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise UserError(
-            f"another process is training in {workdir}; wait for it, stop it, or choose another --workdir"
-        ) from None
+        raise UserError(f"{taken}; wait for it, stop it, or choose another --workdir") from None
     except OSError:
         pass  # no locks here
 

@@ -14,6 +14,7 @@ import pytest
 from evaluated_folders import references, replies, write_run
 from rich.console import Console
 
+from spt_jax.config import default_config, flatten
 from spt_jax.errors import UserError
 from spt_jax.evaluation import comparability
 from spt_jax.evaluation.bert_score import BertScores
@@ -601,3 +602,17 @@ def test_replies_stand_side_by_side_turn_by_turn(tmp_path: Path) -> None:
     text = html_text(found)
     assert text.count("<details") >= len(found.examples)
     assert all(f"question {places[e['dialogue'], e['turn']]}" in text for e in found.examples)
+
+
+def test_a_run_older_than_an_option_is_one_that_has_its_default(tmp_path: Path) -> None:
+    texts, evaluation = replies(TURNS, 0.5, 1), flatten({"evaluation": default_config().evaluation.to_dict()})
+    settings = {"evaluation": default_config().evaluation.to_dict()}
+    old = write_run(tmp_path / "run-seed0", TURNS, texts, seed=0)
+    new = write_run(tmp_path / "run-seed1", TURNS, texts, seed=1, settings=settings, evaluated_with=evaluation)
+    found = compared(old, new)
+    assert [row.label for row in found.rows] == ["run"]
+    assert not [note for note in found.notes if "different" in note]
+    settings["evaluation"]["seed"] = 3
+    other = write_run(tmp_path / "other", TURNS, texts, seed=1, settings=settings)
+    [note] = [note for note in compared(old, other).notes if "different" in note]
+    assert "different evaluation.seed: -1 (run-seed0), 3 (other)" in note

@@ -75,7 +75,7 @@ def test_each_question_has_its_own_and_a_finished_one_leaves_the_place_of_those_
     assert not (tmp_path / FOLDER).exists()
 
 
-def test_the_last_one_that_ended_is_there_on_request_alone_and_once(tmp_path):
+def test_the_last_one_that_ended_is_there_on_request_alone(tmp_path):
     for work, reply in (("why", "yes"), ("how", "so")):
         journal = Journal(tmp_path, work)
         journal.column(AFTER).keep_replies([(0, 0)], [reply])
@@ -85,14 +85,39 @@ def test_the_last_one_that_ended_is_there_on_request_alone_and_once(tmp_path):
     again = Journal(tmp_path, "how")
     assert again.reopen()
     assert again.column(AFTER).replies() == {(0, 0): "so"}
-    assert not Journal(tmp_path, "how").reopen()
     again.close()
-    stopped = Journal(tmp_path, "how")
-    stopped.column(AFTER).keep_replies([(0, 1)], ["no"])
-    assert not Journal(tmp_path, "how").reopen()  # what was stopped since goes before it
-    assert stopped.column(AFTER).replies() == {(0, 1): "no"}
     Journal(tmp_path, "nothing").close()
     assert not Journal(tmp_path, "nothing").reopen()
+
+
+def test_one_that_was_stopped_and_one_that_ended_are_put_together(tmp_path):
+    ended = Journal(tmp_path, "why")
+    ended.column(AFTER).keep_replies([(0, 0), (0, 1)], ["one", "two"])
+    ended.column(AFTER).keep_likelihoods(FOUND)
+    ended.close()
+    stopped = Journal(tmp_path, "why")
+    stopped.column(AFTER).keep_replies([(0, 1), (1, 0)], ["two", "three"])
+    path = tmp_path / FOLDER / "why" / "after_training.replies.jsonl"
+    path.write_bytes(path.read_bytes()[:-4])
+    again = Journal(tmp_path, "why")
+    for _ in range(2):  # a kill before the end takes nothing from what is kept
+        assert again.reopen()
+        assert again.column(AFTER).replies() == {(0, 0): "one", (0, 1): "two"}
+    assert again.begun == 2
+    assert len(again.column(AFTER).likelihoods() or ()) == len(FOUND)
+
+
+def test_two_evaluations_that_would_find_the_same_do_not_write_into_one_another(tmp_path):
+    journal, other = Journal(tmp_path, "why"), Journal(tmp_path, "how")
+    with journal.locked(), other.locked():
+        taken = pytest.raises(UserError, match=r"another process is evaluating the same in .*; wait for it")
+        with taken, Journal(tmp_path, "why").locked():
+            pytest.fail("both went on")
+        journal.column(AFTER).keep_replies([(0, 0)], ["yes"])
+    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["why"]
+    with Journal(tmp_path, "why").locked():
+        journal.close()
+    assert not (tmp_path / FOLDER).exists()
 
 
 @pytest.mark.parametrize("cut", range(1, 20))

@@ -7,19 +7,35 @@ import hashlib
 import json
 
 import pytest
+import tiny
 
 import spt_jax
 from spt_jax.config import Config, default_config
 from spt_jax.data import Dialogue, Turn
 from spt_jax.evaluation.kept_results import Question, question
+from spt_jax.models.decoder_config import DecoderConfig
 
 TURN = Turn("hi", "hello", ("no", "hello"))
 DIALOGUE = Dialogue(("i sing.",), (TURN,), ("i dance.",), "a.txt:1")
 CHECKPOINT = {"digests": {"trainable": "a"}, "lm": {"sha256": "b"}}
 
 
-def asked(*, config=None, checkpoint=None, dialogue=DIALOGUE, baselines=True, replies=None, shown=()) -> Question:
-    return question(config or default_config(), checkpoint or CHECKPOINT, [dialogue], baselines, replies, shown)
+@dataclasses.dataclass(frozen=True)
+class Tokenizer:
+    content_digest: str = "c"
+    stop_ids: tuple[int, ...] = (2,)
+
+
+@dataclasses.dataclass(frozen=True)
+class LM:
+    config: DecoderConfig = tiny.CONFIG
+    tokenizer: Tokenizer = Tokenizer()
+
+
+def asked(
+    *, config=None, checkpoint=None, lm=LM(), dialogue=DIALOGUE, baselines=True, replies=None, shown=()
+) -> Question:
+    return question(config or default_config(), checkpoint or CHECKPOINT, lm, [dialogue], baselines, replies, shown)
 
 
 def config_with(name: str, value: object) -> Config:
@@ -40,6 +56,9 @@ def config_with(name: str, value: object) -> Config:
         {"config": config_with("data.max_length", 256)},
         {"checkpoint": CHECKPOINT | {"digests": {"trainable": "c"}}},
         {"checkpoint": CHECKPOINT | {"lm": {"sha256": "c"}}},
+        {"lm": LM(dataclasses.replace(tiny.CONFIG, norm_eps=1e-3))},
+        {"lm": LM(tokenizer=Tokenizer("d"))},
+        {"lm": LM(tokenizer=Tokenizer(stop_ids=(2, 3)))},
         {"replies": 3},
         {"shown": [DIALOGUE]},
         *(
@@ -90,6 +109,8 @@ def test_what_is_demonstrated_makes_another_question_and_nothing_demonstrated_th
         "config": default_config().to_dict(),
         "trainable": CHECKPOINT["digests"]["trainable"],
         "lm": CHECKPOINT["lm"],
+        "decoder": repr(tiny.CONFIG),
+        "tokenizer": ["c", [2]],
         "dialogues": [DIALOGUE.told],
         "baselines": True,
         "replies": None,

@@ -110,7 +110,12 @@ def test_every_dialogue_opens_to_its_replies_and_nothing_is_wider_than_the_scree
             if answer["dialogue"] == number:
                 assert f"as it was said: {answer['reference']}" in dialogue["text"]
                 assert answer["prediction"].strip() in dialogue["text"]
-    assert sum("What every prompt would have said" in dialogue["text"] for dialogue in found["dialogues"]) == 2
+    samples = json.loads((report.parent / "results.json").read_text())["samples"]
+    assert len({sample["dialogue"] for sample in samples}) == 2
+    for sample in samples:
+        text = found["dialogues"][sample["dialogue"]]["text"]
+        assert text.count("What every prompt would have said") == 1
+        assert all(reply.strip() in text for reply in [*sample["replies"], sample["no_prompt"]])
 
 
 @pytest.mark.parametrize("width", [390, 1200])
