@@ -46,13 +46,14 @@ port="$(python3 -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0))
 
 # Each process gets a group of its own: Ctrl-C then reaches this script alone, which asks each of them once.
 set -m
-pids=()
+pids=() asked=""
+ask_all() { asked=1; kill -TERM ${pids[@]+"${pids[@]}"} 2>/dev/null || true; }
+trap ask_all INT TERM HUP
 for ((i = 0; i < count; i++)); do
   "$spt_jax" "$door" "$@" "--distributed=127.0.0.1:$port,$count,$i" > >(sed -u "s/^/[$i] /") 2>&1 </dev/null &
   pids+=($!)
 done
-ask_all() { kill -TERM "${pids[@]}" 2>/dev/null || true; }
-trap ask_all INT TERM
+[ -z "$asked" ] || ask_all
 
 first=0 deadline="" running=("${pids[@]}")
 while [ ${#running[@]} -gt 0 ]; do

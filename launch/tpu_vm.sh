@@ -44,13 +44,15 @@ case "$retries" in *[!0-9]*) fail "--retries is '$retries'; allowed: a whole num
 logs="${logs:-logs/$name}"
 [ -n "$dry" ] || command -v gcloud >/dev/null || fail "there is no gcloud on the PATH; install the Google Cloud CLI"
 
-run() { if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@"; fi; }
+# A signal is heard while bash waits, not while a command is in its foreground, as an ssh is for hours.
+child=""
+run() { if [ -n "$dry" ]; then printf '%q ' "$@"; echo; else "$@" <&0 & child=$!; wait "$child"; fi; }
 tpu() { run gcloud compute tpus tpu-vm "$1" "$name" --zone "$zone" "${@:2}"; }
 copy() { run gcloud compute tpus tpu-vm scp "$1" "$2" --zone "$zone" --worker="$3"; }
 queue() { run gcloud compute tpus queued-resources "$1" "$name" --zone "$zone" "${@:2}"; }
 on_hosts() { tpu ssh --worker="$1" --command="$2"; }
 
-pause() { sleep "${POLL_SECONDS:-${1:-30}}"; }
+pause() { sleep "${POLL_SECONDS:-${1:-30}}" & wait $!; }
 
 # What a question to gcloud is answered. No answer is not an absence: a TPU that cannot be asked may be training.
 answer() {
@@ -185,7 +187,7 @@ finish() {
 
 dry_state=ABSENT
 trap finish EXIT
-trap 'exit 130' INT TERM
+trap 'kill "$child" 2>/dev/null || true; exit 130' INT TERM HUP
 for ((attempt = 0; attempt <= retries; attempt++)); do
   made=0
   ready || made=$?

@@ -191,6 +191,11 @@ def flatten(config: Config | dict[str, Any], prefix: str = "") -> dict[str, Any]
     return flat
 
 
+def flat_json(config: Config) -> dict[str, Any]:
+    """`flatten`, with lists for tuples, as a JSON file has it."""
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(config).items()}
+
+
 def from_dict(values: dict[str, Any]) -> Config:
     """A validated config from nested values (as `config.json` holds them), defaults where a key is missing.
 

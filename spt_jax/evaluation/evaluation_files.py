@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from spt_jax.config import default_config, flatten
+from spt_jax.config import default_config, flat_json, flatten
 from spt_jax.errors import UserError
 from spt_jax.json_text import is_number, is_text, json_object, parse_json
 
@@ -32,7 +32,7 @@ def settings_of(path: Path) -> tuple[dict[str, Any], int]:
     if type(seed) is not int:
         raise UserError(f"{path} cannot be read: its seed is no whole number")
     # An option that is younger than the run does by default what was done without it.
-    flat = {name: list(x) if isinstance(x, tuple) else x for name, x in flatten(default_config()).items()} | flat
+    flat = flat_json(default_config()) | flat
     settings = {key: value for key, value in flat.items() if not key.startswith(_BESIDE_THE_METHOD)}
     return settings | {
         "lm": lm.get("sha256") if isinstance(lm, dict) else lm,

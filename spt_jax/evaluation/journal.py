@@ -17,8 +17,8 @@ from spt_jax.errors import UserError
 from spt_jax.evaluation.candidate_scores import CandidateScores
 from spt_jax.evaluation.likelihood import Likelihoods
 from spt_jax.json_text import is_number, is_text, parse_json
+from spt_jax.locked_folder import locked_folder
 from spt_jax.parallel.distributed import is_lead, told_by_lead
-from spt_jax.training.workdir import locked_folder
 
 FOLDER = "evaluation.partial"
 ENDED = ".evaluation"

@@ -97,7 +97,7 @@ def _workload(config: Config, numbers: Mapping[str, int]) -> Workload:
     workload = Workload(**{**numbers, "longest": longest, "mean_length": mean}, layout=layout)
     if workload.turns < workload.dialogues:
         raise UserError(f"--turns is {workload.turns}; allowed: --dialogues ({workload.dialogues}) or more")
-    if workload.turns > workload.dialogues * mean:
+    if layout == "dialogue" and workload.turns > workload.dialogues * mean:
         raise UserError(
             f"--turns is {workload.turns}; allowed: up to {workload.dialogues * mean}, for a turn takes a token at "
             f"least, and {workload.dialogues} dialogues have rows of {mean} on average"

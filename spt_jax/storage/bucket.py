@@ -17,6 +17,8 @@ WAITS = (1.0, 2.0, 4.0)
 """Seconds between the attempts at a request."""
 WAITS_OF_SCHEMES = {"gs": (), "gcs": ()}
 """The same where it is not `WAITS`: gcsfs makes six attempts by itself, over half a minute."""
+SILENCE = 60.0
+"""Seconds after which a store that says nothing has failed to answer."""
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _Result = TypeVar("_Result")
@@ -147,7 +149,9 @@ def open_bucket(url: str, waits: Sequence[float] | None = None) -> Bucket:
     if not rest.strip("/"):
         raise UserError(f"--workdir={url} names no folder; write {scheme}://BUCKET/FOLDER")
     # Object stores have no folders that would have to be made first.
-    options = {"auto_mkdir": True} if scheme in ("file", "local") else {}
+    options: dict[str, Any] = {"auto_mkdir": True} if scheme in ("file", "local") else {}
+    if scheme in ("gs", "gcs"):
+        options["requests_timeout"] = _silence()
     try:
         filesystem, root = fsspec.url_to_fs(url, **options)
     except ImportError as error:
@@ -161,6 +165,15 @@ def open_bucket(url: str, waits: Sequence[float] | None = None) -> Bucket:
         ) from error
     _quiet("gcsfs")
     return Bucket(url, filesystem, root, WAITS_OF_SCHEMES.get(scheme, WAITS) if waits is None else waits)
+
+
+def _silence() -> Any:
+    """How long gcsfs waits for a store that says nothing: for ever by itself; s3fs has limits of its own."""
+    try:
+        import aiohttp
+    except ImportError:  # then gcsfs is not there either, which is told where it is asked for
+        return None
+    return aiohttp.ClientTimeout(sock_connect=SILENCE, sock_read=SILENCE)
 
 
 def _quiet(package: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
@@ -9,6 +10,7 @@ from types import TracebackType
 
 from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
+from spt_jax.locked_folder import locked_folder
 from spt_jax.step_names import names_a_step
 from spt_jax.storage.background import BackgroundCopies
 from spt_jax.storage.bucket import open_bucket
@@ -56,6 +58,8 @@ class StagedRun:
         self.folder = self._place / "run"
         self._files = FileMirror(self._bucket, self.folder)
         self._equal: dict[int, _Identity] = {}
+        self._lock_folder = self._place.with_name(f"{self._place.name}.lock")
+        self._lock = contextlib.ExitStack()
         self._copies = BackgroundCopies(self._copy, say, str(self.folder), interval)
 
     @property
@@ -64,11 +68,23 @@ class StagedRun:
         return self._copies.complete
 
     def __enter__(self) -> StagedRun:
-        self._pull()
-        self._copies.__enter__()
+        with contextlib.ExitStack() as stack:
+            # Before anything here or in the bucket is put right: that is another training's while one is going on.
+            stack.enter_context(
+                locked_folder(self._lock_folder, f"another process here is training in {self._bucket.url}")
+            )
+            self._pull()
+            self._copies.__enter__()
+            self._lock = stack.pop_all()
         return self
 
     def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        with self._lock:
+            self._leave(kind, error, trace)
+
+    def _leave(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._copies.__exit__(kind, error, trace)
@@ -76,6 +92,7 @@ class StagedRun:
             # A start that was refused leaves nothing behind.
             self._bucket.delete(RUN_ID)
             shutil.rmtree(self._place, ignore_errors=True)
+            self._lock_folder.rmdir()
 
     def _pull(self) -> None:
         files = self._bucket.files()

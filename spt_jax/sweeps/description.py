@@ -13,7 +13,7 @@ from optuna.pruners import BasePruner, NopPruner
 
 from spt_jax.commands.configuration import load_config
 from spt_jax.commands.python_file import run_python_file, where_raised
-from spt_jax.config import Config, default_config, flatten, set_option, validate
+from spt_jax.config import Config, default_config, flat_json, flatten, set_option, validate
 from spt_jax.errors import UserError, nearest
 
 SAMPLERS = ("grid", "random", "tpe")
@@ -198,7 +198,7 @@ def record(sweep: Sweep, base: Config) -> dict[str, Any]:
     from optuna.distributions import distribution_to_json
 
     return {
-        "base": {name: list(value) if isinstance(value, tuple) else value for name, value in flatten(base).items()},
+        "base": flat_json(base),
         "space": {name: distribution_to_json(distribution) for name, distribution in sweep.space.items()},
         "sampler": sweep.sampler,
         "sampler_seed": sweep.sampler_seed,

@@ -34,7 +34,7 @@ from spt_jax.commands.flag_reading import door_help, own_flags, read_flags
 from spt_jax.commands.joining import define_seconds
 from spt_jax.config import Config, flatten
 from spt_jax.errors import UserError
-from spt_jax.exit_codes import FINISHED, MISTAKE, STOPPED
+from spt_jax.exit_codes import FINISHED, INTERRUPTED, MISTAKE, STOPPED
 from spt_jax.storage.bucket import is_bucket_url
 from spt_jax.sweeps import launchers
 from spt_jax.sweeps.description import Sweep, base_config, load_sweep, record
@@ -115,6 +115,9 @@ def main(program: str, arguments: Sequence[str]) -> int:
     except UserError as error:
         print(f"sweep: {error}", file=sys.stderr)
         return MISTAKE
+    except KeyboardInterrupt:
+        print("\nsweep: interrupted", file=sys.stderr)
+        return INTERRUPTED
     except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
         reason = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
         print(f"sweep: the storage failed ({reason}); nothing is lost, the same command goes on", file=sys.stderr)

@@ -172,6 +172,9 @@ def start_slurm(
     except ImportError as error:
         raise UserError("--launcher=slurm needs submitit; install spt_jax with the extra sweep") from error
     try:
+        # submitit writes the storage's address there, which may hold a password.
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.chmod(0o700)
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(name=command.name, **with_srun_args(parameters))
     except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:

@@ -13,6 +13,7 @@ import sqlalchemy
 from optuna.storages import RDBStorage
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
+from spt_jax.config import default_config, flat_json
 from spt_jax.errors import UserError
 
 Direction = Literal["minimize", "maximize"]
@@ -34,7 +35,9 @@ def storage_url(text: str, folder: Path) -> str:
         UserError: Another kind of address.
     """
     if not text:
-        return f"sqlite:///{(folder / 'sweep.db').absolute()}"
+        # In an address a question mark begins options, and a percent sign the number of a character.
+        path = str((folder / "sweep.db").absolute()).replace("%", "%25").replace("?", "%3F")
+        return f"sqlite:///{path}"
     scheme, separator, rest = text.partition("://")
     if separator and scheme in ("postgresql", "postgres", "postgresql+psycopg"):
         return f"postgresql+psycopg://{rest}"
@@ -48,7 +51,9 @@ def storage_url(text: str, folder: Path) -> str:
 def hidden(url: str) -> str:
     """An address without its password, for the eyes of others."""
     try:
-        return sqlalchemy.engine.make_url(url).render_as_string(hide_password=True)
+        parsed = sqlalchemy.engine.make_url(url)
+        told = {name: "***" if "pass" in name else value for name, value in parsed.query.items()}
+        return parsed.set(query=told).render_as_string(hide_password=True)
     except SQLAlchemyError:
         return url.partition("@")[2] or url
 
@@ -126,12 +131,17 @@ def _agree(study: optuna.Study, name: str, description: Mapping[str, Any]) -> No
     if kept is None:
         _write_description(study, description)
         kept = read_description(study)
-    differing = _differences(kept or {}, json.loads(json.dumps(description)))
+    differing = _differences(_whole(kept or {}), _whole(json.loads(json.dumps(description))))
     if differing:
         raise UserError(
             f"the storage holds another sweep of the name {name!r}: {'; '.join(differing)}; choose another --name, or "
             "another --out"
         )
+
+
+def _whole(description: dict[str, Any]) -> dict[str, Any]:
+    """With the defaults of options that are younger than the sweep: they do what was done without them."""
+    return description | {"base": flat_json(default_config()) | description.get("base", {})}
 
 
 def _write_description(study: optuna.Study, description: Mapping[str, Any]) -> None:

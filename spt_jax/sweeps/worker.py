@@ -181,7 +181,7 @@ class Worker:
         try:
             held = self._leases.renew(number)
         except DBAPIError:
-            # A database that is away for a moment stops nothing; for longer than a lease, others may have the trial.
+            # A database that is away for a moment stops no run; for longer than a lease, others may have the trial.
             if time.monotonic() - self._renewed > self._leases.seconds:
                 raise
             return

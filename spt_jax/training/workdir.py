@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
-import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +18,7 @@ from spt_jax.atomic_file import write_atomically
 from spt_jax.config import Config, flatten, from_dict
 from spt_jax.errors import UserError
 from spt_jax.json_text import json_object
+from spt_jax.locked_folder import locked_folder
 from spt_jax.models.loading import LMIdentity
 from spt_jax.parallel.distributed import is_lead, json_told_by_lead, told_by_lead
 from spt_jax.prompting.adapters import Trainable
@@ -182,43 +181,11 @@ def locked_workdir(workdir: Path) -> contextlib.AbstractContextManager[None]:
     return locked_folder(workdir, f"another process is training in {workdir}")
 
 
-@contextlib.contextmanager
-def locked_folder(folder: Path, taken: str) -> Iterator[None]:
-    """Keeps other processes that lock it out of a folder, which is made when missing, while the context is open.
-
-    The lock is the kernel's, on the folder itself: it ends with this process, whatever becomes of that, and leaves no
-    file. A file system without locks, as a bucket that is mounted, has none.
-
-    Args:
-        folder: What is locked.
-        taken: Tells what the other process does.
-
-    Raises:
-        UserError: The folder cannot be made, or another process has it.
-    """
-    _make(folder)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        _lock(descriptor, taken)
-        yield
-    finally:
-        os.close(descriptor)
-
-
 def check_unlocked(workdir: Path) -> None:
     """Raises a `UserError` where another process is training in a folder, which need not exist."""
     if workdir.is_dir():
         with locked_workdir(workdir):
             pass
-
-
-def _lock(descriptor: int, taken: str) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise UserError(f"{taken}; wait for it, stop it, or choose another --workdir") from None
-    except OSError:
-        pass  # no locks here
 
 
 def claim_workdir(workdir: Path, config: Config, lm: LMIdentity, tokenizer: str, dialogues: Mapping[str, str]) -> None:

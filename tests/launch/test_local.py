@@ -87,7 +87,7 @@ def test_one_that_fails_ends_all_with_its_exit_code(stand_ins, code):
     assert {path.name for path in stand_ins.folder.glob("asked.*")} == {"asked.0", "asked.2"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_stop_asks_every_process_once_and_the_code_is_that_of_a_stop(stand_ins, number):
     program(stand_ins, WAIT)
     with stand_ins.started("local.sh", "-n", "2", *TRAIN) as process:

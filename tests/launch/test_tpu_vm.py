@@ -294,6 +294,19 @@ def test_a_stop_of_the_script_deletes_the_tpu_at_once_unless_it_is_kept(stand_in
     assert ("kept and costs" in err) == ("--keep" in options)
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_to_the_script_alone_is_heard_while_gcloud_runs(stand_ins, number):
+    """As docker stop and systemd send it; the ssh of a training runs for hours."""
+    gcloud(stand_ins, [READY], first={r"spt-jax train": [WAITS]})
+    stand_ins.add("tar")
+    with stand_ins.started("tpu_vm.sh", *arguments(stand_ins), POLL_SECONDS="0") as process:
+        wait_for(stand_ins.folder / "waiting")
+        os.kill(process.pid, number)
+        _, err = process.communicate(timeout=30)
+    assert process.returncode == 130, err
+    assert steps(stand_ins) == ["send", "install", "train", "delete"]
+
+
 def test_after_so_many_preemptions_it_ends_with_the_code_of_a_stop(stand_ins):
     gcloud(stand_ins, [ABSENT, PREEMPTED])
     done = script(stand_ins, "--retries", "2")

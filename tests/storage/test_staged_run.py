@@ -240,3 +240,21 @@ def test_a_step_that_is_rated_after_it_was_copied_is_copied_again():
         (run.folder / ".rated").rename(step / "metrics")
     assert complete_steps(open_bucket(url))[0] == manifest_of(step)
     assert "checkpoints/0/metrics/metrics" in open_bucket(url).files()
+
+
+def test_a_second_start_on_the_same_machine_is_refused_and_changes_nothing():
+    url = new_url()
+    with staged(url) as run:
+        begin(run.folder, 0, 10)
+        run._copy(last=True)
+        begin(run.folder, 20)
+        bucket = open_bucket(url)
+        before, there = (run.folder / "metrics.jsonl").read_text(), {name: bucket.read(name) for name in bucket.files()}
+        refused = pytest.raises(UserError, match=rf"another process here is training in {url}; wait for it")
+        with refused, staged(url):
+            pytest.fail("both train")
+        assert (run.folder / "metrics.jsonl").read_text() == before == "0\n10\n20\n"
+        assert (run.folder / "checkpoints" / "20").is_dir()
+        assert {name: bucket.read(name) for name in bucket.files()} == there
+    with staged(url) as again:
+        assert (again.folder / "metrics.jsonl").read_text() == before

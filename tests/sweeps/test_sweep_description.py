@@ -115,6 +115,18 @@ def test_another_sweep_of_the_same_name_is_refused_and_the_difference_named(tmp_
         workplace(write_sweep(tmp_path / "sweep.py", steps=9))
 
 
+def test_a_sweep_older_than_an_option_goes_on_with_its_default(tmp_path, monkeypatch):
+    def older(sweep, base):
+        found = record(sweep, base)
+        del found["base"]["evaluation.seed"]
+        return found
+
+    with monkeypatch.context() as patched:
+        patched.setattr("stand_in_sweep.record", older)
+        workplace(write_sweep(tmp_path / "sweep.py"))
+    workplace(write_sweep(tmp_path / "sweep.py"))
+
+
 def test_more_trials_go_on_with_the_same_sweep(tmp_path):
     space = 'space={"optimizer.learning_rate": FloatDistribution(1e-3, 1e-1)}, sampler="random"'
     assert len(workplace(write_sweep(tmp_path / "sweep.py", space + ", num_trials=3")).study.trials) == 3

@@ -66,6 +66,7 @@ def test_local_workers_have_each_a_gpu_of_their_own(tmp_path, monkeypatch):
 
 def test_slurm_workers_run_through_submitit(tmp_path):
     jobs = start_slurm(noting(tmp_path), 2, tmp_path / "slurm", {"timeout_min": 5}, cluster="local")
+    assert (tmp_path / "slurm").stat().st_mode & 0o777 == 0o700  # the pickles hold the storage's password
     assert len({job.job_id for job in jobs}) == 2
     for job in jobs:
         job.result()

@@ -91,8 +91,10 @@ def _files(folder: Path) -> tuple[Path, ...]:
 
 
 def _span(fields: dict[str, Any]) -> tuple[str, tuple[int, ...], int, int]:
-    start, end = (int(n) for n in fields["data_offsets"])
-    shape = tuple(int(n) for n in fields["shape"])
+    shape, places = tuple(fields["shape"]), fields["data_offsets"]
+    if not all(type(n) is int for n in (*shape, *places)):
+        raise ValueError("a tensor whose shape or place is not in whole numbers")
+    start, end = places
     if not 0 <= start <= end < _MOST or any(not 0 <= n < _MOST for n in shape) or len(shape) > _MOST_AXES:
         raise ValueError("a tensor with impossible shape or place")
     return str(fields["dtype"]), shape, start, end
@@ -106,13 +108,22 @@ def _read_header(path: Path) -> dict[str, _Entry]:
             raise UserError(f"{path} is truncated or not a safetensors file: {size} bytes, header of {length}")
         try:
             header = parse_json(stream.read(length))
-            header.pop("__metadata__", None)
+            about = header.pop("__metadata__", None) or {}
+            if not all(isinstance(text, str) for text in about.values()):
+                raise ValueError("its __metadata__ is not texts by name")
             spans = {name: _span(fields) for name, fields in header.items()}
         except (ValueError, KeyError, AttributeError, TypeError, OverflowError) as error:
             raise UserError(f"{path} is not a safetensors file: its header does not parse ({error})") from error
     expected = 8 + length + max((span[3] for span in spans.values()), default=0)
     if size < expected:
         raise UserError(f"{path} is truncated: {size} bytes, its header describes {expected}; download it again")
+    reached = 0
+    for name, (_, _, start, end) in sorted(spans.items(), key=lambda item: item[1][2:]):
+        if start != reached:  # the format allows no gap, and no byte that is two tensors'
+            raise UserError(f"{path} is damaged: the tensor {name!r} begins at byte {start} of the data, not {reached}")
+        reached = end
+    if size > expected:
+        raise UserError(f"{path} is damaged: {size} bytes, its header describes {expected}")
     for name, (dtype, shape, start, end) in spans.items():
         if dtype in FLOATING and end - start != math.prod(shape) * np.dtype(FLOATING[dtype]).itemsize:
             raise UserError(f"{path} is damaged: the tensor {name!r} of {dtype} {shape} takes {end - start} bytes")
