@@ -12,7 +12,7 @@ from spt_jax.errors import UserError
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path, taken: str) -> Iterator[None]:
+def locked_folder(folder: Path, taken: str = "") -> Iterator[None]:
     """Keeps other processes that lock it out of a folder, which is made when missing, while the context is open.
 
     The lock is the kernel's, on the folder itself: it ends with this process, whatever becomes of that, and leaves no
@@ -20,10 +20,10 @@ def locked_folder(folder: Path, taken: str) -> Iterator[None]:
 
     Args:
         folder: What is locked.
-        taken: Tells what the other process does.
+        taken: Tells what the other process does; where it is empty, the other is waited for.
 
     Raises:
-        UserError: The folder cannot be made, or another process has it.
+        UserError: The folder cannot be made, or another process has it and is not waited for.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -39,7 +39,7 @@ def locked_folder(folder: Path, taken: str) -> Iterator[None]:
 
 def _lock(descriptor: int, taken: str) -> None:
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX | (fcntl.LOCK_NB if taken else 0))
     except BlockingIOError:
         raise UserError(f"{taken}; wait for it, stop it, or choose another --workdir") from None
     except OSError:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from spt_jax.atomic_file import write_atomically
 from spt_jax.errors import UserError
+from spt_jax.locked_folder import locked_folder
 from spt_jax.step_names import names_a_step
 from spt_jax.storage.background import BackgroundCopies
 from spt_jax.storage.bucket import BucketError, open_bucket
@@ -51,6 +52,11 @@ class ReadCopy:
         Raises:
             UserError: There is no run, or it cannot be read.
         """
+        # Two commands that would fetch the same at once: the second waits, and finds it here.
+        with locked_folder(self.folder.with_name("reading.lock")):
+            self._pull(preference)
+
+    def _pull(self, preference: Preference | None) -> None:
         files = self._bucket.files()
         if CONFIG_FILE not in files:
             raise UserError(f"{self._bucket.url} is not the working directory of a run: it has no {CONFIG_FILE}")

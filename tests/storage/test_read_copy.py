@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 from buckets import new_url, write_step
 
@@ -26,6 +29,26 @@ def test_a_step_that_the_training_deletes_meanwhile_is_not_missed(tmp_path, cach
     copy.pull(lambda place: [1, 2])
     assert [path.name for path in sorted((copy.folder / "checkpoints").iterdir())] == ["2"]
     assert (copy.folder / "checkpoints" / "2" / "trainable").is_dir()
+
+
+def test_two_commands_fetch_a_step_once(tmp_path, cache_home, monkeypatch):
+    url = new_url()
+    bucket = open_bucket(url)
+    bucket.write("config.json", b"{}")
+    push_step(bucket, 1, write_step(tmp_path, 1))
+    pull, pulled = read_copy.pull_step, []
+
+    def slowly(*arguments):
+        pulled.append(arguments[1])
+        time.sleep(0.2)
+        pull(*arguments)
+
+    monkeypatch.setattr(read_copy, "pull_step", slowly)
+    copies = [ReadCopy(url) for _ in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda copy: copy.pull(lambda place: [1]), copies))
+    assert pulled == [1, 1]  # its small files, and its arrays
+    assert (copies[0].folder / "checkpoints" / "1" / "trainable").is_dir()
 
 
 PART = "evaluation.partial/work/after_training.replies.jsonl"
