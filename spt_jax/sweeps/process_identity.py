@@ -36,4 +36,16 @@ def is_dead(name: str) -> bool:
     if not place or place != machine() or len(rest) != 3:
         return False
     pid, start, _ = rest
-    return start_of(int(pid)) != start
+    now = start_of(int(pid))
+    return now != start if now else not _is_anothers(int(pid))
+
+
+def _is_anothers(pid: int) -> bool:
+    """Whether a process that shows nothing of itself lives, and belongs to another account (``hidepid`` of /proc)."""
+    try:
+        os.kill(pid, 0)
+    except PermissionError:
+        return True
+    except OSError:
+        pass
+    return False

@@ -86,3 +86,14 @@ def test_a_process_elsewhere_or_one_that_lives_is_not_known_to_be_dead():
     assert not is_dead(this_process())
     assert not is_dead("elsewhere 1 1 a") and not is_dead("")
     assert is_dead(this_process().replace(f" {start_of(__import__('os').getpid())} ", " 1 ")) is bool(machine())
+
+
+@pytest.mark.skipif(not machine(), reason="this system does not tell when a process began")
+def test_a_process_that_another_account_hides_is_not_dead(monkeypatch):
+    from spt_jax.sweeps import process_identity
+
+    owner = this_process()
+    monkeypatch.setattr(process_identity, "start_of", lambda pid: "")
+    assert is_dead(owner)  # a zombie, or one that is gone
+    monkeypatch.setattr(process_identity.os, "kill", lambda *_: (_ for _ in ()).throw(PermissionError))
+    assert not is_dead(owner)
