@@ -52,7 +52,7 @@ copy() { run gcloud compute tpus tpu-vm scp "$1" "$2" --zone "$zone" --worker="$
 queue() { run gcloud compute tpus queued-resources "$1" "$name" --zone "$zone" "${@:2}"; }
 on_hosts() { tpu ssh --worker="$1" --command="$2"; }
 
-pause() { sleep "${POLL_SECONDS:-${1:-30}}" & wait $!; }
+pause() { sleep "${POLL_SECONDS:-${1:-30}}" & child=$!; wait "$child"; }
 
 # What a question to gcloud is answered. No answer is not an absence: a TPU that cannot be asked may be training.
 answer() {
