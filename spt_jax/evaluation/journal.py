@@ -96,7 +96,8 @@ class Journal:
 
         For the process that writes.
         """
-        shutil.rmtree(self._ended.parent, ignore_errors=True)
+        for earlier in self._ended.parent.glob("*"):
+            shutil.rmtree(earlier, ignore_errors=True)
         with contextlib.suppress(OSError):  # then it is not kept
             self._ended.parent.mkdir(exist_ok=True)
             self._folder.rename(self._ended)
