@@ -36,7 +36,7 @@ def test_a_run_leaves_the_files_of_a_working_directory(trained):
     found = {path.name for path in (trained / "run").iterdir()}
     assert found == {
         *("config.json", "initial.safetensors", "metrics.jsonl", "checkpoints", "tensorboard"),
-        *("predictions.jsonl", "results.json", "report.html"),
+        *("predictions.jsonl", "results.json", "report.html", ".evaluation"),
     }
     assert any(path.name.startswith("events.out") for path in (trained / "run" / "tensorboard").iterdir())
     record = json.loads((trained / "run" / "config.json").read_text())

@@ -86,7 +86,7 @@ def test_results_tell_how_replies_were_made(setting, evaluation):
     assert settings["generation.beams"] == 1
     assert settings["evaluation.max_new_tokens"] == 3
     assert {name for name in settings if name.startswith("evaluation.")} == {
-        *("evaluation.max_new_tokens", "evaluation.selection", "evaluation.selection_noise"),
+        *("evaluation.max_new_tokens", "evaluation.seed", "evaluation.selection", "evaluation.selection_noise"),
     }
     assert {name for name in settings if name.startswith("generation.")} == {
         f"generation.{name}" for name in setting.config.generation

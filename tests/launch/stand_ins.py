@@ -99,15 +99,19 @@ class StandIns:
     @contextlib.contextmanager
     def started(self, script: str, *arguments: str, **environment: str) -> Iterator[subprocess.Popen[str]]:
         """A script of launch/ that goes on meanwhile, in a group of its own, as a terminal's foreground is one."""
-        process = subprocess.Popen(
-            ["bash", str(REPOSITORY / "launch" / script), *arguments],
-            env=self.environment(**environment),
-            cwd=self.folder,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        hangup = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
+        try:
+            process = subprocess.Popen(
+                ["bash", str(REPOSITORY / "launch" / script), *arguments],
+                env=self.environment(**environment),
+                cwd=self.folder,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                start_new_session=True,
+            )
+        finally:
+            signal.signal(signal.SIGHUP, hangup)
         try:
             yield process
         finally:
