@@ -15,6 +15,7 @@ def test_the_database_lies_in_the_sweeps_folder_whatever_its_name(tmp_path, name
     storage = open_storage(storage_url("", folder))
     storage.create_new_study([], "sweep")
     storage.remove_session()
+    storage.engine.dispose()
     assert (folder / "sweep.db").stat().st_size > 0
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
