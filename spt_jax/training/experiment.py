@@ -65,16 +65,7 @@ def open_experiment(config: Config) -> Experiment:
     """
     mesh = make_mesh(**config.mesh.to_dict())
     with _loading_bar() as progress:
-        lm = load_lm(
-            config.model.source,
-            dtype=config.model.dtype,
-            remat=remat_of(config),
-            revision=config.model.revision,
-            context_length=config.model.context_length,
-            quantization=config.model.quantization,
-            sharding_for=partial(parameter_sharding, mesh),
-            progress=progress,
-        )
+        lm = load_lm(**_lm_options(config), sharding_for=partial(parameter_sharding, mesh), progress=progress)
     check_room(config, lm)
     return Experiment(config, mesh, lm, describe(config, lm.config, mesh))
 
@@ -85,15 +76,13 @@ def open_lm_of(config: Config) -> OpenedLM:
     Raises:
         UserError: See `spt_jax.models.loading.open_lm`.
     """
-    return open_lm(
-        config.model.source,
-        dtype=config.model.dtype,
-        remat=remat_of(config),
-        revision=config.model.revision,
-        context_length=config.model.context_length,
-        quantization=config.model.quantization,
-        weights=False,
-    )
+    return open_lm(**_lm_options(config), weights=False)
+
+
+def _lm_options(config: Config) -> dict[str, Any]:
+    """Which LM a configuration names, and how it is to be, as `load_lm` and `open_lm` take it."""
+    options = ("source", "dtype", "revision", "context_length", "quantization")
+    return {name: config.model[name] for name in options} | {"remat": remat_of(config)}
 
 
 def check_room(config: Config, lm: LanguageModel) -> None:

@@ -51,7 +51,7 @@ def test_two_commands_fetch_a_step_once(tmp_path, cache_home, monkeypatch):
     assert (copies[0].folder / "checkpoints" / "1" / "trainable").is_dir()
 
 
-PART = "evaluation.partial/work/after_training.replies.jsonl"
+PART = "evaluation.partial/groundwork/after_training.replies.jsonl"
 
 
 @pytest.mark.parametrize("pushed_first", [True, False])
@@ -77,7 +77,7 @@ def test_what_an_evaluation_had_found_leaves_the_bucket_when_it_ends(cache_home,
         (first.folder / "results.json").write_text("new")
         (first.folder / PART).parent.rename(first.folder / "ended")
         (first.folder / ".evaluation").mkdir()
-        (first.folder / "ended").rename(first.folder / ".evaluation" / "work")
+        (first.folder / "ended").rename(first.folder / ".evaluation" / "groundwork")
         (first.folder / PART).parents[1].rmdir()
 
     if killed == "before its last copy":
