@@ -19,10 +19,8 @@ from spt_jax.evaluation.likelihood import Likelihoods
 from spt_jax.json_text import is_number, is_text, parse_json
 from spt_jax.locked_folder import locked_folder
 from spt_jax.parallel.distributed import is_lead, told_by_lead
+from spt_jax.storage.read_copy import ENDED, JOURNAL
 
-FOLDER = "evaluation.partial"
-ENDED = ".evaluation"
-"""The folder of what the last evaluation found that came to its end; a bucket gets no copy of hidden ones."""
 Turn = tuple[int, int]
 """Dialogue and turn."""
 _Kept = TypeVar("_Kept")
@@ -41,7 +39,7 @@ class Journal:
     """
 
     def __init__(self, workdir: Path, groundwork: str) -> None:
-        self._folder = workdir / FOLDER / groundwork
+        self._folder = workdir / JOURNAL / groundwork
         self._ended = workdir / ENDED / groundwork
 
     def column(self, name: str) -> KeptColumn:

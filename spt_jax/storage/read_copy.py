@@ -20,7 +20,8 @@ INTERVAL = 20.0
 """Seconds between two copies of what an evaluation has found so far."""
 
 JOURNAL, ENDED = "evaluation.partial/", ".evaluation/"
-"""Folders of what an evaluation has found so far, and of what the last one had found at its end."""
+"""Folders of what an evaluation has found so far, and of what the last one had found at its end; a bucket gets no copy
+of hidden ones."""
 _RESULTS = (RESULTS_FILE, "predictions.jsonl", "report.html")
 """What an evaluation leaves."""
 _ARRAYS = ("trainable/", "optimizer/")

@@ -28,12 +28,13 @@ from spt_jax.data.packing import PackedRows, Row
 from spt_jax.data.sources import read_dialogues
 from spt_jax.errors import UserError
 from spt_jax.evaluation.candidate_scores import CandidateScores
-from spt_jax.evaluation.journal import FOLDER, Journal, KeptColumn
+from spt_jax.evaluation.journal import Journal, KeptColumn
 from spt_jax.evaluation.likelihood import Likelihoods
 from spt_jax.evaluation.report_curves import curve_sections
 from spt_jax.models.tokenization.folder_tokenizer import tokenizer_of_folder
 from spt_jax.prompting.bank import from_file
 from spt_jax.prompting.peft_prompts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROMPT_KEY, PROMPT_TUNING, read_prompt
+from spt_jax.storage.read_copy import JOURNAL
 from spt_jax.sweeps.description import Objective
 from spt_jax.sweeps.metrics import logged_values
 from spt_jax.training.tracking import METRICS_FILE, logged_rows
@@ -57,7 +58,7 @@ def _written(name: str, write: Callable[[KeptColumn], None]) -> bytes:
 
 
 def _journal(name: str) -> str:
-    return f"{FOLDER}/question/column{name}"
+    return f"{JOURNAL}question/column{name}"
 
 
 def _likelihoods(column: KeptColumn) -> None:

@@ -15,10 +15,11 @@ from tiny_experiment import experiment
 
 from spt_jax.errors import UserError
 from spt_jax.evaluation.candidate_scores import CandidateScores
-from spt_jax.evaluation.journal import FOLDER, Journal, KeptColumn
+from spt_jax.evaluation.journal import Journal, KeptColumn
 from spt_jax.evaluation.likelihood import Likelihoods
 from spt_jax.evaluation.run_evaluation import evaluate_run
 from spt_jax.generation.engine import GenerationEngine
+from spt_jax.storage.read_copy import JOURNAL
 
 AFTER = "after training"
 FOUND = Likelihoods(
@@ -72,7 +73,7 @@ def test_each_question_has_its_own_and_a_finished_one_leaves_the_place_of_those_
     again = Journal(tmp_path, "why")
     assert again.column(AFTER).replies() == {(0, 0): "yes"}
     again.close()
-    assert not (tmp_path / FOLDER).exists()
+    assert not (tmp_path / JOURNAL).exists()
 
 
 def test_the_last_one_that_ended_is_there_on_request_alone(tmp_path):
@@ -97,7 +98,7 @@ def test_one_that_was_stopped_and_one_that_ended_are_put_together(tmp_path):
     ended.close()
     stopped = Journal(tmp_path, "why")
     stopped.column(AFTER).keep_replies([(0, 1), (1, 0)], ["two", "three"])
-    path = tmp_path / FOLDER / "why" / "after_training.replies.jsonl"
+    path = tmp_path / JOURNAL / "why" / "after_training.replies.jsonl"
     path.write_bytes(path.read_bytes()[:-4])
     again = Journal(tmp_path, "why")
     for _ in range(2):  # a kill before the end takes nothing from what is kept
@@ -114,17 +115,17 @@ def test_two_evaluations_that_would_find_the_same_do_not_write_into_one_another(
         with taken, Journal(tmp_path, "why").locked():
             pytest.fail("both went on")
         journal.column(AFTER).keep_replies([(0, 0)], ["yes"])
-    assert [path.name for path in (tmp_path / FOLDER).iterdir()] == ["why"]
+    assert [path.name for path in (tmp_path / JOURNAL).iterdir()] == ["why"]
     with Journal(tmp_path, "why").locked():
         journal.close()
-    assert not (tmp_path / FOLDER).exists()
+    assert not (tmp_path / JOURNAL).exists()
 
 
 @pytest.mark.parametrize("cut", range(1, 20))
 def test_a_line_that_was_cut_off_is_taken_out_wherever_the_cut(tmp_path, cut):
     journal = Journal(tmp_path, "why")
     journal.column(AFTER).keep_replies([(0, 0), (0, 1)], ["one", "zwölf"])
-    [path] = (tmp_path / FOLDER / "why").glob("*.jsonl")
+    [path] = (tmp_path / JOURNAL / "why").glob("*.jsonl")
     path.write_bytes(path.read_bytes()[:-cut])
     again = Journal(tmp_path, "why")
     assert again.column(AFTER).replies() == {(0, 0): "one"}
@@ -147,7 +148,7 @@ def test_a_line_that_was_cut_off_is_taken_out_wherever_the_cut(tmp_path, cut):
 def test_likelihoods_that_are_none_are_taken_out(tmp_path, likelihood):
     column = Journal(tmp_path, "why").column(AFTER)
     column.keep_likelihoods(FOUND)
-    (path,) = (tmp_path / FOLDER / "why").iterdir()
+    (path,) = (tmp_path / JOURNAL / "why").iterdir()
     path.write_bytes(path.read_bytes() + f'{{"dialogue": 2, "turn": 0, {likelihood}}}\n'.encode())
     kept = column.likelihoods()
     assert kept is not None
@@ -179,7 +180,7 @@ def test_likelihoods_under_other_numbers_of_prompts_are_none(tmp_path):
 def test_a_line_that_is_no_reply_is_taken_out_with_what_follows(tmp_path, line):
     column = Journal(tmp_path, "why").column(AFTER)
     column.keep_replies([(0, 0)], ["yes"])
-    (path,) = (tmp_path / FOLDER / "why").iterdir()
+    (path,) = (tmp_path / JOURNAL / "why").iterdir()
     whole = path.read_bytes()
     path.write_bytes(whole + line.encode() + b"\n" + whole)
     assert column.replies() == {(0, 0): "yes"}
@@ -201,7 +202,7 @@ def test_a_line_that_is_no_reply_is_taken_out_with_what_follows(tmp_path, line):
 def test_scores_of_candidates_that_are_none_are_taken_out(tmp_path, scores):
     column = Journal(tmp_path, "why").column(AFTER)
     column.keep_candidates([(0, 1)], [CandidateScores(np.array([0.5, 2.0]), np.array([3, 4]))])
-    (path,) = (tmp_path / FOLDER / "why").iterdir()
+    (path,) = (tmp_path / JOURNAL / "why").iterdir()
     path.write_bytes(path.read_bytes() + f'{{"dialogue": 2, "turn": 0, {scores}}}\n'.encode())
     assert list(column.candidates()) == [(0, 1)]
 
@@ -215,7 +216,7 @@ def test_a_workdir_that_is_no_folder_is_told_in_a_sentence(tmp_path):
 def test_a_file_that_cannot_be_read_now_is_told_and_left_as_it_is(tmp_path, monkeypatch):
     column = Journal(tmp_path, "why").column(AFTER)
     column.keep_replies([(0, 0)], ["yes"])
-    (path,) = (tmp_path / FOLDER / "why").iterdir()
+    (path,) = (tmp_path / JOURNAL / "why").iterdir()
     with monkeypatch.context() as patched:
         patched.setattr(Path, "read_bytes", lambda self: (_ for _ in ()).throw(PermissionError(13, "not now")))
         with pytest.raises(UserError, match=r"after_training.replies.jsonl cannot be read: not now"):
@@ -229,7 +230,7 @@ def test_a_file_that_cannot_be_read_now_is_told_and_left_as_it_is(tmp_path, monk
 def test_nothing_found_leaves_no_folder(tmp_path):
     journal = Journal(tmp_path, "why")
     assert journal.column(AFTER).replies() == {}
-    assert not (tmp_path / FOLDER).exists()
+    assert not (tmp_path / JOURNAL).exists()
 
 
 @functools.cache
