@@ -68,6 +68,7 @@ def start(
     devices: int,
     each: Sequence[Sequence[str]] = (),
     homes: Sequence[Path] = (),
+    program: Sequence[str] = ("-m", "spt_jax"),
 ) -> Job:
     """Starts `count` processes of `devices` devices.
 
@@ -77,6 +78,7 @@ def start(
         devices: Fake devices of each.
         each: More arguments of each process, if they differ.
         homes: The cache folder of each, as on hosts of their own.
+        program: What Python runs.
     """
     port = free_port()
     processes = []
@@ -86,7 +88,7 @@ def start(
         joining = [f"--distributed=127.0.0.1:{port},{count},{index}"] if count > 1 else []
         processes.append(
             subprocess.Popen(
-                [sys.executable, "-m", "spt_jax", *arguments, *joining, *own],
+                [sys.executable, *program, *arguments, *joining, *own],
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -80,7 +80,7 @@ class Bucket:
 
     def write(self, name: str, content: bytes) -> None:
         """Writes a small file."""
-        self._tried("written", lambda: self.filesystem.pipe_file(self._path(name), content))
+        self._tried("written", lambda: self._whole(name, lambda path: self.filesystem.pipe_file(path, content)))
 
     def download(self, name: str, target: Path) -> None:
         """Copies a file to `target`, whose folder is made when missing."""
@@ -97,7 +97,7 @@ class Bucket:
 
         def action() -> None:
             source.stat()
-            self.filesystem.put_file(str(source), self._path(name))
+            self._whole(name, lambda path: self.filesystem.put_file(str(source), path))
 
         try:
             self._tried("written", action)
@@ -113,6 +113,16 @@ class Bucket:
                 self.filesystem.rm_file(self._path(name))
 
         self._tried("written", action)
+
+    def _whole(self, name: str, put: Callable[[str], None]) -> None:
+        """Lets a file appear when all of it is written, as object stores do by themselves and folders do not."""
+        path = self._path(name)
+        if not self.url.startswith(("file:", "local:")):
+            put(path)
+            return
+        folder, _, last = path.rpartition("/")
+        put(f"{folder}/.{last}.part")
+        Path(f"{folder}/.{last}.part").replace(path)
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"

@@ -34,7 +34,7 @@ def staging_folder(url: str) -> Path:
 
 def files_at_root(files: Iterable[str]) -> list[str]:
     """Those of a bucket's files that a run goes on from and a reader needs: profiles and TensorBoard's are not."""
-    return [name for name in files if "/" not in name and name != RUN_ID]
+    return [name for name in files if "/" not in name and name != RUN_ID and not name.startswith(".")]
 
 
 def new_run_id() -> str:

@@ -28,7 +28,6 @@ from typing import Any
 import optuna
 from absl import flags
 from optuna.storages import RDBStorage
-from sqlalchemy.exc import SQLAlchemyError
 
 from spt_jax.commands.flag_reading import door_help, own_flags, read_flags
 from spt_jax.commands.joining import define_seconds
@@ -39,6 +38,7 @@ from spt_jax.storage.bucket import is_bucket_url
 from spt_jax.sweeps import launchers
 from spt_jax.sweeps.description import Sweep, base_config, load_sweep, record
 from spt_jax.sweeps.leases import Leases
+from spt_jax.sweeps.outages import AWAY_SECONDS, STORAGE_ERRORS, reason_of
 from spt_jax.sweeps.points import check_space, grid, num_trials
 from spt_jax.sweeps.process_identity import this_process
 from spt_jax.sweeps.results import results_of, write_results
@@ -118,9 +118,9 @@ def main(program: str, arguments: Sequence[str]) -> int:
     except KeyboardInterrupt:
         print("\nsweep: interrupted", file=sys.stderr)
         return INTERRUPTED
-    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
-        reason = " ".join(str(getattr(error, "orig", None) or error).split())[:300]
-        print(f"sweep: the storage failed ({reason}); nothing is lost, the same command goes on", file=sys.stderr)
+    except STORAGE_ERRORS as error:
+        told = f"the storage failed ({reason_of(error)}); nothing is lost, the same command goes on"
+        print(f"sweep: {told}", file=sys.stderr)
         return STOPPED
 
 
@@ -132,7 +132,7 @@ def _run(program: str, values: Mapping[str, Any], arguments: Sequence[str]) -> i
         request.folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"the folder {request.folder} cannot be made: {error.strerror}") from error
-    with _workplace(request) as at:
+    with _workplace(request, AWAY_SECONDS if values["worker"] else 0.0) as at:
         return _do(request, at, values)
 
 
@@ -193,8 +193,8 @@ def _typed(value: Any) -> str:
 
 
 @contextmanager
-def _workplace(request: _Request) -> Iterator[Workplace]:
-    storage = open_storage(request.url)
+def _workplace(request: _Request, away_seconds: float) -> Iterator[Workplace]:
+    storage = open_storage(request.url, away_seconds)
     try:
         yield _opened(request, storage)
     finally:

@@ -8,6 +8,9 @@ lease is taken, renewed and given back by single statements that say which state
 from __future__ import annotations
 
 import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import sqlalchemy
 from sqlalchemy import Column, Float, Integer, MetaData, String, Table
@@ -25,6 +28,9 @@ _TABLE = Table(
 )
 # The database's clock is the one clock that workers on several machines share.
 _NOW = {"sqlite": "(julianday('now') - 2440587.5) * 86400.0", "postgresql": "extract(epoch from clock_timestamp())"}
+
+
+_OPENING = -1  # the number of no trial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,11 +92,22 @@ class Leases:
         """Gives a lease back, if it is still this owner's."""
         self._update(self._mine(trial), owner="", expires=0.0)
 
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """While the context is open, no other owner of this sweep's leases is in it; waits until none is."""
+        while not self.claim(_OPENING):
+            time.sleep(0.1)
+        try:
+            yield
+        finally:
+            self.release(_OPENING)
+
     def read(self) -> dict[int, Lease]:
-        """Every lease of the sweep, by trial."""
+        """The leases of the sweep's trials, by trial."""
         query = sqlalchemy.select(_TABLE.c.trial, _TABLE.c.owner, _TABLE.c.expires - self._now)
+        of_trials = (_TABLE.c.study == self._study) & (_TABLE.c.trial != _OPENING)
         with self._engine.begin() as connection:
-            rows = connection.execute(query.where(_TABLE.c.study == self._study)).all()
+            rows = connection.execute(query.where(of_trials)).all()
         return {trial: Lease(trial, owner, float(left)) for trial, owner, left in rows}
 
     def _mine(self, trial: int) -> sqlalchemy.ColumnElement[bool]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from spt_jax.errors import UserError
 from spt_jax.exit_codes import FINISHED, STOPPED
 from spt_jax.sweeps.locked import TAKEN, holder_here
+from spt_jax.sweeps.outages import STORAGE_ERRORS
 
 SPT_JAX = (sys.executable, "-m", "spt_jax")
 MOST_KILLS = 3
@@ -33,7 +34,8 @@ class RunProcess:
         lock: The file that is locked while a process works in the run's folder.
         log: Takes what the process prints; appended to.
         tick: Called a few times a second meanwhile; what it raises stops the process.
-        confirm: Called before each start and before a failure is told; raises `LostLease` when the trial is another's.
+        confirm: Called before each start, before a failure is told and while a run is being ended; raises `LostLease`
+            when the trial is another's.
         program: The command ``spt-jax``.
     """
 
@@ -97,9 +99,26 @@ class RunProcess:
             process.wait()
             raise
         except BaseException:
-            _stop(process)
+            self._end(process)
             raise
         return process.returncode
+
+    def _end(self, process: subprocess.Popen[bytes]) -> None:
+        """Lets the run save and end, by force when it does not; the trial stays this worker's meanwhile."""
+        process.terminate()
+        began = time.monotonic()
+        while process.poll() is None and time.monotonic() - began < _POLITE_SECONDS:
+            try:
+                self._confirm()
+            except LostLease:
+                break
+            except STORAGE_ERRORS:
+                pass  # the run saves all the same
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                process.wait(1.0)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
 
     def _end_holder(self) -> None:
         """Ends what an earlier worker left behind, politely, then by force; on another machine, waits for it."""
@@ -127,13 +146,3 @@ class RunProcess:
 
 class LostLease(Exception):
     """The trial is another worker's by now: nothing of this one may go on."""
-
-
-def _stop(process: subprocess.Popen[bytes]) -> None:
-    """Lets the run save and end; by force when it does not."""
-    process.terminate()
-    try:
-        process.wait(_POLITE_SECONDS)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import time
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +17,9 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from spt_jax.config import default_config, flat_json
 from spt_jax.errors import UserError
+from spt_jax.sweeps.leases import Leases
+from spt_jax.sweeps.outages import Patience, reason_of
+from spt_jax.sweeps.process_identity import this_process
 
 Direction = Literal["minimize", "maximize"]
 
@@ -22,6 +27,10 @@ _DESCRIPTION = "sweep"
 _PART_LENGTH = 2000
 _BUSY_SECONDS = 30.0
 _OPENINGS = 8
+_OPENING_SECONDS = 60.0
+_CONNECTION = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
+_CONNECTION["tcp_user_timeout"] = 30_000
+"""libpq's: seconds, and milliseconds. A server that fell silent is noticed in half a minute, not in hours."""
 
 
 def storage_url(text: str, folder: Path) -> str:
@@ -58,28 +67,44 @@ def hidden(url: str) -> str:
         return url.partition("@")[2] or url
 
 
-def open_storage(url: str) -> RDBStorage:
+def open_storage(url: str, away_seconds: float = 0.0) -> RDBStorage:
     """The storage at an address of `storage_url`, its tables made where they are missing.
 
     Several processes may open a new one at once: those that find tables half made try again.
 
+    Args:
+        url: The address.
+        away_seconds: For how long to try again while the storage does not answer.
+
     Raises:
         UserError: It cannot be reached or made.
     """
-    sqlite = url.startswith("sqlite")
-    options = {"connect_args": {"timeout": _BUSY_SECONDS}} if sqlite else {"pool_pre_ping": True}
-    for opening in range(_OPENINGS):
+    patience = Patience(partial(print, flush=True), away_seconds)
+    for opening in itertools.count():
         try:
-            if sqlite:
-                _write_ahead(url, options)
-            return RDBStorage(url, engine_kwargs=options)
+            return _opened(url)
         except ImportError as error:
             raise UserError(f"--storage={hidden(url)} needs psycopg; install spt_jax with the extra sweep") from error
         except (DBAPIError, RuntimeError) as error:
-            if opening == _OPENINGS - 1 or not _being_made(error):
-                raise UserError(f"the storage {hidden(url)} cannot be used: {_reason(error)}") from error
-            time.sleep(0.1 * 2**opening)
+            if opening < _OPENINGS and _being_made(error):
+                time.sleep(0.1 * 2**opening)
+                continue
+            try:
+                patience.failed(error)
+            except type(error) as last:
+                raise UserError(f"the storage {hidden(url)} cannot be used: {reason_of(last)}") from last
+            time.sleep(1.0)
     raise AssertionError
+
+
+def _opened(url: str) -> RDBStorage:
+    if not url.startswith("sqlite"):
+        given = sqlalchemy.engine.make_url(url).query
+        limits = {name: value for name, value in _CONNECTION.items() if name not in given}
+        return RDBStorage(url, engine_kwargs={"pool_pre_ping": True, "connect_args": limits})
+    options = {"connect_args": {"timeout": _BUSY_SECONDS}}
+    _write_ahead(url, options)
+    return RDBStorage(url, engine_kwargs=options)
 
 
 def _write_ahead(url: str, options: Mapping[str, Any]) -> None:
@@ -97,17 +122,12 @@ def _being_made(error: Exception) -> bool:
     )
 
 
-def _reason(error: Exception) -> str:
-    return " ".join(str(getattr(error, "orig", None) or error).split())[:300]
-
-
 def open_study(
     storage: RDBStorage, name: str, description: Mapping[str, Any], direction: Direction, num_trials: int
 ) -> optuna.Study:
     """The sweep's study, made or found, with at least `num_trials` trials that wait to be run.
 
-    Any number of processes may do this at once. Trials are told by their numbers, which the storage counts up from 0:
-    one too many has a number that nobody runs.
+    Any number of processes may do this at once. Trials are told by their numbers, which the storage counts up from 0.
 
     Args:
         storage: Where.
@@ -120,9 +140,11 @@ def open_study(
         UserError: A sweep of this name, but with another description, is there; the differences are named.
     """
     study = optuna.create_study(storage=storage, study_name=name, direction=direction, load_if_exists=True)
-    _agree(study, name, description)
-    while len(study.get_trials(deepcopy=False)) < num_trials:
-        study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING))
+    # Of several that open a new sweep at once, perhaps two of one name, one writes what the others then find.
+    with Leases(storage.engine, name, this_process(), _OPENING_SECONDS).alone():
+        _agree(study, name, description)
+        while len(study.get_trials(deepcopy=False)) < num_trials:
+            study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING))
     return study
 
 
@@ -130,8 +152,8 @@ def _agree(study: optuna.Study, name: str, description: Mapping[str, Any]) -> No
     kept = read_description(study)
     if kept is None:
         _write_description(study, description)
-        kept = read_description(study)
-    differing = _differences(_whole(kept or {}), _whole(json.loads(json.dumps(description))))
+        return
+    differing = _differences(_whole(kept), _whole(json.loads(json.dumps(description))))
     if differing:
         raise UserError(
             f"the storage holds another sweep of the name {name!r}: {'; '.join(differing)}; choose another --name, or "

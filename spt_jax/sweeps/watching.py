@@ -11,6 +11,7 @@ from rich.live import Live
 from rich.table import Table
 
 from spt_jax.sweeps.leases import Lease
+from spt_jax.sweeps.outages import STORAGE_ERRORS, Patience
 from spt_jax.sweeps.worker import ERROR
 
 _SECONDS = 1.0
@@ -23,7 +24,7 @@ def watch(
     names: Sequence[str],
     metric: str,
 ) -> None:
-    """Shows a sweep until every trial has ended, or nothing goes on any more.
+    """Shows a sweep until every trial has ended, or nothing goes on any more; bears a storage that is away.
 
     Args:
         read: The sweep's trials and leases, from the storage.
@@ -34,7 +35,11 @@ def watch(
     console = Console(stderr=True)
     if console.is_terminal:
         with Live(console=console, auto_refresh=False, transient=True) as live:
-            _poll(read, going, lambda trials, leases: live.update(table(trials, leases, names, metric), refresh=True))
+
+            def draw(trials: Sequence[FrozenTrial], leases: Mapping[int, Lease]) -> None:
+                live.update(table(trials, leases, names, metric), refresh=True)
+
+            _poll(read, going, draw, console)
         return
     shown: dict[int, str] = {}
 
@@ -46,20 +51,29 @@ def watch(
                 console.print(f"trial {trial.number}: {state}{value}", markup=False, highlight=False, soft_wrap=True)
             shown[trial.number] = state
 
-    _poll(read, going, lines)
+    _poll(read, going, lines, console)
 
 
 def _poll(
     read: Callable[[], tuple[Sequence[FrozenTrial], Mapping[int, Lease]]],
     going: Callable[[], bool],
     show: Callable[[Sequence[FrozenTrial], Mapping[int, Lease]], None],
+    console: Console,
 ) -> None:
+    patience = Patience(lambda line: console.print(line, markup=False, highlight=False, soft_wrap=True))
     while True:
         more = going()
-        trials, leases = read()
-        show(trials, leases)
-        if not more or all(trial.state.is_finished() for trial in trials):
-            return
+        try:
+            trials, leases = read()
+        except STORAGE_ERRORS as error:
+            if not more:
+                raise
+            patience.failed(error)
+        else:
+            patience.answered()
+            show(trials, leases)
+            if not more or all(trial.state.is_finished() for trial in trials):
+                return
         time.sleep(_SECONDS)
 
 
@@ -90,7 +104,9 @@ def table(trials: Sequence[FrozenTrial], leases: Mapping[int, Lease], names: Seq
 def _state(trial: FrozenTrial, leases: Mapping[int, Lease]) -> str:
     if trial.state == TrialState.RUNNING:
         lease = leases.get(trial.number)
-        return "running" if lease is not None and lease.seconds > 0 else "interrupted"
+        if lease is not None and lease.seconds > 0:
+            return "running"
+        return f"failed once: {trial.user_attrs[ERROR]}" if ERROR in trial.user_attrs else "interrupted"
     if trial.state == TrialState.FAIL:
         return f"failed: {trial.user_attrs.get(ERROR, 'no reason was kept')}"
     return trial.state.name.lower()

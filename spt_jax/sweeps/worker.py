@@ -13,7 +13,6 @@ import optuna
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import RDBStorage
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.exc import DBAPIError
 
 from spt_jax.atomic_file import write_atomically
 from spt_jax.config import Config
@@ -22,13 +21,16 @@ from spt_jax.sweeps.config_file import config_file
 from spt_jax.sweeps.description import Sweep, trial_config
 from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.metrics import final_value, logged_values
+from spt_jax.sweeps.outages import STORAGE_ERRORS, Patience, is_away
 from spt_jax.sweeps.points import suggest
-from spt_jax.sweeps.run_process import SPT_JAX, LostLease, RunProcess
+from spt_jax.sweeps.run_process import SPT_JAX, LostLease, RunFailed, RunProcess
 from spt_jax.training.absolute_paths import absolute_paths
 from spt_jax.training.signals import StopSignal
 
 ERROR = "error"
-"""User attribute of a trial that failed: the sentence."""
+"""User attribute of a trial that failed, once or for good: the sentence."""
+MOST_FAILURES = 3
+"""So many trials in a row that fail speak against the machine that they failed on."""
 _IDLE_SECONDS = 1.0
 
 
@@ -80,24 +82,56 @@ class Worker:
     def __init__(self, workplace: Workplace, leases: Leases, stop: StopSignal, say: Callable[[str], None]) -> None:
         self._at, self._leases, self._stop, self._say = workplace, leases, stop, say
         self._renewed = 0.0
+        self._failed: set[int] = set()
+        self._failures = 0
 
     def work(self) -> None:
-        """Returns when every trial has ended, or after a stop signal."""
+        """Returns when every trial has ended, or after a stop signal.
+
+        Raises:
+            UserError: `MOST_FAILURES` trials in a row failed here; they and the others are left to other workers.
+        """
+        patience = Patience(self._say)
         while not self._stop.requested:
-            unfinished = [trial.number for trial in self._at.trials() if not trial.state.is_finished()]
-            if not unfinished:
-                return
-            # The lowest first: a trial that was lost goes on before new ones begin.
-            number = next((number for number in unfinished if self._leases.claim(number)), None)
-            if number is None:
-                time.sleep(_IDLE_SECONDS)
-                continue
-            self._renewed = time.monotonic()
             try:
-                if not self._at.trials()[number].state.is_finished():
-                    self._run(number)
-            finally:
-                self._leases.release(number)
+                more, number = self._claimed()
+                patience.answered()
+                if not more:
+                    return
+                if number is not None:
+                    self._finish(number)
+                    continue
+            except STORAGE_ERRORS as error:
+                # The run in hand is saved by now; whoever claims its trial takes it up.
+                patience.failed(error)
+            time.sleep(_IDLE_SECONDS)
+
+    def _claimed(self) -> tuple[bool, int | None]:
+        """Whether the sweep has trials left, and which of them is this worker's now.
+
+        The lowest first, so that a trial that was lost goes on before new ones begin. Those that failed once come
+        last, and one that failed here only when no other worker is left that might take it.
+        """
+        unfinished = [trial for trial in self._at.trials() if not trial.state.is_finished()]
+        if any(trial.number in self._failed for trial in unfinished) and self._others_work():
+            eligible = [trial for trial in unfinished if trial.number not in self._failed]
+        else:
+            eligible = unfinished
+        order = sorted(eligible, key=lambda trial: (trial.number in self._failed, ERROR in trial.user_attrs))
+        number = next((trial.number for trial in order if self._leases.claim(trial.number)), None)
+        return bool(unfinished), number
+
+    def _others_work(self) -> bool:
+        return any(lease.seconds > 0 for lease in self._leases.read().values())
+
+    def _finish(self, number: int) -> None:
+        """Runs a trial that was claimed, unless it has ended meanwhile, and gives its lease back."""
+        self._renewed = time.monotonic()
+        try:
+            if not self._at.trials()[number].state.is_finished():
+                self._run(number)
+        finally:
+            self._leases.release(number)
 
     def _run(self, number: int) -> None:
         trial = self._taken(number)
@@ -105,14 +139,18 @@ class Worker:
             params = suggest(self._at.sweep, self._at.study, trial)
             self._say(f"trial {number}: {', '.join(f'{name}={value}' for name, value in params.items())}")
             self._tell(trial, TrialState.COMPLETE, self._value(trial, params))
+            self._failures = 0
         except _Pruned:
             self._tell(trial, TrialState.PRUNED)
+            self._failures = 0
         except _Stopped:
             self._say(f"trial {number}: stopped, saved; a worker goes on with it")
         except (LostLease, UpdateFinishedTrialError):
             self._say(f"trial {number}: another worker has it by now")
-        except UserError as error:
+        except RunFailed as error:
             self._fail(trial, str(error))
+        except UserError as error:
+            self._fail_for_good(trial, str(error))
 
     def _taken(self, number: int) -> optuna.Trial:
         """The trial as a running one, freshly begun or as an earlier worker left it."""
@@ -124,16 +162,42 @@ class Worker:
         return optuna.Trial(study, trial_id)
 
     def _fail(self, trial: optuna.Trial, reason: str) -> None:
-        if self._leases.renew(trial.number):
-            trial.set_user_attr(ERROR, reason[:1000])
+        """Ends a trial whose run failed for the second time; after the first it is tried once more.
+
+        Raises:
+            UserError: It is the last of `MOST_FAILURES` that failed here, one after another, for the first time.
+        """
+        if ERROR in trial.user_attrs:
+            self._fail_for_good(trial, reason)
+            return
+        if self._keep_error(trial, reason):
+            self._say(f"trial {trial.number}: failed, tried once more when the others are done: {reason}")
+        self._failed.add(trial.number)
+        self._failures += 1
+        if self._failures == MOST_FAILURES:
+            raise UserError(
+                f"{MOST_FAILURES} trials in a row failed here, the last one so: {reason}. A worker elsewhere, or the "
+                "same command once the cause is mended, tries them again"
+            )
+
+    def _fail_for_good(self, trial: optuna.Trial, reason: str) -> None:
+        self._keep_error(trial, reason)
         self._tell(trial, TrialState.FAIL)
+
+    def _keep_error(self, trial: optuna.Trial, reason: str) -> bool:
+        """Whether the trial is still this worker's."""
+        held = self._leases.renew(trial.number)
+        if held:
+            trial.set_user_attr(ERROR, reason[:1000])
+        return held
 
     def _tell(self, trial: optuna.Trial, state: TrialState, value: float | None = None) -> None:
         """Ends a trial, unless it is another worker's: this one may have been stopped for longer than a lease."""
         try:
             if not self._leases.renew(trial.number):
                 raise LostLease
-            self._at.study.tell(trial, value, state)
+            # It is finished already where the answer to an earlier telling was lost.
+            self._at.study.tell(trial, value, state, skip_if_finished=True)
         except (LostLease, UpdateFinishedTrialError):
             self._say(f"trial {trial.number}: another worker has it by now")
             return
@@ -153,19 +217,29 @@ class Worker:
 
     def _seed_value(self, trial: optuna.Trial, folder: Path, seed: int) -> float:
         sweep, workdir = self._at.sweep, folder / f"seed_{seed}"
-        judged = sweep.pruner is not None and seed == sweep.seeds[0]
-        follow = _Reports(trial, workdir, sweep) if judged else None
+        reports: _Reports | None = None
+
+        def report() -> None:
+            """Tells the pruner what is new; after a failure, what it knows is read from the storage again."""
+            nonlocal reports
+            if sweep.pruner is None or seed != sweep.seeds[0]:
+                return
+            told, reports = reports or _Reports(trial, workdir, sweep), None
+            told.report()
+            reports = told
 
         def tick() -> None:
             self._tick(trial.number)
-            if follow is not None:
-                follow.report()
+            try:
+                report()
+            except STORAGE_ERRORS as error:
+                self._bear(error)
 
         lock, log = folder / f"seed_{seed}.lock", folder / f"seed_{seed}.log"
         process = RunProcess(lock, log, tick, lambda: self._renew(trial.number), self._at.program)
         flags = [f"--config={folder / 'config.py'}", f"--workdir={workdir}", f"--config.seed={seed}"]
         process.finish(["train", *flags])
-        tick()  # what a short run wrote before it was looked at counts like what a long one wrote
+        report()  # what a short run wrote before it was looked at counts like what a long one wrote
         if sweep.objective.file == "results.json":
             process.finish(["evaluate", f"--workdir={workdir}", "--nobaselines", "--reuse"])
         return final_value(workdir, sweep.objective)
@@ -180,14 +254,17 @@ class Worker:
     def _renew(self, number: int) -> None:
         try:
             held = self._leases.renew(number)
-        except DBAPIError:
-            # A database that is away for a moment stops no run; for longer than a lease, others may have the trial.
-            if time.monotonic() - self._renewed > self._leases.seconds:
-                raise
+        except STORAGE_ERRORS as error:
+            self._bear(error)
             return
         if not held:
             raise LostLease
         self._renewed = time.monotonic()
+
+    def _bear(self, error: Exception) -> None:
+        """A storage that is away for a moment stops no run; for longer than a lease, others may have the trial."""
+        if not is_away(error) or time.monotonic() - self._renewed > self._leases.seconds:
+            raise error
 
 
 class _Reports:

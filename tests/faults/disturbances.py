@@ -1,4 +1,4 @@
-"""What goes wrong inside a training: a clock that jumps, numbers that are not, a loader that raises."""
+"""What goes wrong inside a training: a clock that jumps, numbers that are not, a loader that raises, a slow network."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ class Disturbance:
         nan_until: the first after it whose LM is one again.
         raise_at: The step whose batch cannot be made, and
         error: with what.
+        copy_seconds: How long each file takes on its way into a bucket, which is then looked after all the time.
     """
 
     clock_seed: int | None = None
@@ -31,6 +32,7 @@ class Disturbance:
     nan_until: int = 0
     raise_at: int = -1
     error: type[Exception] = ValueError
+    copy_seconds: float = 0.0
 
 
 class JumpingClock:
@@ -76,6 +78,32 @@ def _raising(batch: Callable[..., Any], disturbance: Disturbance) -> Callable[..
     return made
 
 
+def _slowly(put: Callable[..., Any], seconds: float) -> Callable[..., Any]:
+    def slow(*arguments: Any) -> Any:
+        time.sleep(seconds)
+        return put(*arguments)
+
+    return slow
+
+
+@contextlib.contextmanager
+def _slow_network(seconds: float) -> Iterator[None]:
+    from spt_jax.storage.background import BackgroundCopies
+    from spt_jax.storage.bucket import Bucket
+
+    begin = BackgroundCopies.__init__
+
+    def often(copies: BackgroundCopies, copy: Any, say: Any, kept: str, interval: float) -> None:
+        begin(copies, copy, say, kept, min(interval, 0.02))
+
+    with (
+        mock.patch.object(BackgroundCopies, "__init__", often),
+        mock.patch.object(Bucket, "upload", _slowly(Bucket.upload, seconds)),
+        mock.patch.object(Bucket, "write", _slowly(Bucket.write, seconds)),
+    ):
+        yield
+
+
 @contextlib.contextmanager
 def disturbed(disturbance: Disturbance) -> Iterator[Callable[[str], None]]:
     """While it is open, a training in this process is disturbed; gives what wants to be told of each phase."""
@@ -95,4 +123,6 @@ def disturbed(disturbance: Disturbance) -> Iterator[Callable[[str], None]]:
         if disturbance.raise_at >= 0:
             batch = _raising(DialogueLoader.batch, disturbance)
             patches.enter_context(mock.patch.object(DialogueLoader, "batch", batch))
+        if disturbance.copy_seconds:
+            patches.enter_context(_slow_network(disturbance.copy_seconds))
         yield on_phase

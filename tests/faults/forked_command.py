@@ -76,7 +76,7 @@ class ForkedCommand:
     caches: Path
     logs: Path
 
-    def start(self, workdir: Path, *flags: str, disturbance: Disturbance | None = None) -> Start:
+    def start(self, workdir: Path | str, *flags: str, disturbance: Disturbance | None = None) -> Start:
         """Starts the training in a process of its own."""
         return self.start_door(
             "train", f"--config={self.config}", f"--workdir={workdir}", *flags, disturbance=disturbance
@@ -93,7 +93,7 @@ class ForkedCommand:
         process.start()
         return Start(process, board, out, err)
 
-    def run(self, workdir: Path, *flags: str, disturbance: Disturbance | None = None) -> tuple[int, str, str]:
+    def run(self, workdir: Path | str, *flags: str, disturbance: Disturbance | None = None) -> tuple[int, str, str]:
         """The exit code, standard output and standard error of a start that nobody disturbs from outside."""
         start = self.start(workdir, *flags, disturbance=disturbance)
         return start.wait(), start.out, start.err

@@ -10,6 +10,7 @@ from fsspec.registry import _registry
 
 from spt_jax.errors import UserError
 from spt_jax.storage.bucket import BucketError, is_bucket_url, open_bucket
+from spt_jax.storage.file_mirror import files_at_root
 
 
 def test_urls_are_buckets_and_everything_else_is_a_folder():
@@ -31,6 +32,28 @@ def test_what_is_written_is_read_and_listed_and_what_is_deleted_is_not(scheme, t
     bucket.delete("config.json")
     bucket.delete("never there")
     assert bucket.files() == {"checkpoints/1/data": 5}
+
+
+def test_a_file_that_was_written_in_part_into_a_folder_does_not_take_the_place_of_the_whole_one(tmp_path, monkeypatch):
+    bucket = open_bucket(f"file://{tmp_path}/run", waits=())
+    bucket.write("metrics.jsonl", b"1\n")
+    (tmp_path / "source").write_bytes(b"1\n2\n3\n")
+
+    def cut(*arguments: object) -> None:
+        with open(str(arguments[-1]), "wb") as file:
+            file.write(b"1\n2")
+        raise OSError("killed")
+
+    monkeypatch.setattr(bucket.filesystem, "put_file", cut)
+    monkeypatch.setattr(bucket.filesystem, "pipe_file", lambda path, _: cut(path))
+    for attempt in (
+        lambda: bucket.write("metrics.jsonl", b"1\n2\n3\n"),
+        lambda: bucket.upload(tmp_path / "source", "metrics.jsonl"),
+    ):
+        with pytest.raises(BucketError, match="killed"):
+            attempt()
+    assert bucket.read("metrics.jsonl") == b"1\n"
+    assert files_at_root(bucket.files()) == ["metrics.jsonl"]
 
 
 def test_a_request_that_fails_is_tried_again():

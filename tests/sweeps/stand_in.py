@@ -36,6 +36,9 @@ def main(arguments: list[str]) -> int:
         figures = {"f1": 100 - perplexity, "perplexity": perplexity}
         (workdir / "results.json").write_text(json.dumps({"columns": {"after training": figures}}))
         return 0
+    if os.environ.get("STAND_IN_BROKEN"):
+        print("train: no accelerator answers", file=sys.stderr)
+        return 2
     workdir.mkdir(exist_ok=True)
     alone = (workdir / "alone").open("w")
     try:
@@ -58,6 +61,7 @@ def main(arguments: list[str]) -> int:
         _replace(state, json.dumps(rows))
         _replace(workdir / "metrics.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
     if len(rows) < config.train.steps:
+        time.sleep(float(os.environ.get("STAND_IN_SAVING", "0")))
         print(f"stopped after step {len(rows)} of {config.train.steps}")
         return STOPPED
     _note(workdir, STAND_IN_FINISHED)

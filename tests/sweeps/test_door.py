@@ -145,7 +145,7 @@ def slurm_jobs(folder: Path, out: Path, monkeypatch: pytest.MonkeyPatch, *slurm:
     from spt_jax.sweeps import door
 
     asked: list[dict] = []
-    monkeypatch.setattr(door, "open_storage", lambda _: open_storage(f"sqlite:///{out / 'sweep.db'}"))
+    monkeypatch.setattr(door, "open_storage", lambda *_: open_storage(f"sqlite:///{out / 'sweep.db'}"))
     monkeypatch.setattr(door.launchers, "start_slurm", lambda *given: asked.append(given[3]) or [])
     flags = [f"--sweep={folder / 'sweep.py'}", f"--out={out}", "--launcher=slurm", "--storage=postgresql://me@db/x"]
     return door.main("launch/sweep.py", [*flags, *(f"--slurm={text}" for text in slurm)]), asked

@@ -1,0 +1,102 @@
+"""A trial that fails is tried once more, elsewhere if it can be; a machine on which all fail uses no trial up."""
+
+from __future__ import annotations
+
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+from stand_in_sweep import outcome, processes, start_worker, work, workplace, write_sweep
+from test_workers import assert_each_point_once, ended, wait_until
+
+from spt_jax.errors import UserError
+from spt_jax.sweeps.leases import Leases
+from spt_jax.sweeps.locked import holder_here
+from spt_jax.sweeps.process_identity import this_process
+from spt_jax.sweeps.worker import ERROR, MOST_FAILURES, Worker, trial_folder
+from spt_jax.training.signals import StopSignal
+
+pytestmark = pytest.mark.first_python
+
+
+def test_a_machine_on_which_every_run_fails_uses_no_trial_up(tmp_path, monkeypatch, undisturbed):
+    file = write_sweep(tmp_path / "sweep.py")
+    monkeypatch.setenv("STAND_IN_BROKEN", "1")
+    with pytest.raises(UserError, match=r"3 trials in a row failed here, the last one so: .*no accelerator answers"):
+        work(file)
+    at = workplace(file)
+    states = [(trial.state, ERROR in trial.user_attrs) for trial in at.trials()]
+    assert states == [(TrialState.RUNNING, True)] * MOST_FAILURES + [(TrialState.WAITING, False)]
+    monkeypatch.delenv("STAND_IN_BROKEN")
+    work(file)
+    assert_each_point_once(at, undisturbed)
+
+
+def test_a_failed_trial_is_left_to_another_worker_as_long_as_there_is_one(tmp_path, monkeypatch, undisturbed):
+    file = write_sweep(tmp_path / "sweep.py")
+    at = workplace(file)
+    healthy = start_worker(file, step=0.4)
+    with ended([healthy]):
+        wait_until(lambda: len(processes(at, 0)) == 1)
+        monkeypatch.setenv("STAND_IN_BROKEN", "1")
+        said: list[str] = []
+        leases = Leases(at.storage.engine, at.study.study_name, this_process(), 60.0)
+        with pytest.raises(UserError, match="3 trials in a row"):
+            Worker(at, leases, StopSignal(), said.append).work()
+        assert [line for line in said if "tried once more" in line] == [
+            line for number in (1, 2, 3) for line in said if line.startswith(f"trial {number}: failed, tried once more")
+        ]
+        assert healthy.wait(60) == 0
+    assert_each_point_once(at, undisturbed)
+
+
+def test_a_worker_alone_tries_what_failed_here_after_all_others_and_then_it_has_failed(tmp_path):
+    fields = 'space={"optimizer.weight_decay": CategoricalDistribution([0.1, 0.0, 0.2])}, sampler="grid"'
+    at = workplace(write_sweep(tmp_path / "sweep.py", fields, steps=2))
+    said: list[str] = []
+    leases = Leases(at.storage.engine, at.study.study_name, this_process(), 60.0)
+    Worker(at, leases, StopSignal(), said.append).work()
+    assert [state for state, *_ in outcome(at).values()] == ["FAIL", "COMPLETE", "FAIL"]
+    order = [line.split(":")[0] for line in said if "optimizer.weight_decay=" in line]
+    assert order == ["trial 0", "trial 1", "trial 2", "trial 0", "trial 2"]
+
+
+def test_what_the_configuration_forbids_has_failed_at_once(tmp_path):
+    fields = """
+        space={"bank.num_prompts": CategoricalDistribution([3])}, sampler="grid",
+        objective=Objective("f2", "maximize", file="results.json"),
+    """
+    at = workplace(write_sweep(tmp_path / "sweep.py", fields, steps=2))
+    said: list[str] = []
+    leases = Leases(at.storage.engine, at.study.study_name, this_process(), 60.0)
+    Worker(at, leases, StopSignal(), said.append).work()
+    assert at.trials()[0].state == TrialState.FAIL and not any("once more" in line for line in said)
+
+
+def test_a_trial_stays_its_workers_while_its_run_takes_long_to_save(tmp_path, monkeypatch):
+    monkeypatch.setenv("STAND_IN_SAVING", "6")
+    file = write_sweep(tmp_path / "sweep.py")
+    at = workplace(file)
+    worker = start_worker(file, seconds=2.0, step=0.3)
+    with ended([worker]):
+        wait_until(lambda: len(processes(at, 0)) == 1)
+        worker.send_signal(signal.SIGTERM)
+        other = Leases(at.storage.engine, at.study.study_name, "elsewhere 1 1 x", 60.0)
+        claims = claims_while_it_lives(trial_folder(at.folder, 0) / "seed_0.lock", other)
+        assert worker.wait(10) == 0
+    assert claims == [False] * len(claims) and len(claims) > 5
+    other.release(0)
+    assert other.claim(0)
+
+
+def claims_while_it_lives(lock: Path, other: Leases) -> list[bool]:
+    """Whether another worker could claim trial 0, again and again until its run has ended."""
+    claims = []
+    while holder_here(lock):
+        claimed = other.claim(0)
+        if holder_here(lock):
+            claims.append(claimed)
+        time.sleep(0.5)
+    return claims
