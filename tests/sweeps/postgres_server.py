@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import pwd
 import shutil
 import socket
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -41,9 +42,24 @@ def _must(command: list[str], folder: Path, run: dict[str, Any]) -> None:
         pytest.fail(f"{command[0]} ended with exit code {done.returncode}:\n{told}", pytrace=False)
 
 
+@dataclasses.dataclass(frozen=True)
+class Server:
+    """A server, and what stops it and starts it again.
+
+    Attributes:
+        url: The address of a database that is empty at first, with a password.
+        start: Returns when it answers.
+        stop: Breaks every connection.
+    """
+
+    url: str
+    start: Callable[[], None]
+    stop: Callable[[], None]
+
+
 @contextmanager
-def postgres() -> Iterator[str]:
-    """The address of an empty database, with a password; skips the test where there is no server to start."""
+def postgres() -> Iterator[Server]:
+    """A server of its own; skips the test where there is none to start."""
     binaries = _binaries()
     if binaries is None:
         pytest.skip("no PostgreSQL server is installed (Debian: apt-get install postgresql)")
@@ -61,11 +77,18 @@ def postgres() -> Iterator[str]:
     initialise = ["initdb", "-D", str(data), "-U", "sweeper", "--auth=scram-sha-256", f"--pwfile={folder / 'password'}"]
     options = f"-p {port} -c listen_addresses=127.0.0.1 -k {folder} -c fsync=off"
     control = [str(binaries / "pg_ctl"), "-D", str(data), "-w"]
+
+    def start() -> None:
+        _must([*control, "-l", str(folder / "log"), "-o", options, "start"], folder, {**run, "capture_output": False})
+
+    def stop() -> None:
+        _must([*control, "-m", "immediate", "stop"], folder, run)
+
     try:
         _must([str(binaries / initialise[0]), *initialise[1:], "--no-sync"], folder, run)
-        _must([*control, "-l", str(folder / "log"), "-o", options, "start"], folder, {**run, "capture_output": False})
-        yield f"postgresql://sweeper:s3cret@127.0.0.1:{port}/postgres"
+        start()
+        yield Server(f"postgresql://sweeper:s3cret@127.0.0.1:{port}/postgres", start, stop)
     finally:
         if (data / "postmaster.pid").exists():
-            subprocess.run([*control, "-m", "immediate", "stop"], **run)
+            stop()
         shutil.rmtree(folder, ignore_errors=True)
