@@ -188,6 +188,7 @@ finish() {
 dry_state=ABSENT
 trap finish EXIT
 trap 'kill "$child" 2>/dev/null || true; exit 130' INT TERM HUP
+errors=0
 for ((attempt = 0; attempt <= retries; attempt++)); do
   made=0
   ready || made=$?
@@ -205,7 +206,14 @@ for ((attempt = 0; attempt <= retries; attempt++)); do
   if [ "$now" != READY ]; then echo "tpu_vm: $name was preempted" >&2; continue; fi
   bring_logs || true
   case "$code" in
-    75) echo "tpu_vm: the run was stopped and saved; it goes on" >&2 ;;
+    75) errors=0; echo "tpu_vm: the run was stopped and saved; it goes on" >&2 ;;
+    # An error of the program, or a host that was lost, killed or never joined the others.
+    1 | 137 | 143)
+      errors=$((errors + 1))
+      [ "$errors" -le 3 ] || exit "$code"
+      echo "tpu_vm: the run ended with exit code $code; it is tried again, $errors of 3 times" >&2
+      pause
+      ;;
     '' | *[!0-9]*) echo "tpu_vm: the run left no exit code; see $logs" >&2; exit 1 ;;
     *) exit "$code" ;;
   esac

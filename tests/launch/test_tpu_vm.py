@@ -279,6 +279,23 @@ def test_a_stopped_run_goes_on_and_a_mistake_does_not(stand_ins):
     assert steps(stand_ins) == [*ONCE[:5], *ONCE[1:]]
 
 
+@pytest.mark.parametrize("code", [1, 137, 143])
+def test_a_run_whose_host_was_lost_is_tried_again_on_the_same_tpu_a_few_times(stand_ins, code):
+    lost = (0, f"{code}\n")
+    gcloud(stand_ins, [ABSENT, READY], codes=[lost, lost, (0, "75\n"), lost, lost, lost, (0, "0\n")])
+    done = script(stand_ins)
+    assert done.returncode == 0, done.stderr
+    assert steps(stand_ins) == [*ONCE[:1], *ONCE[1:5] * 7, "delete"]
+    assert f"exit code {code}; it is tried again, 2 of 3 times" in done.stderr
+
+
+def test_a_run_that_always_ends_with_an_error_ends_the_script(stand_ins):
+    gcloud(stand_ins, [ABSENT, READY], codes=[(0, "1\n")])
+    done = script(stand_ins)
+    assert done.returncode == 1
+    assert steps(stand_ins) == [*ONCE[:1], *ONCE[1:5] * 4, "delete"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize(("options", "end"), [((), ["delete"]), (("--queued",), ["delete"]), (("--keep",), [])])
 def test_a_stop_of_the_script_deletes_the_tpu_at_once_unless_it_is_kept(stand_ins, number, options, end):
@@ -316,9 +333,9 @@ def test_after_so_many_preemptions_it_ends_with_the_code_of_a_stop(stand_ins):
 
 
 def test_the_logs_of_every_host_are_brought_even_after_a_failure(stand_ins):
-    gcloud(stand_ins, [ABSENT, READY], codes=[(0, "1\n")], hosts=3)
+    gcloud(stand_ins, [ABSENT, READY], codes=[(0, "2\n")], hosts=3)
     done = script(stand_ins)
-    assert done.returncode == 1
+    assert done.returncode == 2
     logs = [call for call in calls(stand_ins) if "train.log" in " ".join(call) and call[4] == "scp"]
     assert [call[5:] for call in logs] == [
         [
