@@ -5,8 +5,9 @@
 
 Costs that do not depend on the machine's speed: matrix products of the train step at the size of OPT-125M (no weights
 are made), alone and over what the method needs; bytes and temporary memory of the compiled step, a loop's body counted
-once as XLA counts it; the padding of the built-in dialogues; and compilations and transfers between host and device in
-a run of a few steps on a small decoder. The compiler decides about some of them, so figures are kept for each version
+once as XLA counts it; the padding of the built-in dialogues; and in a run of a few steps on a small decoder the
+compilations, the calls that read from the device, the values that the host asks for, and the arrays that batches place
+there. The compiler decides about some of them, so figures are kept for each version
 of jax; for one that has none, they are printed and nothing is compared. `tests/benchmarks/test_check.py` runs this.
 """
 
@@ -29,6 +30,7 @@ import jax.numpy as jnp
 import numpy as np
 from drawn_batch import draw_batch
 from gpu import needed_flops
+from jax._src.array import ArrayImpl
 
 from spt_jax.config import default_config
 from spt_jax.data.loader import DialogueLoader
@@ -118,6 +120,24 @@ def compilations() -> Iterator[list[str]]:
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@contextlib.contextmanager
+def host_reads() -> Iterator[list[tuple[int, ...]]]:
+    """Collects the shape of every array whose value is brought to the host in the block.
+
+    Such as by ``float``, ``print``, ``tolist`` or `jax.device_get`; numpy's view of a CPU's own memory is none.
+    """
+    found: list[tuple[int, ...]] = []
+    read = ArrayImpl._value.fget  # pyright: ignore[reportAttributeAccessIssue]
+
+    def noted(array: ArrayImpl) -> np.ndarray:
+        if array._npy_value is None:
+            found.append(array.shape)
+        return read(array)
+
+    with mock.patch.object(ArrayImpl, "_value", property(noted)):
+        yield found
+
+
 def run_costs() -> dict[str, float]:
     """Of a run of `RUN_STEPS` steps over the built-in dialogues as bytes, evaluation and saving left out."""
     config, mesh = default_config(), make_mesh(devices=jax.devices()[:1])
@@ -134,6 +154,7 @@ def run_costs() -> dict[str, float]:
         _counted(jax, "device_get") as down,
         _counted(jax, "make_array_from_process_local_data") as up,
         compilations() as programs,
+        host_reads() as values,
     ):
         train(
             state,
@@ -154,6 +175,7 @@ def run_costs() -> dict[str, float]:
         "batch_shapes": float(shapes),
         "compilations_beyond_one_a_shape": float(len(programs) - shapes),
         "reads_per_step": down.call_count / RUN_STEPS,
+        "values_read_per_step": len(values) / RUN_STEPS,
         "arrays_placed_per_step": up.call_count / RUN_STEPS,
     }
 

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from spt_jax.errors import UserError, nearest
-from spt_jax.models.files.torch_file import TorchTrainingCheckpoint
+from spt_jax.models.files.torch_file import TorchTrainingCheckpoint, float32_copy
 
 MODEL_STATES = "*model_states.pt"
 BEST = "best"
 CHECKPOINTS = "ds_ckpt"
 
 _MODULE = "module"
-_PROMPT = re.compile(r"models\.(\d+)\.prompt_encoder\.default\.embedding\.weight")
+_PROMPT = re.compile(r"models\.(\d{1,6})\.prompt_encoder\.default\.embedding\.weight")
 _FROZEN = re.compile(r"model\.|models\.\d+\.(base_model|word_embeddings|model)\.")
 _NORMALIZER = {"prompt_normalizer.weight": "weight", "prompt_normalizer.bias": "bias"}
 _ENCODER = "retriever."
@@ -123,9 +123,9 @@ def _bank(file: TorchTrainingCheckpoint, names: Mapping[int, str]) -> np.ndarray
             f"{file.where} holds no soft prompt: no tensor models.0.prompt_encoder.default.embedding.weight "
             f"under {_MODULE!r}"
         )
-    missing = [k for k in range(max(names) + 1) if k not in names]
-    if missing:
-        raise UserError(f"{file.where} holds {len(names)} soft prompts up to number {max(names)}, but not {missing[0]}")
+    missing = next((k for k in range(len(names)) if k not in names), None)
+    if missing is not None:
+        raise UserError(f"{file.where} holds {len(names)} soft prompts up to number {max(names)}, but not {missing}")
     shape = file.shapes[names[0]]
     for k in sorted(names):
         if len(file.shapes[names[k]]) != 2 or 0 in file.shapes[names[k]] or file.shapes[names[k]] != shape:
@@ -153,7 +153,7 @@ def _normalizer(file: TorchTrainingCheckpoint, width: int) -> dict[str, np.ndarr
 
 
 def _float32(file: TorchTrainingCheckpoint, name: str) -> np.ndarray:
-    array = np.array(file.read(name), np.float32)
+    array = float32_copy(file.read(name), Path(file.where), name)
     if not np.isfinite(array).all():
         raise UserError(f"{file.where}: the tensor {name!r} holds values that are not finite")
     return array

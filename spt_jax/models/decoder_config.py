@@ -41,6 +41,19 @@ _SIZES = (
     "head_dim",
     "max_position_embeddings",
 )
+MOST_OF_A_KIND = 10_000
+"""Of layers, or of heads in one: a file that names more lies, and lists of them would fill the memory."""
+
+
+def refuse_too_many(count: int, what: str) -> int:
+    """Gives `count` back.
+
+    Raises:
+        UserError: It is above `MOST_OF_A_KIND`.
+    """
+    if count > MOST_OF_A_KIND:
+        raise UserError(f"{what} is {count}; allowed: at most {MOST_OF_A_KIND}")
+    return count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -237,6 +250,8 @@ class DecoderConfig:
         for field in _SIZES:
             if (value := getattr(self, field)) < 1:
                 raise UserError(f"{field} is {value}; allowed: 1 or more")
+        for field in ("num_layers", "num_attention_heads"):
+            refuse_too_many(getattr(self, field), field)
         for field in ("norm_eps", "attention_scale", "attention_softcap", "logit_softcap"):
             value = getattr(self, field)
             if value is not None and not (math.isfinite(value) and value > 0):

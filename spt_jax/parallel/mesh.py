@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -62,8 +63,8 @@ def mesh_sizes(data: int, fsdp: int, tensor: int, devices: int) -> tuple[int, in
         raise UserError(f"{names} are both -1; one axis alone can take the rest: give mesh.{rest[0]} = 1")
     for name in rest:
         sizes[name] = 1
-        sizes[name] = max(1, devices // int(np.prod(list(sizes.values()))))
-    product = int(np.prod(list(sizes.values())))
+        sizes[name] = max(1, devices // math.prod(sizes.values()))
+    product = math.prod(sizes.values())
     if product != devices:
         raise UserError(
             f"the mesh data × fsdp × tensor = {' × '.join(map(str, sizes.values()))} has {product} places, "

@@ -15,7 +15,9 @@ from spt_jax.errors import UserError
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.planning.chips import Chip, chip_named
 
-_SHAPE = re.compile(r"[1-9]\d*(x[1-9]\d*)*")
+_SHAPE = re.compile(r"[1-9]\d{0,4}(x[1-9]\d{0,4})*")
+_MOST_DEVICES = 16_384
+"""Of all slices: more are no one's, and even devices that are only thought of take memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Topology:
         """From what a user writes.
 
         Raises:
-            UserError: Not CHIP:SIZES of a chip that is known, or a number of slices below 1.
+            UserError: Not CHIP:SIZES of a chip that is known, a number of slices below 1, or too many devices.
         """
         name, colon, shape = text.partition(":")
         if not colon or not _SHAPE.fullmatch(shape):
@@ -55,7 +57,10 @@ class Topology:
             )
         if slices < 1:
             raise UserError(f"slices is {slices}; allowed: 1 or more")
-        return cls(text, chip, sizes, slices)
+        topology = cls(text, chip, sizes, slices)
+        if topology.count > _MOST_DEVICES:
+            raise UserError(f"{topology} has {topology.count:,} devices; allowed: at most {_MOST_DEVICES:,}")
+        return topology
 
     @property
     def count(self) -> int:

@@ -13,7 +13,7 @@ import numpy as np
 from spt_jax.errors import UserError
 from spt_jax.json_text import json_object
 from spt_jax.models.files.safetensors_file import SAFETENSORS_FILE, SafetensorsFolder
-from spt_jax.models.files.torch_file import TORCH_FILE, TorchFolder
+from spt_jax.models.files.torch_file import TORCH_FILE, TorchFolder, float32_copy
 from spt_jax.prompting.bank import check_bank_shape
 from spt_jax.user_paths import expanded
 
@@ -160,7 +160,8 @@ def _read_weights(folder: Path) -> tuple[dict[str, tuple[int, ...]], np.ndarray 
         try:
             tensors = kind(Path(alone))
             shapes = {tensor: tuple(shape) for tensor, shape in tensors.shapes.items()}
-            found = np.array(tensors.read(PROMPT_KEY), np.float32) if set(shapes) == {PROMPT_KEY} else None
+            alone_there = set(shapes) == {PROMPT_KEY}
+            found = float32_copy(tensors.read(PROMPT_KEY), file, PROMPT_KEY) if alone_there else None
         except UserError as error:
             raise UserError(str(error).replace(str(Path(alone) / name), str(file))) from error
     return shapes, found

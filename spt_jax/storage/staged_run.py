@@ -145,7 +145,8 @@ class StagedRun:
                 identity = _identity(here[step])
                 push_step(self._bucket, step, here[step])
             except FileNotFoundError:
-                continue  # it was deleted meanwhile: a later one is there
+                delete_step(self._bucket, step)  # it was deleted here meanwhile: a later one is there
+                continue
             self._equal[step] = identity
         for step in sorted(self._equal)[:-1]:
             if step not in here:

@@ -17,10 +17,12 @@ from pathlib import Path
 from unittest import mock
 
 import numpy as np
+import torch_archives
 from driver import Reader
 from llama_files import write_tokenizer
 from readers import parlai
 from safetensors.numpy import save
+from tokenizers import pre_tokenizers
 
 from spt_jax.data.dialogue import Dialogue, Turn
 from spt_jax.data.kept_rows import kept_rows, rows_to_bytes
@@ -31,9 +33,17 @@ from spt_jax.evaluation.candidate_scores import CandidateScores
 from spt_jax.evaluation.journal import Journal, KeptColumn
 from spt_jax.evaluation.likelihood import Likelihoods
 from spt_jax.evaluation.report_curves import curve_sections
+from spt_jax.interop.official import read_official_tensors
 from spt_jax.models.tokenization.folder_tokenizer import tokenizer_of_folder
 from spt_jax.prompting.bank import from_file
-from spt_jax.prompting.peft_prompts import ADAPTER_CONFIG, ADAPTER_WEIGHTS, PROMPT_KEY, PROMPT_TUNING, read_prompt
+from spt_jax.prompting.peft_prompts import (
+    ADAPTER_CONFIG,
+    ADAPTER_TORCH_WEIGHTS,
+    ADAPTER_WEIGHTS,
+    PROMPT_KEY,
+    PROMPT_TUNING,
+    read_prompt,
+)
 from spt_jax.storage.read_copy import JOURNAL
 from spt_jax.sweeps.description import Objective
 from spt_jax.sweeps.metrics import logged_values
@@ -183,6 +193,86 @@ def _read_tokenizer(path: Path) -> None:
     tokenizer_of_folder(path.parent, "llama")
 
 
+def _sentencepiece() -> bytes:
+    import sentencepiece
+
+    with tempfile.TemporaryDirectory() as folder:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["the cat sat on the mat and the hat <b>was</b> flat"] * 20),
+            model_prefix=str(Path(folder) / "tokenizer"),
+            model_type="bpe",
+            vocab_size=300,
+            byte_fallback=True,
+            user_defined_symbols=["<b>", "</b>", "▁▁"],
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            minloglevel=2,
+        )
+        return (Path(folder) / "tokenizer.model").read_bytes()
+
+
+def _bare_files() -> dict[str, bytes]:
+    """A byte-level BPE as OPT's folders have it."""
+    tokens = ["<s>", "<pad>", "</s>", "<unk>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "th", "the"]
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    added = {str(len(tokens)): {"content": "<mask>", "special": True}}
+    return {
+        "vocab.json": json.dumps(vocabulary).encode(),
+        "merges.txt": b"#version: 0.2\nt h\nth e\n",
+        "tokenizer_config.json": json.dumps({"added_tokens_decoder": added}).encode(),
+    }
+
+
+_BARE = _bare_files()
+
+
+def _read_bare(path: Path) -> None:
+    for name, content in _BARE.items():
+        if name != path.name:
+            (path.parent / name).write_bytes(content)
+    tokenizer_of_folder(path.parent, "opt")
+
+
+def _torch_file(tensors: dict[str, bytes], storages: dict[str, bytes], pickled: Callable[[bytes], bytes]) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        path = torch_archives.archive(Path(folder) / "file", pickled(_WRITE.state(tensors)), storages)
+        return path.read_bytes()
+
+
+_WRITE = torch_archives.Pickled()
+_FLAT = np.linspace(-1, 1, 24, dtype="<f4")
+
+
+def torch_adapter(shape: tuple[int, int] = (3, 2), strides: tuple[int, int] = (2, 1)) -> bytes:
+    prompt = _WRITE.tensor("0", "FloatStorage", 6, 0, shape, strides)
+    return _torch_file({PROMPT_KEY: prompt}, {"0": _BANK[0].tobytes()}, lambda state: state)
+
+
+def official(*more: str, shape: tuple[int, int] = (3, 2), strides: tuple[int, int] = (2, 1)) -> bytes:
+    """Two prompts and their normaliser, and `more` prompts under numbers of their own."""
+    name, prompt = "models.{}.prompt_encoder.default.embedding.weight", ("0", "FloatStorage", 24, 0, shape, strides)
+    tensors = {name.format(k): _WRITE.tensor(*prompt) for k in ("0", "1", *more)}
+    tensors |= {
+        "prompt_normalizer.weight": _WRITE.tensor("0", "FloatStorage", 24, 12, (2, 2), (2, 1)),
+        "prompt_normalizer.bias": _WRITE.tensor("0", "FloatStorage", 24, 16, (2,), (1,)),
+    }
+
+    def checkpoint(state: bytes) -> bytes:
+        module, _, _ = state.removeprefix(b"\x80\x02").rpartition(b".")
+        return b"\x80\x02}(" + _WRITE.text("module") + module + _WRITE.text("global_steps") + _WRITE.number(3) + b"u."
+
+    return _torch_file(tensors, {"0": _FLAT.tobytes()}, checkpoint)
+
+
+def _read_torch_adapter(path: Path) -> None:
+    (path.parent / ADAPTER_WEIGHTS).unlink(missing_ok=True)
+    (path.parent / ADAPTER_CONFIG).write_bytes(_ADAPTER)
+    temporary = path.parent / "temporary"
+    temporary.mkdir(exist_ok=True)
+    with mock.patch.object(tempfile, "tempdir", str(temporary)):
+        read_prompt(path.parent, "org/model")
+
+
 def _dialogues(path: Path) -> None:
     read_dialogues(str(path))
 
@@ -225,5 +315,14 @@ OWN_FILES = [
     Reader("bank, safetensors", "bank.safetensors", save({"prompts": _BANK}), _read_bank, homes=(PROGRAMS,)),
     Reader("adapter's config", ADAPTER_CONFIG, _ADAPTER, _read_adapter),
     Reader("adapter's weights", ADAPTER_WEIGHTS, _PROMPT, _read_adapter),
+    Reader("adapter's weights, torch", ADAPTER_TORCH_WEIGHTS, torch_adapter(), _read_torch_adapter),
+    Reader("official checkpoint", "mp_rank_00_model_states.pt", official(), read_official_tensors),
     *(Reader(name, name, content, _read_tokenizer) for name, content in _TOKENIZER.items()),
+    *(Reader(f"{name} of OPT", name, content, _read_bare) for name, content in _BARE.items()),
+    Reader(
+        "tokenizer.model",
+        "tokenizer.model",
+        _sentencepiece(),
+        lambda path: tokenizer_of_folder(path.parent, "llama"),
+    ),
 ]

@@ -21,6 +21,7 @@ from spt_jax.json_text import json_object
 from spt_jax.models.files.gguf_file import GGUFFile
 from spt_jax.models.files.safetensors_file import SAFETENSORS_INDEX, SafetensorsFolder
 from spt_jax.models.files.torch_file import TORCH_FILE, TorchFolder
+from spt_jax.models.tokenization.gguf_tokenizer import tokenizer_of_gguf
 
 
 def all_tensors(weights: Any) -> None:
@@ -57,6 +58,29 @@ def _gguf() -> bytes:
         writer.write_tensors_to_file()
         writer.close()
         return path.read_bytes()
+
+
+def _gguf_tokenizer() -> bytes:
+    """A header with the fields of a tokenizer, and no weights."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "sound.gguf"
+        writer = gguf.GGUFWriter(path, "llama")
+        writer.add_string("tokenizer.ggml.model", "llama")
+        writer.add_array("tokenizer.ggml.tokens", ["<unk>", "<s>", "</s>", "▁", "a", "b", "▁a", "ab"])
+        writer.add_array("tokenizer.ggml.token_type", [2, 3, 3, 1, 1, 1, 1, 1])
+        writer.add_array("tokenizer.ggml.scores", [0.0, 0.0, 0.0, -1.0, -2.0, -3.0, -4.0, -5.0])
+        for name, number in (("unknown", 0), ("bos", 1), ("eos", 2)):
+            writer.add_uint32(f"tokenizer.ggml.{name}_token_id", number)
+        writer.add_tensor("plain", np.zeros(4, np.float32))
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
+        return path.read_bytes()
+
+
+def _read_gguf_tokenizer(path: Path) -> None:
+    tokenizer_of_gguf(GGUFFile(path).metadata, str(path))
 
 
 def _torch() -> bytes:
@@ -100,6 +124,7 @@ WEIGHTS = [
         _read_index,
     ),
     Reader("gguf", "model.gguf", _gguf(), lambda path: all_tensors(GGUFFile(path))),
+    Reader("gguf tokenizer", "model.gguf", _gguf_tokenizer(), _read_gguf_tokenizer),
     Reader("torch", TORCH_FILE, _torch(), lambda path: all_tensors(TorchFolder(path.parent))),
 ]
 CONFIGURATIONS = [

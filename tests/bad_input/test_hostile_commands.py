@@ -7,6 +7,7 @@ import dataclasses
 import io
 import shutil
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -36,6 +37,7 @@ def command(*arguments: str | Path, typed: bytes = b"") -> None:
             code = main([str(argument) for argument in arguments])
     finally:
         sys.stdin = before
+    assert "Traceback" not in said.getvalue(), said.getvalue()
     if code:
         raise UserError(said.getvalue())
 
@@ -48,6 +50,19 @@ def _evaluated(folder: Path, name: str) -> bytes:
             texts = replies(turns, quality, 0)
             write_run(folder / run, turns, texts, settings=settings, nll=[2.0] * len(turns))
     return (folder / "a" / name).read_bytes()
+
+
+def test_a_traceback_that_a_thread_prints_beside_a_sound_command_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    def main(arguments: list[str]) -> int:
+        thread = threading.Thread(target=lambda: 1 // 0)
+        thread.start()
+        thread.join()
+        return 0
+
+    monkeypatch.setattr(sys.modules[__name__], "main", main)
+    monkeypatch.setattr(threading, "excepthook", threading.__excepthook__)  # pytest keeps such for itself
+    with pytest.raises(AssertionError, match="ZeroDivisionError"):
+        command("score")
 
 
 @pytest.mark.parametrize("name", ["config.json", "results.json", "predictions.jsonl"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,17 @@ def test_the_costs_of_training_are_the_committed_ones(check: Any) -> None:
 def test_a_cost_that_moves_is_told_by_name(check: Any, found: dict[str, float], sentence: str) -> None:
     (told,) = check.drift(found, {"step_products": 1.0, "reads": 1.0})
     assert told == sentence
+
+
+@pytest.mark.parametrize("read", [float, bool, str, jax.device_get, lambda x: x.tolist()])
+def test_a_value_that_the_host_waits_for_would_be_seen(check: Any, read: Callable[[jax.Array], Any]) -> None:
+    with check.host_reads() as values:
+        x = jnp.ones(()) + 1
+        x.block_until_ready()
+        assert not values
+        read(x)
+        read(x)  # it is known by now
+    assert values == [()]
 
 
 def test_a_call_of_the_host_would_be_seen(check: Any) -> None:

@@ -212,6 +212,7 @@ def test_the_frozen_lm_is_an_argument_and_the_state_is_donated():
         ({"data": 3, "tensor": -1}, ["3 × 1 × 2", "6 places", "8 devices"]),
         ({"data": 4, "fsdp": 2, "slices": 8}, ["mesh.slices is 8", "divisor of mesh.data (4)"]),
         ({"slices": 0}, ["mesh.slices is 0"]),
+        ({"data": 2**32, "fsdp": 2**32, "tensor": -1}, ["18446744073709551616 places", "8 devices"]),
         ({"data": -2}, ["mesh.data is -2", "or -1 for the rest"]),
     ],
 )

@@ -30,6 +30,10 @@ def test_a_topology_is_chips_and_slices(text, slices, count):
         ("v5f:4x4", 1, "there is no chip 'v5f'; allowed: v4, .* Did you mean"),
         ("h100:2x4", 1, "allowed for GPUs: h100:N"),
         ("v5e:4x4", 0, "slices is 0; allowed: 1 or more"),
+        ("h100:100000", 1, "allowed: CHIP:SIZES"),
+        ("h100:" + "9" * 5000, 1, "allowed: CHIP:SIZES"),
+        ("h100:99999", 1, "h100:99999 has 99,999 devices; allowed: at most 16,384"),
+        ("v5e:16x16", 65, "65 × v5e:16x16 has 16,640 devices; allowed: at most 16,384"),
     ],
 )
 def test_what_is_no_topology_is_refused(text, slices, words):

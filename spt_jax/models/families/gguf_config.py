@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from spt_jax.errors import UserError
-from spt_jax.models.decoder_config import Rope, RopeScaling
+from spt_jax.models.decoder_config import Rope, RopeScaling, refuse_too_many
 
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "expert_count": (0,),
@@ -118,7 +118,7 @@ class GGUFConfig:
             "vocab_size": table[0],
             "hidden_size": hidden_size,
             "intermediate_size": self.number_for_all("feed_forward_length", self.required("feed_forward_length")),
-            "num_layers": int(self.required("block_count")),
+            "num_layers": self.layers(),
             "num_attention_heads": heads,
             "num_key_value_heads": self.number_for_all(
                 "attention.head_count_kv", self.get("attention.head_count_kv") or heads
@@ -133,6 +133,10 @@ class GGUFConfig:
             "mlp_bias": "blk.0.ffn_up.bias" in self.shapes,
         }
 
+    def layers(self) -> int:
+        """How many layers there are; `UserError` when that is not told, or no model has so many."""
+        return refuse_too_many(int(self.required("block_count")), f"{self.where}: {self.architecture}.block_count")
+
     def windows(self, default: int = 0, period: int = 0) -> list[int | None]:
         """Each layer's window.
 
@@ -146,7 +150,7 @@ class GGUFConfig:
         Raises:
             UserError: The pattern has not one value for each layer.
         """
-        layers, window = int(self.required("block_count")), int(self.get("attention.sliding_window", default))
+        layers, window = self.layers(), int(self.get("attention.sliding_window", default))
         pattern = self.get("attention.sliding_window_pattern", period)
         if not isinstance(pattern, list):
             every = int(pattern)

@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from spt_jax.errors import UserError, nearest
-from spt_jax.models.decoder_config import LayerKind, Rope, RopeScaling
+from spt_jax.models.decoder_config import LayerKind, Rope, RopeScaling, refuse_too_many
 
 _ACTIVATIONS = {
     "silu": "silu",
@@ -57,6 +57,10 @@ class HFConfig:
     def integer(self, key: str, default: Any = _ABSENT) -> int:
         """A whole number; `UserError` when it is absent without a default, or no whole number."""
         return self._number(key, default, int)
+
+    def layers(self, key: str = "num_hidden_layers") -> int:
+        """How many layers there are; `UserError` as `integer`, or when no model has so many."""
+        return refuse_too_many(self.integer(key), f"{self.where}: {key}")
 
     def number(self, key: str, default: Any = _ABSENT) -> float:
         """A number; `UserError` as `integer`."""
@@ -117,7 +121,7 @@ class HFConfig:
             "vocab_size": self.integer("vocab_size"),
             "hidden_size": hidden_size,
             "intermediate_size": self.integer("intermediate_size"),
-            "num_layers": self.integer("num_hidden_layers"),
+            "num_layers": self.layers(),
             "num_attention_heads": heads,
             "num_key_value_heads": self.integer("num_key_value_heads", heads),
             "head_dim": self.integer("head_dim", hidden_size // heads),

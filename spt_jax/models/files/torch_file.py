@@ -119,6 +119,22 @@ class TorchTrainingCheckpoint:
         return _view(name, self._entries[name])
 
 
+def float32_copy(view: np.ndarray, path: Path, name: str) -> np.ndarray:
+    """A tensor in memory of its own.
+
+    Args:
+        view: As a reader of `path` gives it.
+        path: The file, for messages.
+        name: The tensor's.
+
+    Raises:
+        UserError: It has more numbers than its file: strides of 0 say the same ones again and again.
+    """
+    if view.nbytes > path.stat().st_size:
+        raise UserError(f"{path}: the tensor {name!r} has {view.size:,} numbers, more than are in the file")
+    return np.array(view, np.float32)
+
+
 def _view(name: str, entry: _Entry) -> np.ndarray:
     tensor, storage = entry.tensor, entry.tensor.storage
     if storage.dtype not in FLOATING:

@@ -165,6 +165,8 @@ class _Machine:
             if name == "STOP":
                 return self.stack.pop()
             if name in _PUSHED_ARGUMENTS:
+                if isinstance(argument, int) and argument.bit_length() > 64:
+                    raise ValueError(f"a number of {argument.bit_length()} bits")
                 self.stack.append(argument)
             elif name in _PUSHED:
                 self.stack.append(_PUSHED[name]())

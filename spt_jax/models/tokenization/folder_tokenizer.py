@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -128,22 +129,38 @@ def _through_transformers(folder: Path) -> tuple[Backend, NamedTokens]:
     return backend, own
 
 
-def _bare_byte_level(folder: Path, split: str, added: Mapping[str, Mapping[str, Any]]) -> Backend:
+def _bare_byte_level(folder: Path, split: str, added: Any) -> Backend:
     """transformers 5 would give such files GPT-2's special tokens, whatever model they belong to."""
     try:
         vocabulary, merges = models.BPE.read_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
         backend = byte_level_backend(vocabulary, merges, split)
     except Exception as error:  # the Rust side raises nothing narrower
         raise UserError(f"{folder}: vocab.json and merges.txt do not make a tokenizer ({error})") from error
-    for number, token in sorted(added.items(), key=lambda item: int(item[0])):
-        special = bool(token.get("special"))
-        backend.add_tokens([AddedToken(token["content"], normalized=False, special=special)])
-        if backend.token_to_id(token["content"]) != int(number):
+    settings = folder / "tokenizer_config.json"
+    for number, token in _numbered(added, settings):
+        backend.add_tokens([token])
+        if backend.token_to_id(token.content) != number:
             raise UserError(
-                f"{folder / 'tokenizer_config.json'}: the added token {token['content']!r} has id {number}, which "
-                f"does not follow the {len(vocabulary)} tokens of vocab.json"
+                f"{settings}: the added token {token.content!r} has id {number}, which does not follow the "
+                f"{len(vocabulary)} tokens of vocab.json"
             )
     return backend
+
+
+def _numbered(added: Any, settings: Path) -> list[tuple[int, AddedToken]]:
+    """The tokens of ``added_tokens_decoder`` with their ids, ascending."""
+    if not isinstance(added, dict):
+        raise UserError(f"{settings}: added_tokens_decoder is a {type(added).__name__}; expected an object")
+    found = []
+    for number, token in added.items():
+        content = token.get("content") if isinstance(token, dict) else None
+        if not re.fullmatch(r"\d{1,9}", number) or not isinstance(content, str):
+            raise UserError(
+                f"{settings}: added_tokens_decoder has {number[:40]!r}: {str(token)[:40]}; expected an id, and an "
+                "object with its text as 'content'"
+            )
+        found.append((int(number), AddedToken(content, normalized=False, special=bool(token.get("special")))))
+    return sorted(found, key=lambda one: one[0])
 
 
 def _named(

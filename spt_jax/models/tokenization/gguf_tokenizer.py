@@ -18,6 +18,8 @@ from spt_jax.models.tokenization.sentencepiece_bpe import CONTROL, USER_DEFINED,
 from spt_jax.models.tokenization.special_tokens import NamedTokens, mark_special, rule_of, special_tokens
 from spt_jax.models.tokenization.tokenizer import Tokenizer
 
+_FIELD = "tokenizer.ggml."
+
 
 def tokenizer_of_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """Builds the tokenizer that `metadata` describes.
@@ -34,12 +36,12 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     """
     builders = {"gpt2": _byte_level, "llama": _sentencepiece}
     kind = metadata.get("tokenizer.ggml.model")
-    if kind not in builders:
+    if not isinstance(kind, str) or kind not in builders:
         raise UserError(
             f"{where}: tokenizer kind is {kind!r}, which is not supported; supported: {', '.join(builders)}"
         )
-    tokens = _field(metadata, "tokens", where)
-    kinds = metadata.get("tokenizer.ggml.token_type") or [1] * len(tokens)
+    tokens = _listed(metadata, "tokens", where)
+    kinds = _listed(metadata, "token_type", where) if metadata.get(_FIELD + "token_type") else [1] * len(tokens)
     if len(kinds) != len(tokens):
         raise UserError(f"{where} describes {len(tokens)} tokens but {len(kinds)} token types; the file is damaged")
     try:
@@ -64,20 +66,22 @@ def tokenizer_of_gguf(metadata: Mapping[str, Any], where: str) -> Tokenizer:
     )
 
 
-def _field(metadata: Mapping[str, Any], name: str, where: str) -> Any:
-    value = metadata.get(f"tokenizer.ggml.{name}")
+def _listed(metadata: Mapping[str, Any], name: str, where: str) -> list[Any]:
+    value = metadata.get(_FIELD + name)
     if value is None:
-        raise UserError(f"{where} has no field 'tokenizer.ggml.{name}', so its tokenizer cannot be built")
+        raise UserError(f"{where} has no field {_FIELD + name!r}, so its tokenizer cannot be built")
+    if not isinstance(value, list):
+        raise UserError(f"{where}: {_FIELD + name} is no list, so its tokenizer cannot be built; the file is damaged")
     return value
 
 
 def _named(metadata: Mapping[str, Any], num_tokens: int, where: str) -> NamedTokens:
     def token(name: str) -> int | None:
-        field = f"tokenizer.ggml.{name}_token_id"
+        field = f"{_FIELD}{name}_token_id"
         value = metadata.get(field)
-        if value is not None and not 0 <= value < num_tokens:
-            raise UserError(f"{where}: {field} is {value}, but the file has {num_tokens} tokens; the file is damaged")
-        return None if value is None else int(value)
+        if value is not None and not (type(value) is int and 0 <= value < num_tokens):
+            raise UserError(f"{where}: {field} is {value!r}, but the file has {num_tokens} tokens; the file is damaged")
+        return value
 
     ends = (token(name) for name in ("eos", "eot", "eom"))
     return NamedTokens(
@@ -97,7 +101,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], kinds: list[int]
             f"{where}: pre-tokenizer is {name!r}, which is not supported; supported: {', '.join(SPLITS)}."
             f"{nearest(name, SPLITS)}"
         )
-    merges = [(left, right) for left, _, right in (m.partition(" ") for m in _field(metadata, "merges", where))]
+    merges = [(left, right) for left, _, right in (m.partition(" ") for m in _listed(metadata, "merges", where))]
     backend = byte_level_backend({token: number for number, token in enumerate(tokens)}, merges, name)
     typed = list(zip(tokens, kinds, strict=True))
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in typed if k == CONTROL])
@@ -106,7 +110,7 @@ def _byte_level(metadata: Mapping[str, Any], tokens: list[str], kinds: list[int]
 
 
 def _sentencepiece(metadata: Mapping[str, Any], tokens: list[str], kinds: list[int], where: str) -> Backend:
-    scores = _field(metadata, "scores", where)
+    scores = _listed(metadata, "scores", where)
     if len(scores) != len(tokens):
         raise UserError(f"{where} describes {len(tokens)} tokens but {len(scores)} scores; the file is damaged")
     return sentencepiece_backend(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -82,12 +83,13 @@ def read_sentencepiece(path: Path) -> tuple[Backend, NamedTokens]:
     try:
         model = sentencepiece.SentencePieceProcessor(model_file=str(path))
         kinds = _kinds(model.serialized_model_proto())
+        ids = range(model.vocab_size())
+        pieces, scores = [model.id_to_piece(i) for i in ids], [model.get_score(i) for i in ids]
+        normalised = model.normalize(_PROBE)
     except (OSError, RuntimeError, IndexError, ValueError) as error:
         raise UserError(f"{path} cannot be read as a sentencepiece model: {error}") from error
-    ids = range(model.vocab_size())
-    pieces, scores = [model.id_to_piece(i) for i in ids], [model.get_score(i) for i in ids]
-    normalised = model.normalize(_PROBE)
-    if any(score != int(score) for score in scores) or normalised.removeprefix(_SPACE) != _PROBE.replace(" ", _SPACE):
+    plain = all(math.isfinite(score) and score == int(score) for score in scores)
+    if not plain or normalised.removeprefix(_SPACE) != _PROBE.replace(" ", _SPACE):
         raise UserError(
             f"{path} is not a plain BPE sentencepiece model, which is the only kind supported; "
             "give a folder with tokenizer.json"
@@ -95,7 +97,10 @@ def read_sentencepiece(path: Path) -> tuple[Backend, NamedTokens]:
     special = [None if i < 0 else i for i in (model.unk_id(), model.bos_id(), model.eos_id(), model.pad_id())]
     unknown_id, bos_id, eos_id, pad_id = special
     prefix = normalised.startswith(_SPACE)
-    backend = sentencepiece_backend(pieces, scores, kinds, unknown_id=unknown_id, add_space_prefix=prefix)
+    try:
+        backend = sentencepiece_backend(pieces, scores, kinds, unknown_id=unknown_id, add_space_prefix=prefix)
+    except Exception as error:  # the Rust side raises nothing narrower
+        raise UserError(f"{path} describes no tokenizer that can be built: {error}") from error
     return backend, NamedTokens(bos_id, eos_id, pad_id)
 
 

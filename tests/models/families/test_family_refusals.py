@@ -177,7 +177,7 @@ def test_what_a_family_cannot_do_is_named(fields: dict[str, Any], words: tuple[s
 
 
 WRONG = st.one_of(
-    st.sampled_from([0, -1, 0.5, 1e400, -1e400, float("nan"), 10**400, True, "", "x", None]),
+    st.sampled_from([0, -1, 0.5, 1e400, -1e400, float("nan"), 10**400, 2**31 - 1, 2**32 - 1, True, "", "x", None]),
     st.sampled_from([[], {}, [1], ["x"], [[]], {"x": 1}, {"full_attention": 3}, {"type": "linear", "factor": 0}]),
 )
 
