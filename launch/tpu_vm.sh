@@ -203,14 +203,14 @@ for ((attempt = 0; attempt <= retries; attempt++)); do
   pack
   prepare
   if [ "$now" = READY ]; then attend "$@"; fi
-  if [ "$now" != READY ]; then echo "tpu_vm: $name was preempted" >&2; continue; fi
+  if [ "$now" != READY ]; then errors=0; echo "tpu_vm: $name was preempted" >&2; continue; fi
   bring_logs || true
   case "$code" in
     75) errors=0; echo "tpu_vm: the run was stopped and saved; it goes on" >&2 ;;
     # An error of the program, or a host that was lost, killed or never joined the others.
     1 | 137 | 143)
       errors=$((errors + 1))
-      [ "$errors" -le 3 ] || exit "$code"
+      if [ "$errors" -gt 3 ] || [ "$attempt" -eq "$retries" ]; then exit "$code"; fi
       echo "tpu_vm: the run ended with exit code $code; it is tried again, $errors of 3 times" >&2
       pause
       ;;

@@ -5,12 +5,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+from spt_jax.exit_codes import MISTAKE
+
 
 class UserError(ValueError):
     """A mistake in the user's input, told in one sentence: what was wrong, where, and what is allowed.
 
-    The command line prints the message alone and exits with 2; library users may catch it as a ValueError.
+    The command line prints the message alone and exits with `exit_code`; library users may catch it as a ValueError.
     """
+
+    exit_code = MISTAKE
 
 
 def nearest(name: str, allowed: Iterable[str]) -> str:

@@ -9,7 +9,7 @@ MISTAKE = 2
 """Something must be changed first: a flag, a file, a full disk, a model too large; one sentence says what."""
 
 STOPPED = 75
-"""A run was asked to stop and saved, or its bucket could not take its last files: the same command goes on.
+"""A run was asked to stop and saved, or its bucket did not answer: the same command goes on.
 
 It is EX_TEMPFAIL of sysexits.h, "try again later".
 """

@@ -15,7 +15,7 @@ _SMALLER = (
 def sentence_of(error: BaseException) -> tuple[str, int] | None:
     """The sentence and the exit code of an error that a user can mend; None for one of the program's own."""
     if isinstance(error, UserError):
-        return str(error), MISTAKE
+        return str(error), error.exit_code
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", INTERRUPTED
     if _memory_is_full(error):

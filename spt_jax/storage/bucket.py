@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import logging
 import re
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spt_jax.errors import UserError
+from spt_jax.exit_codes import STOPPED
 
 WAITS = (1.0, 2.0, 4.0)
 """Seconds between the attempts at a request."""
@@ -29,8 +31,35 @@ def is_bucket_url(workdir: str) -> bool:
     return _URL.match(workdir) is not None
 
 
+def is_part(name: str) -> bool:
+    """Whether a file of a bucket is what a process that was killed had written of one; see `Bucket.write`."""
+    last = name.rpartition("/")[2]
+    return last.startswith(".") and last.endswith(".part")
+
+
 class BucketError(UserError):
     """A bucket that cannot be read or written, after some attempts."""
+
+
+class BucketAway(BucketError):
+    """A store, or the way to it, that may answer the same request later."""
+
+    exit_code = STOPPED
+
+
+_PASSING_CODES = (408, 425, 429, *range(500, 600))
+_PASSING_ERRORS = {errno.EAGAIN, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.EIO, errno.ENETUNREACH, errno.ESTALE}
+_PASSING_NAMES = re.compile("Connect|Disconnect|Timeout|Unreachable|Unavailable|SlowDown|Transport|gaierror")
+
+
+def may_pass(error: BaseException | None) -> bool:
+    """Whether the network or the store failed, not what was asked of it; fsspec's packages have errors of their own."""
+    if error is None:
+        return False
+    passing = isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in _PASSING_ERRORS
+    code = getattr(error, "code", None) or getattr(error, "status", None)
+    named = any(_PASSING_NAMES.search(kind.__name__) for kind in type(error).__mro__)
+    return passing or named or code in _PASSING_CODES or may_pass(error.__cause__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +108,7 @@ class Bucket:
         return self._tried("read", action)
 
     def write(self, name: str, content: bytes) -> None:
-        """Writes a small file."""
+        """Writes a small file; in a folder (``file://``) under another name first, see `is_part`."""
         self._tried("written", lambda: self._whole(name, lambda path: self.filesystem.pipe_file(path, content)))
 
     def download(self, name: str, target: Path) -> None:
@@ -121,8 +150,13 @@ class Bucket:
             put(path)
             return
         folder, _, last = path.rpartition("/")
-        put(f"{folder}/.{last}.part")
-        Path(f"{folder}/.{last}.part").replace(path)
+        part = f"{folder}/.{last}.part"
+        try:
+            put(part)
+            Path(part).replace(path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
 
     def _path(self, name: str) -> str:
         return f"{self.root.rstrip('/')}/{name}"
@@ -137,7 +171,8 @@ class Bucket:
                     reason = " ".join(str(error).split())[:300] or type(error).__name__
                     if isinstance(error, FileNotFoundError):
                         reason = f"not found: {reason}"
-                    raise BucketError(f"{self.url} cannot be {verb} ({reason})") from error
+                    kind = BucketAway if may_pass(error) else BucketError
+                    raise kind(f"{self.url} cannot be {verb} ({reason})") from error
                 time.sleep(wait)
         raise AssertionError("the last attempt returns or raises")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from spt_jax.atomic_file import write_atomically
 from spt_jax.cache_folder import cache_home, key_of
 from spt_jax.errors import UserError
-from spt_jax.storage.bucket import Bucket
+from spt_jax.storage.bucket import Bucket, is_part
 from spt_jax.storage.complete_steps import CHECKPOINTS, MARKERS
 
 RUN_ID = "run_id"
@@ -34,7 +34,7 @@ def staging_folder(url: str) -> Path:
 
 def files_at_root(files: Iterable[str]) -> list[str]:
     """Those of a bucket's files that a run goes on from and a reader needs: profiles and TensorBoard's are not."""
-    return [name for name in files if "/" not in name and name != RUN_ID and not name.startswith(".")]
+    return [name for name in files if "/" not in name and name != RUN_ID and not is_part(name)]
 
 
 def new_run_id() -> str:

@@ -13,7 +13,7 @@ from spt_jax.errors import UserError
 from spt_jax.locked_folder import locked_folder
 from spt_jax.step_names import names_a_step
 from spt_jax.storage.background import BackgroundCopies
-from spt_jax.storage.bucket import open_bucket
+from spt_jax.storage.bucket import is_part, open_bucket
 from spt_jax.storage.complete_steps import (
     CHECKPOINTS,
     complete_steps,
@@ -120,7 +120,7 @@ class StagedRun:
         known = self._place / RUN_ID
         if RUN_ID in files:
             identity = (self._bucket.read(RUN_ID) or b"").decode()
-        elif files:
+        elif not all(map(is_part, files)):
             raise UserError(
                 f"{self._bucket.url} is not empty and holds no run that was trained there (no {RUN_ID}); choose "
                 "another --workdir"
@@ -144,8 +144,9 @@ class StagedRun:
             try:
                 identity = _identity(here[step])
                 push_step(self._bucket, step, here[step])
-            except FileNotFoundError:
-                delete_step(self._bucket, step)  # it was deleted here meanwhile: a later one is there
+            except FileNotFoundError:  # it was deleted here meanwhile: a later one is there
+                if step not in self._equal:
+                    delete_step(self._bucket, step)
                 continue
             self._equal[step] = identity
         for step in sorted(self._equal)[:-1]:

@@ -165,7 +165,7 @@ def start_slurm(
         cluster: ``slurm``; submitit's ``local`` and ``debug`` run the jobs on this machine.
 
     Raises:
-        UserError: submitit is not installed, there is no SLURM here, or a parameter is none.
+        UserError: submitit is not installed, there is no SLURM here, a parameter is none, or sbatch refuses the jobs.
     """
     try:
         import submitit
@@ -177,10 +177,10 @@ def start_slurm(
         folder.chmod(0o700)
         executor = submitit.AutoExecutor(folder=folder, cluster=cluster)
         executor.update_parameters(name=command.name, **with_srun_args(parameters))
+        with executor.batch():  # which submits at its end
+            return [executor.submit(SlurmWorker(command)) for _ in range(count)]
     except (RuntimeError, NameError, TypeError, ValueError, AssertionError) as error:
         raise UserError(f"--launcher=slurm: submitit says: {' '.join(str(error).split())[:400]}") from error
-    with executor.batch():
-        return [executor.submit(SlurmWorker(command)) for _ in range(count)]
 
 
 def skypilot_task(task: Path, command: WorkerCommand, folder: Path) -> Path:

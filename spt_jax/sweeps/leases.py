@@ -59,8 +59,8 @@ class Leases:
     """
 
     def __init__(self, engine: sqlalchemy.Engine, study: str, owner: str, seconds: float) -> None:
-        self._engine, self._study, self._owner = engine, study, owner
-        self.seconds = seconds
+        self._engine, self._study = engine, study
+        self.owner, self.seconds = owner, seconds
         self._now = sqlalchemy.literal_column(_NOW[engine.dialect.name], Float(53))
         try:
             _TABLE.create(engine, checkfirst=True)
@@ -82,7 +82,7 @@ class Leases:
             return False
         # Whoever changed the row since it was read has it.
         unchanged = where & (_TABLE.c.owner == owner) & (_TABLE.c.expires == expires)
-        return self._update(unchanged, owner=self._owner, expires=self._now + self.seconds)
+        return self._update(unchanged, owner=self.owner, expires=self._now + self.seconds)
 
     def renew(self, trial: int) -> bool:
         """Holds a lease for its whole time again; False when it is another's by now."""
@@ -111,10 +111,10 @@ class Leases:
         return {trial: Lease(trial, owner, float(left)) for trial, owner, left in rows}
 
     def _mine(self, trial: int) -> sqlalchemy.ColumnElement[bool]:
-        return (_TABLE.c.study == self._study) & (_TABLE.c.trial == trial) & (_TABLE.c.owner == self._owner)
+        return (_TABLE.c.study == self._study) & (_TABLE.c.trial == trial) & (_TABLE.c.owner == self.owner)
 
     def _insert(self, trial: int) -> bool:
-        values = {"study": self._study, "trial": trial, "owner": self._owner, "expires": self._now + self.seconds}
+        values = {"study": self._study, "trial": trial, "owner": self.owner, "expires": self._now + self.seconds}
         try:
             with self._engine.begin() as connection:
                 connection.execute(sqlalchemy.insert(_TABLE).values(values))

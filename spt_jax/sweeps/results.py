@@ -46,7 +46,7 @@ def write_results(at: Workplace) -> FrozenTrial | None:
     if best is not None:
         write_atomically(at.folder / "best.py", best_config_file(at, best))
     rows = [
-        {"trial": t.number, "state": t.state.name, "value": t.value if _complete(t) else None}
+        {"trial": t.number, "state": t.state.name, "value": _finite(t)}
         | {"params": t.params, "error": t.user_attrs.get(ERROR)}
         for t in trials
     ]
@@ -109,6 +109,11 @@ def _value(trial: FrozenTrial) -> float:
     return math.nan if trial.value is None else trial.value
 
 
+def _finite(trial: FrozenTrial) -> float | None:
+    """The value of a complete trial; None for infinity too, which is no number of JSON."""
+    return _value(trial) if _complete(trial) and math.isfinite(_value(trial)) else None
+
+
 def _tiles(best: FrozenTrial | None, sweep: Sweep) -> list[str]:
     if best is None:
         return [section("No trial is complete", note="The tables below say how far each has come.")]
@@ -156,8 +161,9 @@ def _table(trials: Sequence[FrozenTrial], sweep: Sweep) -> str:
     rows = []
     for trial in ordered:
         cells: list[Any] = [_value(trial) if _complete(trial) else None, *(trial.params.get(n) for n in sweep.space)]
-        error = trial.user_attrs.get(ERROR)
-        state = _STATES[trial.state] + (f": {error}" if error and trial.state == TrialState.FAIL else "")
+        state, error = _STATES[trial.state], trial.user_attrs.get(ERROR)
+        if error and not _complete(trial):
+            state += f": {error}" if trial.state == TrialState.FAIL else f", failed before: {error}"
         shown = "".join(f"<td>{html.escape(_shown(cell))}</td>" for cell in cells)
         rows.append(f"<tr><th>{trial.number}</th>{shown}<td>{html.escape(state)}</td></tr>")
     table = f'<table class="figures"><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table>'

@@ -18,7 +18,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 from spt_jax.config import default_config, flat_json
 from spt_jax.errors import UserError
 from spt_jax.sweeps.leases import Leases
-from spt_jax.sweeps.outages import Patience, reason_of
+from spt_jax.sweeps.outages import Patience, is_away, reason_of
 from spt_jax.sweeps.process_identity import this_process
 
 Direction = Literal["minimize", "maximize"]
@@ -48,6 +48,10 @@ def storage_url(text: str, folder: Path) -> str:
         path = str((folder / "sweep.db").absolute()).replace("%", "%25").replace("?", "%3F")
         return f"sqlite:///{path}"
     scheme, separator, rest = text.partition("://")
+    try:
+        sqlalchemy.engine.make_url(text)
+    except (SQLAlchemyError, ValueError):
+        separator = ""  # such as a port that is no number
     if separator and scheme in ("postgresql", "postgres", "postgresql+psycopg"):
         return f"postgresql+psycopg://{rest}"
     if separator and scheme == "sqlite" and rest.strip("/"):
@@ -63,8 +67,8 @@ def hidden(url: str) -> str:
         parsed = sqlalchemy.engine.make_url(url)
         told = {name: "***" if "pass" in name else value for name, value in parsed.query.items()}
         return parsed.set(query=told).render_as_string(hide_password=True)
-    except SQLAlchemyError:
-        return url.partition("@")[2] or url
+    except (SQLAlchemyError, ValueError):
+        return url.rpartition("@")[2]
 
 
 def open_storage(url: str, away_seconds: float = 0.0) -> RDBStorage:
@@ -78,6 +82,7 @@ def open_storage(url: str, away_seconds: float = 0.0) -> RDBStorage:
 
     Raises:
         UserError: It cannot be reached or made.
+        DBAPIError: It has not answered for `away_seconds`.
     """
     patience = Patience(partial(print, flush=True), away_seconds)
     for opening in itertools.count():
@@ -92,6 +97,8 @@ def open_storage(url: str, away_seconds: float = 0.0) -> RDBStorage:
             try:
                 patience.failed(error)
             except type(error) as last:
+                if away_seconds and is_away(last):
+                    raise  # nothing must be changed first: it may answer another start
                 raise UserError(f"the storage {hidden(url)} cannot be used: {reason_of(last)}") from last
             time.sleep(1.0)
     raise AssertionError
@@ -143,7 +150,7 @@ def open_study(
     # Of several that open a new sweep at once, perhaps two of one name, one writes what the others then find.
     with Leases(storage.engine, name, this_process(), _OPENING_SECONDS).alone():
         _agree(study, name, description)
-        while len(study.get_trials(deepcopy=False)) < num_trials:
+        for _ in range(num_trials - len(study.get_trials(deepcopy=False))):
             study.add_trial(optuna.trial.create_trial(state=optuna.trial.TrialState.WAITING))
     return study
 

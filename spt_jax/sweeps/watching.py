@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 from rich.live import Live
+from rich.markup import escape
 from rich.table import Table
 
 from spt_jax.sweeps.leases import Lease
@@ -88,7 +89,8 @@ def table(trials: Sequence[FrozenTrial], leases: Mapping[int, Lease], names: Seq
     """
     states = [_state(trial, leases) for trial in trials]
     counts = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-    drawn = Table(title=f"{len(trials)} trials: {counts}", title_justify="left")
+    # What a run says may look like rich's markup.
+    drawn = Table(title=escape(f"{len(trials)} trials: {counts}"), title_justify="left")
     for column in ("trial", "state", *names, metric, "step"):
         drawn.add_column(column, justify="left" if column == "state" else "right", overflow="fold")
     begun = [(trial, state) for trial, state in zip(trials, states, strict=True) if state != "waiting"]
@@ -97,7 +99,7 @@ def table(trials: Sequence[FrozenTrial], leases: Mapping[int, Lease], names: Seq
         last = max(steps) if steps else None
         value = trial.value if trial.state == TrialState.COMPLETE else None if last is None else steps[last]
         row = [str(trial.number), state, *(_short(trial.params.get(name)) for name in names)]
-        drawn.add_row(*row, _short(value), "" if last is None else str(last))
+        drawn.add_row(*map(escape, [*row, _short(value), "" if last is None else str(last)]))
     return drawn
 
 

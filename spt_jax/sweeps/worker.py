@@ -23,14 +23,17 @@ from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.metrics import final_value, logged_values
 from spt_jax.sweeps.outages import STORAGE_ERRORS, Patience, is_away
 from spt_jax.sweeps.points import suggest
+from spt_jax.sweeps.process_identity import machine
 from spt_jax.sweeps.run_process import SPT_JAX, LostLease, RunFailed, RunProcess
 from spt_jax.training.absolute_paths import absolute_paths
 from spt_jax.training.signals import StopSignal
 
 ERROR = "error"
 """User attribute of a trial that failed, once or for good: the sentence."""
+MACHINE = "machine"
+"""User attribute of a trial that ended well: where; see `spt_jax.sweeps.process_identity.machine`."""
 MOST_FAILURES = 3
-"""So many trials in a row that fail speak against the machine that they failed on."""
+"""So many trials in a row that fail speak against the machine, and not against them."""
 _IDLE_SECONDS = 1.0
 
 
@@ -83,13 +86,14 @@ class Worker:
         self._at, self._leases, self._stop, self._say = workplace, leases, stop, say
         self._renewed = 0.0
         self._failed: set[int] = set()
-        self._failures = 0
+        self._in_a_row: set[int] = set()  # that failed since one ended well
+        self._kept: int | None = None  # a trial whose lease could not be given back
 
     def work(self) -> None:
         """Returns when every trial has ended, or after a stop signal.
 
         Raises:
-            UserError: `MOST_FAILURES` trials in a row failed here; they and the others are left to other workers.
+            UserError: Runs fail here one after another; their trials are left to other workers.
         """
         patience = Patience(self._say)
         while not self._stop.requested:
@@ -109,10 +113,13 @@ class Worker:
     def _claimed(self) -> tuple[bool, int | None]:
         """Whether the sweep has trials left, and which of them is this worker's now.
 
-        The lowest first, so that a trial that was lost goes on before new ones begin. Those that failed once come
-        last, and one that failed here only when no other worker is left that might take it.
+        One whose lease could not be given back goes on. Else the lowest first, so that a trial that was lost goes on
+        before new ones begin. Those that failed once come last, and one that failed here only when no other worker is
+        left that might take it.
         """
         unfinished = [trial for trial in self._at.trials() if not trial.state.is_finished()]
+        if self._kept is not None and self._leases.renew(self._kept):
+            return True, self._kept
         if any(trial.number in self._failed for trial in unfinished) and self._others_work():
             eligible = [trial for trial in unfinished if trial.number not in self._failed]
         else:
@@ -122,16 +129,17 @@ class Worker:
         return bool(unfinished), number
 
     def _others_work(self) -> bool:
-        return any(lease.seconds > 0 for lease in self._leases.read().values())
+        return any(lease.seconds > 0 and lease.owner != self._leases.owner for lease in self._leases.read().values())
 
     def _finish(self, number: int) -> None:
         """Runs a trial that was claimed, unless it has ended meanwhile, and gives its lease back."""
-        self._renewed = time.monotonic()
+        self._renewed, self._kept = time.monotonic(), number
         try:
             if not self._at.trials()[number].state.is_finished():
                 self._run(number)
         finally:
             self._leases.release(number)
+            self._kept = None
 
     def _run(self, number: int) -> None:
         trial = self._taken(number)
@@ -139,18 +147,17 @@ class Worker:
             params = suggest(self._at.sweep, self._at.study, trial)
             self._say(f"trial {number}: {', '.join(f'{name}={value}' for name, value in params.items())}")
             self._tell(trial, TrialState.COMPLETE, self._value(trial, params))
-            self._failures = 0
         except _Pruned:
             self._tell(trial, TrialState.PRUNED)
-            self._failures = 0
         except _Stopped:
             self._say(f"trial {number}: stopped, saved; a worker goes on with it")
         except (LostLease, UpdateFinishedTrialError):
             self._say(f"trial {number}: another worker has it by now")
-        except RunFailed as error:
-            self._fail(trial, str(error))
-        except UserError as error:
-            self._fail_for_good(trial, str(error))
+        except (UserError, OSError) as error:
+            if isinstance(error, RunFailed | OSError) or isinstance(error.__cause__, OSError):
+                self._fail(trial, str(error))
+            else:  # what its settings forbid, they forbid everywhere
+                self._fail_for_good(trial, str(error))
 
     def _taken(self, number: int) -> optuna.Trial:
         """The trial as a running one, freshly begun or as an earlier worker left it."""
@@ -162,23 +169,29 @@ class Worker:
         return optuna.Trial(study, trial_id)
 
     def _fail(self, trial: optuna.Trial, reason: str) -> None:
-        """Ends a trial whose run failed for the second time; after the first it is tried once more.
+        """Ends a trial whose run failed again, on a machine where others end well; else it is tried once more.
 
         Raises:
-            UserError: It is the last of `MOST_FAILURES` that failed here, one after another, for the first time.
+            UserError: Runs fail here one after another: those of `MOST_FAILURES` trials, or one twice and none well.
         """
-        if ERROR in trial.user_attrs:
+        again = ERROR in trial.user_attrs
+        self._failed.add(trial.number)
+        self._in_a_row.add(trial.number)
+        many = len(self._in_a_row) >= MOST_FAILURES
+        if again and not many and self._others_end_well_here():
             self._fail_for_good(trial, reason)
             return
         if self._keep_error(trial, reason):
             self._say(f"trial {trial.number}: failed, tried once more when the others are done: {reason}")
-        self._failed.add(trial.number)
-        self._failures += 1
-        if self._failures == MOST_FAILURES:
+        if again or many:
             raise UserError(
-                f"{MOST_FAILURES} trials in a row failed here, the last one so: {reason}. A worker elsewhere, or the "
-                "same command once the cause is mended, tries them again"
+                f"runs fail here one after another, the last one so: {reason}. A worker elsewhere, or the same command "
+                "once the cause is mended, tries them again"
             )
+
+    def _others_end_well_here(self) -> bool:
+        ended = (TrialState.COMPLETE, TrialState.PRUNED)
+        return any(t.state in ended and t.user_attrs.get(MACHINE) == machine() for t in self._at.trials())
 
     def _fail_for_good(self, trial: optuna.Trial, reason: str) -> None:
         self._keep_error(trial, reason)
@@ -196,6 +209,9 @@ class Worker:
         try:
             if not self._leases.renew(trial.number):
                 raise LostLease
+            if state != TrialState.FAIL:
+                trial.set_user_attr(MACHINE, machine())
+                self._in_a_row.clear()
             # It is finished already where the answer to an earlier telling was lost.
             self._at.study.tell(trial, value, state, skip_if_finished=True)
         except (LostLease, UpdateFinishedTrialError):

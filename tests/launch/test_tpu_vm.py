@@ -289,6 +289,14 @@ def test_a_run_whose_host_was_lost_is_tried_again_on_the_same_tpu_a_few_times(st
     assert f"exit code {code}; it is tried again, 2 of 3 times" in done.stderr
 
 
+@pytest.mark.parametrize("retries", ["0", "1"])
+def test_an_error_of_the_last_attempt_is_told_by_its_code(stand_ins, retries):
+    gcloud(stand_ins, [ABSENT, READY], codes=[(0, "1\n")])
+    done = script(stand_ins, "--retries", retries)
+    assert done.returncode == 1
+    assert steps(stand_ins).count("train") == int(retries) + 1
+
+
 def test_a_run_that_always_ends_with_an_error_ends_the_script(stand_ins):
     gcloud(stand_ins, [ABSENT, READY], codes=[(0, "1\n")])
     done = script(stand_ins)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import socket
 import sys
 
 import pytest
 from buckets import networked, new_url
 from fsspec.registry import _registry
 
+from spt_jax.commands.failures import sentence_of
 from spt_jax.errors import UserError
+from spt_jax.exit_codes import MISTAKE, STOPPED
 from spt_jax.storage.bucket import BucketError, is_bucket_url, open_bucket
 from spt_jax.storage.file_mirror import files_at_root
 
@@ -54,6 +58,49 @@ def test_a_file_that_was_written_in_part_into_a_folder_does_not_take_the_place_o
             attempt()
     assert bucket.read("metrics.jsonl") == b"1\n"
     assert files_at_root(bucket.files()) == ["metrics.jsonl"]
+
+
+class HttpError(Exception):
+    """As gcsfs has it."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"{code}")
+        self.code = code
+
+
+class EndpointConnectionError(Exception):
+    """As botocore has it."""
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (ConnectionRefusedError("refused"), STOPPED),
+        (TimeoutError(), STOPPED),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), STOPPED),
+        (socket.gaierror("Temporary failure in name resolution"), STOPPED),
+        (HttpError(503), STOPPED),
+        (HttpError(429), STOPPED),
+        (EndpointConnectionError("could not connect"), STOPPED),
+        (HttpError(401), MISTAKE),
+        (PermissionError("denied"), MISTAKE),
+        (FileNotFoundError("no bucket"), MISTAKE),
+        (ValueError("a bucket's name has no spaces"), MISTAKE),
+    ],
+)
+def test_a_store_that_may_answer_later_is_worth_another_start_and_a_mistake_is_not(error, code, monkeypatch):
+    bucket = open_bucket(new_url(), waits=())
+
+    def find(*_: object, **__: object) -> None:
+        raise error
+
+    monkeypatch.setattr(bucket.filesystem, "find", find)
+    if isinstance(error, FileNotFoundError):  # an empty bucket, where a folder is listed
+        monkeypatch.setattr(bucket.filesystem, "cat_file", find)
+        monkeypatch.setattr(bucket.filesystem, "pipe_file", find)
+    with pytest.raises(BucketError) as told:
+        bucket.write("a", b"") if isinstance(error, FileNotFoundError) else bucket.files()
+    assert sentence_of(told.value) == (str(told.value), code)
 
 
 def test_a_request_that_fails_is_tried_again():

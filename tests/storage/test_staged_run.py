@@ -12,7 +12,7 @@ import pytest
 from buckets import Network, contents, new_url, write_step
 
 from spt_jax.errors import UserError
-from spt_jax.storage.bucket import BucketError, open_bucket
+from spt_jax.storage.bucket import Bucket, BucketError, open_bucket
 from spt_jax.storage.complete_steps import complete_steps, manifest_of, push_step
 from spt_jax.storage.staged_run import StagedRun
 
@@ -93,6 +93,31 @@ def test_what_is_deleted_here_is_deleted_there_but_never_the_last_one():
         wait_for(lambda: not [name for name in open_bucket(url).files() if name.startswith("checkpoints/0/")])
         shutil.rmtree(run.folder / "checkpoints" / "2")
     assert set(complete_steps(open_bucket(url))) == {1, 2}
+
+
+def test_a_step_that_is_deleted_here_while_it_is_copied_leaves_nothing_there(network, monkeypatch):
+    url = new_url()
+    whole = Bucket.upload
+
+    def upload(bucket: Bucket, source: Path, name: str) -> None:
+        whole(bucket, source, name)
+        if name.startswith("checkpoints/0/"):
+            shutil.rmtree(source.parents[len(Path(name).parts) - 3], ignore_errors=True)
+
+    monkeypatch.setattr(Bucket, "upload", upload)
+    with staged(url) as run:
+        begin(run.folder, 0, 1)
+    assert set(complete_steps(open_bucket(url))) == {1}
+    assert not [name for name in open_bucket(url).files() if name.startswith("checkpoints/0/")]
+
+
+def test_a_first_write_that_was_killed_does_not_keep_the_run_from_its_folder(tmp_path):
+    url = f"file://{tmp_path}/bucket/run"
+    (tmp_path / "bucket" / "run").mkdir(parents=True)
+    (tmp_path / "bucket" / "run" / ".run_id.part").write_bytes(b"12")
+    with staged(url) as run:
+        begin(run.folder, 0)
+    assert set(complete_steps(open_bucket(url))) == {0}
 
 
 def test_a_local_folder_that_somebody_removed_takes_nothing_from_the_bucket():

@@ -124,6 +124,7 @@ def test_a_dry_run_shows_the_parameters_of_slurm_and_refuses_what_cannot_be_used
         (("--config.optimizer.learning_rate=1",), "'optimizer.learning_rate' varies in this sweep"),
         (("--config.optimizer.learning_rat=1",), "there is no option 'optimizer.learning_rat'"),
         (("--config.bank.num_prompts=0",), "bank.num_prompts is 0"),
+        (("--storage=postgresql://me:p@x:s3cret@db/y", "--dry_run"), "--storage=db/y is not a storage; allowed: "),
         (("--storage=mysql://x/y",), "--storage=mysql://x/y is not a storage; allowed: postgresql://"),
         (("--storage=postgresql://me:s3cret@127.0.0.1:1/x",), "cannot be used: connection failed"),
         (("--launcher=slurm",), "which SQLite cannot serve; give --storage=postgresql://"),

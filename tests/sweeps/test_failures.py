@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import signal
 import time
 from pathlib import Path
@@ -16,6 +17,7 @@ from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.locked import holder_here
 from spt_jax.sweeps.process_identity import this_process
 from spt_jax.sweeps.worker import ERROR, MOST_FAILURES, Worker, trial_folder
+from spt_jax.training import tracking
 from spt_jax.training.signals import StopSignal
 
 pytestmark = pytest.mark.first_python
@@ -24,7 +26,7 @@ pytestmark = pytest.mark.first_python
 def test_a_machine_on_which_every_run_fails_uses_no_trial_up(tmp_path, monkeypatch, undisturbed):
     file = write_sweep(tmp_path / "sweep.py")
     monkeypatch.setenv("STAND_IN_BROKEN", "1")
-    with pytest.raises(UserError, match=r"3 trials in a row failed here, the last one so: .*no accelerator answers"):
+    with pytest.raises(UserError, match=r"runs fail here one after another, the last one so: .*no accelerator answers"):
         work(file)
     at = workplace(file)
     states = [(trial.state, ERROR in trial.user_attrs) for trial in at.trials()]
@@ -43,13 +45,77 @@ def test_a_failed_trial_is_left_to_another_worker_as_long_as_there_is_one(tmp_pa
         monkeypatch.setenv("STAND_IN_BROKEN", "1")
         said: list[str] = []
         leases = Leases(at.storage.engine, at.study.study_name, this_process(), 60.0)
-        with pytest.raises(UserError, match="3 trials in a row"):
+        with pytest.raises(UserError, match="runs fail here one after another"):
             Worker(at, leases, StopSignal(), said.append).work()
         assert [line for line in said if "tried once more" in line] == [
             line for number in (1, 2, 3) for line in said if line.startswith(f"trial {number}: failed, tried once more")
         ]
         assert healthy.wait(60) == 0
     assert_each_point_once(at, undisturbed)
+
+
+def test_several_workers_on_a_machine_on_which_every_run_fails_use_no_trial_up(tmp_path, monkeypatch, undisturbed):
+    file = write_sweep(tmp_path / "sweep.py")
+    at = workplace(file)
+    monkeypatch.setenv("STAND_IN_BROKEN", "1")
+    for _ in range(2):  # those that are started anew find trials that have failed before
+        workers = [start_worker(file) for _ in range(3)]
+        with ended(workers):
+            assert [worker.wait(60) for worker in workers] == [1, 1, 1]
+        assert (tmp_path / "worker.txt").read_text().count("runs fail here one after another") % 3 == 0
+        assert TrialState.FAIL not in {trial.state for trial in at.trials()}
+    monkeypatch.delenv("STAND_IN_BROKEN")
+    work(file)
+    assert_each_point_once(at, undisturbed)
+
+
+def full(*_: object, **__: object) -> None:
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def full_in_a_sentence(path: Path, _: str) -> None:
+    try:
+        full()
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+
+
+@pytest.mark.parametrize(
+    ("place", "failing"),
+    [("spt_jax.sweeps.worker.write_atomically", full_in_a_sentence), ("spt_jax.sweeps.worker.Path.mkdir", full)],
+)
+def test_a_full_disk_that_the_worker_itself_meets_uses_no_trial_up(tmp_path, monkeypatch, undisturbed, place, failing):
+    file = write_sweep(tmp_path / "sweep.py")
+    at = workplace(file)
+    leases = Leases(at.storage.engine, at.study.study_name, this_process(), 60.0)
+    with monkeypatch.context() as patched:
+        patched.setattr(place, failing)
+        with pytest.raises(UserError, match=r"runs fail here one after another, .*No space left on device"):
+            Worker(at, leases, StopSignal(), print).work()
+    assert TrialState.FAIL not in {trial.state for trial in at.trials()}
+    work(file)
+    assert_each_point_once(at, undisturbed)
+
+
+def test_metrics_that_cannot_be_read_for_a_moment_end_no_trial(tmp_path, monkeypatch):
+    fields = """
+        sampler="grid", pruner=ThresholdPruner(upper=1e9),
+        space={"bank.num_prompts": CategoricalDistribution([2, 3])},
+    """
+    file = write_sweep(tmp_path / "sweep.py", fields, steps=4)
+    whole, failed = tracking._content, []
+
+    def content(path: Path) -> bytes:
+        if path.exists() and not failed:
+            failed.append(path)
+            error = OSError(errno.ESTALE, "Stale file handle")
+            raise UserError(f"{path} cannot be read: {error.strerror}") from error
+        return whole(path)
+
+    monkeypatch.setattr(tracking, "_content", content)
+    at = work(file)
+    assert failed and {trial.state for trial in at.trials()} == {TrialState.COMPLETE}
+    assert [list(trial.intermediate_values) for trial in at.trials()] == [[0, 1, 2, 3]] * 2
 
 
 def test_a_worker_alone_tries_what_failed_here_after_all_others_and_then_it_has_failed(tmp_path):

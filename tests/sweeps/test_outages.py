@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import io
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import optuna
 import pytest
 import sqlalchemy
 from optuna.exceptions import StorageInternalError
 from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
 from sqlalchemy.exc import IntegrityError, OperationalError
 from stand_in_sweep import processes, workplace, write_sweep
 from test_workers import assert_each_point_once, wait_until
 
 from spt_jax.errors import UserError
-from spt_jax.sweeps import outages, storage, watching
+from spt_jax.exit_codes import MISTAKE, STOPPED
+from spt_jax.sweeps import door, outages, storage, watching
 from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.outages import Patience, is_away, reason_of
 from spt_jax.sweeps.process_identity import this_process
-from spt_jax.sweeps.worker import Worker, Workplace
+from spt_jax.sweeps.worker import ERROR, Worker, Workplace
 from spt_jax.training.signals import StopSignal
 
 AWAY = OperationalError("SELECT 1", {}, RuntimeError("connection refused"))
@@ -149,6 +153,14 @@ def trial(state: TrialState) -> FrozenTrial:
     )  # fmt: skip
 
 
+def test_what_a_run_says_is_no_markup_of_the_live_table():
+    failed = trial(TrialState.FAIL)
+    failed.user_attrs = {ERROR: "allowed: [/a, /b]; [tf-allocator='']"}
+    console = Console(record=True, width=200, file=io.StringIO())
+    console.print(watching.table([failed], {}, ["a"], "loss"))
+    assert "failed: allowed: [/a, /b]; [tf-allocator='']" in console.export_text()
+
+
 def test_who_watches_bears_a_storage_that_is_away_and_no_other_error(monkeypatch, capsys):
     monkeypatch.setattr(watching, "_SECONDS", 0.01)
     answers: list[Exception | TrialState] = [TrialState.RUNNING, AWAY, AWAY, TrialState.FAIL]
@@ -168,6 +180,56 @@ def test_who_watches_bears_a_storage_that_is_away_and_no_other_error(monkeypatch
     answers[:] = [AWAY]
     with pytest.raises(OperationalError):  # nobody works any more: nothing to wait for
         watching.watch(read, lambda: False, [], "loss")
+
+
+def test_a_storage_that_is_away_while_a_trial_is_told_finds_its_worker_and_no_other_trial_begins_before(
+    tmp_path, monkeypatch, undisturbed
+):
+    """A lease that could not be given back must not keep its own worker out, however long it holds."""
+    at = workplace(write_sweep(tmp_path / "sweep.py"))
+    told, tell = [], at.study.tell
+    with away(at) as cut:
+
+        def cut_off(*arguments: object, **more: object) -> FrozenTrial:
+            if not told:
+                told.append("cut")
+                cut.set()
+                threading.Timer(2.0, cut.clear).start()
+            return tell(*arguments, **more)
+
+        monkeypatch.setattr(at.study, "tell", cut_off)
+        began = time.monotonic()
+        said = work_while(at, lambda: None, seconds=3600.0)
+    assert time.monotonic() - began < 60
+    begun = [line.split(":")[0] for line in said if "bank.num_prompts=" in line]
+    assert begun == ["trial 0", "trial 0", "trial 1", "trial 2", "trial 3"]
+    assert_each_point_once(at, undisturbed)
+
+
+def test_a_worker_whose_storage_does_not_come_back_ends_as_one_that_was_stopped(tmp_path, monkeypatch, capsys):
+    file = write_sweep(tmp_path / "sweep.py")
+    monkeypatch.setattr(storage, "_opened", lambda _: (_ for _ in ()).throw(AWAY))
+    monkeypatch.setattr(door, "AWAY_SECONDS", 1.5)
+    flags = [f"--sweep={file}", f"--out={tmp_path / 'out'}"]
+    assert door.main("launch/sweep.py", [*flags, "--worker"]) == STOPPED
+    assert "connection refused" in capsys.readouterr().err
+    assert door.main("launch/sweep.py", flags) == MISTAKE
+
+
+def test_opening_a_sweep_reads_its_trials_once_however_many_there_are(tmp_path, monkeypatch):
+    database = storage.open_storage(storage.storage_url("", tmp_path))
+    reads, whole = [], optuna.Study.get_trials
+
+    def get_trials(*arguments: object, **more: object) -> list[FrozenTrial]:
+        reads.append(arguments)
+        return whole(*arguments, **more)
+
+    monkeypatch.setattr(optuna.Study, "get_trials", get_trials)
+    storage.open_study(database, "many", {"base": {}}, "minimize", 50)
+    assert len(reads) <= 2
+    assert len(storage.open_study(database, "many", {"base": {}}, "minimize", 50).get_trials()) == 50
+    database.remove_session()
+    database.engine.dispose()
 
 
 def test_a_worker_waits_for_a_storage_that_does_not_answer_yet_and_who_starts_a_sweep_does_not(tmp_path, monkeypatch):

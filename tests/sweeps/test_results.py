@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import math
 import re
+from unittest import mock
 from xml.etree import ElementTree
 
 import optuna
@@ -12,9 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from optuna.distributions import CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import TrialState, create_trial
-from stand_in_sweep import work, write_sweep
+from stand_in_sweep import work, workplace, write_sweep
 
 from spt_jax.config import default_config, flatten, set_option
+from spt_jax.errors import UserError
 from spt_jax.sweeps.config_file import config_file
 from spt_jax.sweeps.description import Sweep
 from spt_jax.sweeps.leases import Lease
@@ -130,10 +134,25 @@ def test_a_sweeps_files_name_the_best_trial_and_every_other(tmp_path):
 
 def test_before_a_trial_is_complete_there_is_a_report_and_no_best_config(tmp_path):
     fields = 'space={"optimizer.weight_decay": CategoricalDistribution([0.1])}, sampler="grid"'
-    at = work(write_sweep(tmp_path / "sweep.py", fields, steps=2))
+    file = write_sweep(tmp_path / "sweep.py", fields, steps=2)
+    with pytest.raises(UserError, match="this one cannot be trained"):
+        work(file)
+    at = workplace(file)
     assert write_results(at) is None
     assert not (at.folder / "best.py").exists()
-    assert "this one cannot be trained" in (at.folder / "report.html").read_text()
+    assert "running, failed before: spt-jax train ended with exit code 2" in (at.folder / "report.html").read_text()
+
+
+def test_a_value_that_is_not_finite_is_null_in_json_and_no_trials_best(tmp_path):
+    at = work(write_sweep(tmp_path / "sweep.py", steps=2))
+    study = optuna.create_study()
+    study.add_trial(create_trial(value=math.inf, state=TrialState.COMPLETE))
+    trials = [*at.trials(), *study.get_trials()]
+    at = dataclasses.replace(at, study=mock.Mock(get_trials=lambda **_: trials, study_name="s"), num_trials=9)
+    best = write_results(at)
+    assert best is not None and best.value is not None and math.isfinite(best.value)
+    rows = json.loads((at.folder / "trials.json").read_text(), parse_constant=pytest.fail)
+    assert [row["value"] is None for row in rows] == [False] * 4 + [True]
 
 
 def test_the_live_table_tells_running_from_interrupted_by_the_lease():

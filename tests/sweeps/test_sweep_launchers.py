@@ -250,6 +250,14 @@ def test_what_slurm_cannot_do_is_one_sentence(tmp_path, monkeypatch, parameters,
         start_slurm(noting(tmp_path), 1, tmp_path / "slurm", parameters, cluster)
 
 
+def test_jobs_that_sbatch_refuses_are_one_sentence(tmp_path, monkeypatch):
+    stand_in(tmp_path / "bin", "sbatch", "echo 'sbatch: error: invalid partition specified: gpus' >&2; exit 1")
+    stand_in(tmp_path / "bin", "srun", "")
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    with pytest.raises(UserError, match=r"--launcher=slurm: submitit says: .*invalid partition"):
+        start_slurm(noting(tmp_path), 2, tmp_path / "slurm", {"slurm_partition": "gpus"})
+
+
 def stand_in(folder: Path, name: str, script: str) -> None:
     folder.mkdir(exist_ok=True)
     (folder / name).write_text(f"#!/bin/sh\n{script}\n")
