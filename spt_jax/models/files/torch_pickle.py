@@ -165,7 +165,7 @@ class _Machine:
             if name == "STOP":
                 return self.stack.pop()
             if name in _PUSHED_ARGUMENTS:
-                if isinstance(argument, int) and argument.bit_length() > 64:
+                if isinstance(argument, int) and argument.bit_length() > _MOST_BITS:
                     raise ValueError(f"a number of {argument.bit_length()} bits")
                 self.stack.append(argument)
             elif name in _PUSHED:
@@ -308,6 +308,7 @@ def _checked(tensor: TorchTensor) -> TorchTensor:
     return tensor
 
 
+_MOST_BITS = 1000  # larger numbers fit no float, and the largest take minutes to print
 _PUSHED_ARGUMENTS = frozenset(
     ["BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"]
 )
