@@ -5,11 +5,14 @@ from __future__ import annotations
 FINISHED = 0
 """Everything that was asked for is done."""
 
+FAILED = 1
+"""Something that may be over at another try: a process that was lost, a store that did not answer at the start."""
+
 MISTAKE = 2
 """Something must be changed first: a flag, a file, a full disk, a model too large; one sentence says what."""
 
 STOPPED = 75
-"""A run was asked to stop and saved, or its bucket did not answer: the same command goes on.
+"""A run was asked to stop and saved, or its bucket could not take its last files: the same command goes on.
 
 It is EX_TEMPFAIL of sysexits.h, "try again later".
 """

@@ -16,8 +16,8 @@ from spt_jax.parallel.mesh import make_mesh
 from spt_jax.planning.chips import Chip, chip_named
 
 _SHAPE = re.compile(r"[1-9]\d{0,4}(x[1-9]\d{0,4})*")
-_MOST_DEVICES = 16_384
-"""Of all slices: more are no one's, and even devices that are only thought of take memory."""
+_MOST_DEVICES = {"tpu": 131_072, "gpu": 4_096}
+"""Of all slices or machines: even devices that are only thought of take time and memory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,8 +58,8 @@ class Topology:
         if slices < 1:
             raise UserError(f"slices is {slices}; allowed: 1 or more")
         topology = cls(text, chip, sizes, slices)
-        if topology.count > _MOST_DEVICES:
-            raise UserError(f"{topology} has {topology.count:,} devices; allowed: at most {_MOST_DEVICES:,}")
+        if topology.count > (most := _MOST_DEVICES[chip.kind]):
+            raise UserError(f"{topology} has {topology.count:,} devices; allowed: at most {most:,}")
         return topology
 
     @property

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from spt_jax.errors import UserError
-from spt_jax.exit_codes import STOPPED
+from spt_jax.exit_codes import FAILED
 
 WAITS = (1.0, 2.0, 4.0)
 """Seconds between the attempts at a request."""
@@ -44,7 +44,7 @@ class BucketError(UserError):
 class BucketAway(BucketError):
     """A store, or the way to it, that may answer the same request later."""
 
-    exit_code = STOPPED
+    exit_code = FAILED
 
 
 _PASSING_CODES = (408, 425, 429, *range(500, 600))
@@ -54,7 +54,7 @@ _PASSING_NAMES = re.compile("Connect|Disconnect|Timeout|Unreachable|Unavailable|
 
 def may_pass(error: BaseException | None) -> bool:
     """Whether the network or the store failed, not what was asked of it; fsspec's packages have errors of their own."""
-    if error is None:
+    if error is None or "Certificate" in type(error).__name__:
         return False
     passing = isinstance(error, ConnectionError | TimeoutError) or getattr(error, "errno", None) in _PASSING_ERRORS
     code = getattr(error, "code", None) or getattr(error, "status", None)

@@ -12,6 +12,7 @@ Examples:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -21,7 +22,6 @@ import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ from spt_jax.commands.flag_reading import door_help, own_flags, read_flags
 from spt_jax.commands.joining import define_seconds
 from spt_jax.config import Config, flatten
 from spt_jax.errors import UserError
-from spt_jax.exit_codes import FINISHED, INTERRUPTED, MISTAKE, STOPPED
+from spt_jax.exit_codes import FINISHED, INTERRUPTED, STOPPED
 from spt_jax.storage.bucket import is_bucket_url
 from spt_jax.sweeps import launchers
 from spt_jax.sweeps.description import Sweep, base_config, load_sweep, record
@@ -114,7 +114,7 @@ def main(program: str, arguments: Sequence[str]) -> int:
         return _run(program, {name: flag.value for name, flag in own_flags(flag_values).items()}, arguments)
     except UserError as error:
         print(f"sweep: {error}", file=sys.stderr)
-        return MISTAKE
+        return error.exit_code
     except KeyboardInterrupt:
         print("\nsweep: interrupted", file=sys.stderr)
         return INTERRUPTED
@@ -212,8 +212,13 @@ def _opened(request: _Request, storage: RDBStorage) -> Workplace:
 def _work(at: Workplace, lease_seconds: float) -> int:
     leases = Leases(at.storage.engine, at.study.study_name, this_process(), lease_seconds)
     with StopSignal() as stop:
-        Worker(at, leases, stop, partial(print, flush=True)).work()
+        Worker(at, leases, stop, _say).work()
     return STOPPED if stop.requested else FINISHED
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # a full disk that takes no line is no fault of a trial
+        print(line, flush=True)
 
 
 def _run_locally(request: _Request, at: Workplace, leases: Leases, count: int) -> int:

@@ -13,11 +13,14 @@ STORAGE_ERRORS = (SQLAlchemyError, StorageInternalError)
 AWAY_SECONDS = 600.0
 """After how long of silence a storage is given up."""
 _AWAY = (OperationalError, InterfaceError, TimeoutError)
+_WRONG = ("authentication failed", "no pg_hba.conf entry", "no password supplied", "does not exist", "unable to open")
+"""What drivers say in these errors of an address that no waiting mends."""
 
 
 def is_away(error: BaseException) -> bool:
     """Whether a storage may answer later: it, or the way to it, failed, and not what it was asked."""
-    return isinstance(error, _AWAY) or (isinstance(error, StorageInternalError) and isinstance(error.__cause__, _AWAY))
+    inner = error.__cause__ if isinstance(error, StorageInternalError) else error
+    return isinstance(inner, _AWAY) and not any(words in str(inner) for words in _WRONG)
 
 
 def reason_of(error: BaseException) -> str:

@@ -17,6 +17,7 @@ from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from spt_jax.config import default_config, flat_json
 from spt_jax.errors import UserError
+from spt_jax.exit_codes import FAILED
 from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.outages import Patience, is_away, reason_of
 from spt_jax.sweeps.process_identity import this_process
@@ -71,6 +72,12 @@ def hidden(url: str) -> str:
         return url.rpartition("@")[2]
 
 
+class StorageAway(UserError):
+    """A storage that has not answered for long; it may answer another start."""
+
+    exit_code = FAILED
+
+
 def open_storage(url: str, away_seconds: float = 0.0) -> RDBStorage:
     """The storage at an address of `storage_url`, its tables made where they are missing.
 
@@ -81,8 +88,7 @@ def open_storage(url: str, away_seconds: float = 0.0) -> RDBStorage:
         away_seconds: For how long to try again while the storage does not answer.
 
     Raises:
-        UserError: It cannot be reached or made.
-        DBAPIError: It has not answered for `away_seconds`.
+        UserError: It cannot be reached or made; `StorageAway` where it was waited for.
     """
     patience = Patience(partial(print, flush=True), away_seconds)
     for opening in itertools.count():
@@ -97,9 +103,8 @@ def open_storage(url: str, away_seconds: float = 0.0) -> RDBStorage:
             try:
                 patience.failed(error)
             except type(error) as last:
-                if away_seconds and is_away(last):
-                    raise  # nothing must be changed first: it may answer another start
-                raise UserError(f"the storage {hidden(url)} cannot be used: {reason_of(last)}") from last
+                kind = StorageAway if away_seconds and is_away(last) else UserError
+                raise kind(f"the storage {hidden(url)} cannot be used: {reason_of(last)}") from last
             time.sleep(1.0)
     raise AssertionError
 

@@ -32,9 +32,14 @@ ERROR = "error"
 """User attribute of a trial that failed, once or for good: the sentence."""
 MACHINE = "machine"
 """User attribute of a trial that ended well: where; see `spt_jax.sweeps.process_identity.machine`."""
+FAILED_ON = "failed_on"
+"""User attribute of a trial that failed: where."""
 MOST_FAILURES = 3
-"""So many trials in a row that fail speak against the machine, and not against them."""
+"""So many trials that fail where none has ended well speak against the machine, and not against them."""
+LEFT_SECONDS = 5.0
+"""For how long a trial that failed here is left to workers on other machines, after the last sign of one."""
 _IDLE_SECONDS = 1.0
+_ENDED_WELL = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
 class _Pruned(Exception):
@@ -86,14 +91,14 @@ class Worker:
         self._at, self._leases, self._stop, self._say = workplace, leases, stop, say
         self._renewed = 0.0
         self._failed: set[int] = set()
-        self._in_a_row: set[int] = set()  # that failed since one ended well
-        self._kept: int | None = None  # a trial whose lease could not be given back
+        self._left_until = 0.0
+        self._kept: int | None = None  # a trial whose lease may be held, though the storage did not say so
 
     def work(self) -> None:
         """Returns when every trial has ended, or after a stop signal.
 
         Raises:
-            UserError: Runs fail here one after another; their trials are left to other workers.
+            UserError: No trial has ended well on this machine, and runs fail; their trials are left to others.
         """
         patience = Patience(self._say)
         while not self._stop.requested:
@@ -113,23 +118,30 @@ class Worker:
     def _claimed(self) -> tuple[bool, int | None]:
         """Whether the sweep has trials left, and which of them is this worker's now.
 
-        One whose lease could not be given back goes on. Else the lowest first, so that a trial that was lost goes on
-        before new ones begin. Those that failed once come last, and one that failed here only when no other worker is
-        left that might take it.
+        One whose lease this worker may still have goes on. Else the lowest first, so that a trial that was lost goes on
+        before new ones begin. Those that failed once come last, and those that failed on this machine only when no
+        worker elsewhere has taken them for a while.
         """
         unfinished = [trial for trial in self._at.trials() if not trial.state.is_finished()]
         if self._kept is not None and self._leases.renew(self._kept):
             return True, self._kept
-        if any(trial.number in self._failed for trial in unfinished) and self._others_work():
-            eligible = [trial for trial in unfinished if trial.number not in self._failed]
+        here = {trial.number for trial in unfinished if machine() in trial.user_attrs.get(FAILED_ON, ())}
+        if here and self._work_elsewhere():
+            self._left_until = time.monotonic() + LEFT_SECONDS
+        if time.monotonic() < self._left_until:
+            eligible = [trial for trial in unfinished if trial.number not in here]
         else:
             eligible = unfinished
-        order = sorted(eligible, key=lambda trial: (trial.number in self._failed, ERROR in trial.user_attrs))
-        number = next((trial.number for trial in order if self._leases.claim(trial.number)), None)
-        return bool(unfinished), number
+        for trial in sorted(eligible, key=lambda trial: (trial.number in here, ERROR in trial.user_attrs)):
+            self._kept = trial.number
+            if self._leases.claim(trial.number):
+                return True, trial.number
+        self._kept = None
+        return bool(unfinished), None
 
-    def _others_work(self) -> bool:
-        return any(lease.seconds > 0 and lease.owner != self._leases.owner for lease in self._leases.read().values())
+    def _work_elsewhere(self) -> bool:
+        place = f"{machine()} "
+        return any(lease.seconds > 0 and not lease.owner.startswith(place) for lease in self._leases.read().values())
 
     def _finish(self, number: int) -> None:
         """Runs a trial that was claimed, unless it has ended meanwhile, and gives its lease back."""
@@ -154,7 +166,7 @@ class Worker:
         except (LostLease, UpdateFinishedTrialError):
             self._say(f"trial {number}: another worker has it by now")
         except (UserError, OSError) as error:
-            if isinstance(error, RunFailed | OSError) or isinstance(error.__cause__, OSError):
+            if isinstance(error, RunFailed) or _is_the_systems(error):
                 self._fail(trial, str(error))
             else:  # what its settings forbid, they forbid everywhere
                 self._fail_for_good(trial, str(error))
@@ -169,29 +181,28 @@ class Worker:
         return optuna.Trial(study, trial_id)
 
     def _fail(self, trial: optuna.Trial, reason: str) -> None:
-        """Ends a trial whose run failed again, on a machine where others end well; else it is tried once more.
+        """Ends a trial whose run failed again, where it is the trial's fault; else it is tried once more.
+
+        It is where others end well on this machine, or where it failed on another one and others end well there.
 
         Raises:
-            UserError: Runs fail here one after another: those of `MOST_FAILURES` trials, or one twice and none well.
+            UserError: No trial has ended well here, and this one failed here before, or `MOST_FAILURES` have.
         """
-        again = ERROR in trial.user_attrs
-        self._failed.add(trial.number)
-        self._in_a_row.add(trial.number)
-        many = len(self._in_a_row) >= MOST_FAILURES
-        if again and not many and self._others_end_well_here():
+        before = list(trial.user_attrs.get(FAILED_ON, ()))
+        well = [t.user_attrs.get(MACHINE, machine()) for t in self._at.trials() if t.state in _ENDED_WELL]
+        if before and (machine() in well or (well and before != [machine()])):
             self._fail_for_good(trial, reason)
             return
         if self._keep_error(trial, reason):
+            trial.set_user_attr(FAILED_ON, sorted({*before, machine()}))
             self._say(f"trial {trial.number}: failed, tried once more when the others are done: {reason}")
-        if again or many:
+        self._failed.add(trial.number)
+        self._left_until = time.monotonic() + LEFT_SECONDS
+        if machine() not in well and (machine() in before or len(self._failed) >= MOST_FAILURES):
             raise UserError(
-                f"runs fail here one after another, the last one so: {reason}. A worker elsewhere, or the same command "
-                "once the cause is mended, tries them again"
+                f"no trial has ended well on this machine, and runs fail, the last one so: {reason}. A worker "
+                "elsewhere, or the same command once the cause is mended, tries them again"
             )
-
-    def _others_end_well_here(self) -> bool:
-        ended = (TrialState.COMPLETE, TrialState.PRUNED)
-        return any(t.state in ended and t.user_attrs.get(MACHINE) == machine() for t in self._at.trials())
 
     def _fail_for_good(self, trial: optuna.Trial, reason: str) -> None:
         self._keep_error(trial, reason)
@@ -211,7 +222,6 @@ class Worker:
                 raise LostLease
             if state != TrialState.FAIL:
                 trial.set_user_attr(MACHINE, machine())
-                self._in_a_row.clear()
             # It is finished already where the answer to an earlier telling was lost.
             self._at.study.tell(trial, value, state, skip_if_finished=True)
         except (LostLease, UpdateFinishedTrialError):
@@ -281,6 +291,11 @@ class Worker:
         """A storage that is away for a moment stops no run; for longer than a lease, others may have the trial."""
         if not is_away(error) or time.monotonic() - self._renewed > self._leases.seconds:
             raise error
+
+
+def _is_the_systems(error: BaseException | None) -> bool:
+    """Whether an error, or one that it tells of, is the operating system's: a full disk, a file that cannot be read."""
+    return error is not None and (isinstance(error, OSError) or _is_the_systems(error.__cause__))
 
 
 class _Reports:

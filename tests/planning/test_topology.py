@@ -32,8 +32,8 @@ def test_a_topology_is_chips_and_slices(text, slices, count):
         ("v5e:4x4", 0, "slices is 0; allowed: 1 or more"),
         ("h100:100000", 1, "allowed: CHIP:SIZES"),
         ("h100:" + "9" * 5000, 1, "allowed: CHIP:SIZES"),
-        ("h100:99999", 1, "h100:99999 has 99,999 devices; allowed: at most 16,384"),
-        ("v5e:16x16", 65, "65 × v5e:16x16 has 16,640 devices; allowed: at most 16,384"),
+        ("h100:99999", 1, "h100:99999 has 99,999 devices; allowed: at most 4,096"),
+        ("v5e:16x16", 513, "513 × v5e:16x16 has 131,328 devices; allowed: at most 131,072"),
     ],
 )
 def test_what_is_no_topology_is_refused(text, slices, words):

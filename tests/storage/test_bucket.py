@@ -12,7 +12,7 @@ from fsspec.registry import _registry
 
 from spt_jax.commands.failures import sentence_of
 from spt_jax.errors import UserError
-from spt_jax.exit_codes import MISTAKE, STOPPED
+from spt_jax.exit_codes import FAILED, MISTAKE
 from spt_jax.storage.bucket import BucketError, is_bucket_url, open_bucket
 from spt_jax.storage.file_mirror import files_at_root
 
@@ -68,6 +68,10 @@ class HttpError(Exception):
         self.code = code
 
 
+class ClientConnectorCertificateError(OSError):
+    """As aiohttp has it."""
+
+
 class EndpointConnectionError(Exception):
     """As botocore has it."""
 
@@ -75,14 +79,15 @@ class EndpointConnectionError(Exception):
 @pytest.mark.parametrize(
     ("error", "code"),
     [
-        (ConnectionRefusedError("refused"), STOPPED),
-        (TimeoutError(), STOPPED),
-        (OSError(errno.ENETUNREACH, "Network is unreachable"), STOPPED),
-        (socket.gaierror("Temporary failure in name resolution"), STOPPED),
-        (HttpError(503), STOPPED),
-        (HttpError(429), STOPPED),
-        (EndpointConnectionError("could not connect"), STOPPED),
+        (ConnectionRefusedError("refused"), FAILED),
+        (TimeoutError(), FAILED),
+        (OSError(errno.ENETUNREACH, "Network is unreachable"), FAILED),
+        (socket.gaierror("Temporary failure in name resolution"), FAILED),
+        (HttpError(503), FAILED),
+        (HttpError(429), FAILED),
+        (EndpointConnectionError("could not connect"), FAILED),
         (HttpError(401), MISTAKE),
+        (ClientConnectorCertificateError("self-signed certificate"), MISTAKE),
         (PermissionError("denied"), MISTAKE),
         (FileNotFoundError("no bucket"), MISTAKE),
         (ValueError("a bucket's name has no spaces"), MISTAKE),

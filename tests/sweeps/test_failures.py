@@ -16,7 +16,7 @@ from spt_jax.errors import UserError
 from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.locked import holder_here
 from spt_jax.sweeps.process_identity import this_process
-from spt_jax.sweeps.worker import ERROR, MOST_FAILURES, Worker, trial_folder
+from spt_jax.sweeps.worker import ERROR, MOST_FAILURES, Worker, Workplace, trial_folder
 from spt_jax.training import tracking
 from spt_jax.training.signals import StopSignal
 
@@ -26,7 +26,10 @@ pytestmark = pytest.mark.first_python
 def test_a_machine_on_which_every_run_fails_uses_no_trial_up(tmp_path, monkeypatch, undisturbed):
     file = write_sweep(tmp_path / "sweep.py")
     monkeypatch.setenv("STAND_IN_BROKEN", "1")
-    with pytest.raises(UserError, match=r"runs fail here one after another, the last one so: .*no accelerator answers"):
+    with pytest.raises(
+        UserError,
+        match=r"no trial has ended well on this machine, .* so: .*no accelerator",
+    ):
         work(file)
     at = workplace(file)
     states = [(trial.state, ERROR in trial.user_attrs) for trial in at.trials()]
@@ -36,22 +39,63 @@ def test_a_machine_on_which_every_run_fails_uses_no_trial_up(tmp_path, monkeypat
     assert_each_point_once(at, undisturbed)
 
 
-def test_a_failed_trial_is_left_to_another_worker_as_long_as_there_is_one(tmp_path, monkeypatch, undisturbed):
+def worker_elsewhere(at: Workplace, monkeypatch: pytest.MonkeyPatch, *, until: str = "") -> list[str]:
+    """What a worker in this process says that takes itself for one on another machine; it stops at the line `until`."""
+    monkeypatch.setattr("spt_jax.sweeps.worker.machine", lambda: "elsewhere")
+    said, stop = [], StopSignal()
+
+    def say(line: str) -> None:
+        said.append(line)
+        stop.requested = bool(until) and line.startswith(until)
+
+    leases = Leases(at.storage.engine, at.study.study_name, "elsewhere 1 1 x", 60.0)
+    Worker(at, leases, stop, say).work()
+    return said
+
+
+def test_a_machine_on_which_nothing_ended_well_leaves_its_trials_to_another(tmp_path, monkeypatch, undisturbed):
     file = write_sweep(tmp_path / "sweep.py")
     at = workplace(file)
     healthy = start_worker(file, step=0.4)
     with ended([healthy]):
         wait_until(lambda: len(processes(at, 0)) == 1)
         monkeypatch.setenv("STAND_IN_BROKEN", "1")
-        said: list[str] = []
-        leases = Leases(at.storage.engine, at.study.study_name, this_process(), 60.0)
-        with pytest.raises(UserError, match="runs fail here one after another"):
-            Worker(at, leases, StopSignal(), said.append).work()
-        assert [line for line in said if "tried once more" in line] == [
-            line for number in (1, 2, 3) for line in said if line.startswith(f"trial {number}: failed, tried once more")
-        ]
+        with pytest.raises(UserError, match="no trial has ended well on this machine"):
+            worker_elsewhere(at, monkeypatch)
         assert healthy.wait(60) == 0
     assert_each_point_once(at, undisturbed)
+
+
+def test_a_machine_that_breaks_uses_no_trial_up_that_a_worker_elsewhere_can_take(tmp_path, monkeypatch, undisturbed):
+    file = write_sweep(tmp_path / "sweep.py")
+    at = workplace(file)
+    worker_elsewhere(at, monkeypatch, until="trial 0: complete")
+    monkeypatch.setenv("STAND_IN_BROKEN", "1")
+    with monkeypatch.context() as whole:
+        whole.delenv("STAND_IN_BROKEN")
+        healthy = start_worker(file, step=0.3)
+    with ended([healthy]):
+        wait_until(lambda: len(processes(at, 1)) == 1)
+        said = worker_elsewhere(at, monkeypatch)
+        assert healthy.wait(60) == 0
+    assert [line[:15] for line in said if "tried once more" in line] == ["trial 2: failed", "trial 3: failed"]
+    assert_each_point_once(at, undisturbed)
+
+
+@pytest.mark.parametrize("well", ["here", "elsewhere"])
+def test_many_bad_trials_end_in_one_go_where_others_end_well(tmp_path, monkeypatch, well):
+    decays = "[0.1, 0.2, 0.3, 0.4, 0.0]" if well == "elsewhere" else "[0.0, 0.1, 0.2, 0.3, 0.4]"
+    fields = f'space={{"optimizer.weight_decay": CategoricalDistribution({decays})}}, sampler="grid"'
+    file = write_sweep(tmp_path / "sweep.py", fields, steps=2)
+    at = workplace(file)
+    if well == "elsewhere":  # bad ones failed there too, before it left
+        with monkeypatch.context() as patched, pytest.raises(UserError):
+            worker_elsewhere(at, patched)
+        with monkeypatch.context() as patched:
+            monkeypatch.setenv("STAND_IN_SECONDS", "0.01")
+            worker_elsewhere(at, patched, until="trial 4: complete")
+    work(file)
+    assert sorted(state for state, *_ in outcome(at).values()) == ["COMPLETE", *["FAIL"] * 4]
 
 
 def test_several_workers_on_a_machine_on_which_every_run_fails_use_no_trial_up(tmp_path, monkeypatch, undisturbed):
@@ -62,7 +106,7 @@ def test_several_workers_on_a_machine_on_which_every_run_fails_use_no_trial_up(t
         workers = [start_worker(file) for _ in range(3)]
         with ended(workers):
             assert [worker.wait(60) for worker in workers] == [1, 1, 1]
-        assert (tmp_path / "worker.txt").read_text().count("runs fail here one after another") % 3 == 0
+        assert (tmp_path / "worker.txt").read_text().count("no trial has ended well on this machine") % 3 == 0
         assert TrialState.FAIL not in {trial.state for trial in at.trials()}
     monkeypatch.delenv("STAND_IN_BROKEN")
     work(file)
@@ -90,7 +134,7 @@ def test_a_full_disk_that_the_worker_itself_meets_uses_no_trial_up(tmp_path, mon
     leases = Leases(at.storage.engine, at.study.study_name, this_process(), 60.0)
     with monkeypatch.context() as patched:
         patched.setattr(place, failing)
-        with pytest.raises(UserError, match=r"runs fail here one after another, .*No space left on device"):
+        with pytest.raises(UserError, match=r"no trial has ended well on this machine, .*No space left on device"):
             Worker(at, leases, StopSignal(), print).work()
     assert TrialState.FAIL not in {trial.state for trial in at.trials()}
     work(file)

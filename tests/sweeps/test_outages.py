@@ -19,7 +19,7 @@ from stand_in_sweep import processes, workplace, write_sweep
 from test_workers import assert_each_point_once, wait_until
 
 from spt_jax.errors import UserError
-from spt_jax.exit_codes import MISTAKE, STOPPED
+from spt_jax.exit_codes import FAILED, MISTAKE
 from spt_jax.sweeps import door, outages, storage, watching
 from spt_jax.sweeps.leases import Leases
 from spt_jax.sweeps.outages import Patience, is_away, reason_of
@@ -28,6 +28,7 @@ from spt_jax.sweeps.worker import ERROR, Worker, Workplace
 from spt_jax.training.signals import StopSignal
 
 AWAY = OperationalError("SELECT 1", {}, RuntimeError("connection refused"))
+REFUSED = OperationalError("", {}, RuntimeError('FATAL: password authentication failed for user "me"'))
 WRONG = IntegrityError("INSERT", {}, RuntimeError("no such column"))
 
 
@@ -127,7 +128,7 @@ def test_a_worker_whose_storage_stays_away_gives_up_and_loses_nothing(tmp_path, 
 
 
 @pytest.mark.parametrize(
-    ("error", "passes"), [(AWAY, True), (WRONG, False), (StorageInternalError("An exception"), False)]
+    ("error", "passes"), [(AWAY, True), (WRONG, False), (REFUSED, False), (StorageInternalError("An exception"), False)]
 )
 def test_only_what_may_pass_is_borne(error, passes):
     assert is_away(error) is passes
@@ -211,12 +212,12 @@ def test_a_storage_that_is_away_while_a_trial_is_told_finds_its_worker_and_no_ot
     assert_each_point_once(at, undisturbed)
 
 
-def test_a_worker_whose_storage_does_not_come_back_ends_as_one_that_was_stopped(tmp_path, monkeypatch, capsys):
+def test_a_worker_whose_storage_never_answers_is_worth_another_start(tmp_path, monkeypatch, capsys):
     file = write_sweep(tmp_path / "sweep.py")
     monkeypatch.setattr(storage, "_opened", lambda _: (_ for _ in ()).throw(AWAY))
     monkeypatch.setattr(door, "AWAY_SECONDS", 1.5)
     flags = [f"--sweep={file}", f"--out={tmp_path / 'out'}"]
-    assert door.main("launch/sweep.py", [*flags, "--worker"]) == STOPPED
+    assert door.main("launch/sweep.py", [*flags, "--worker"]) == FAILED
     assert "connection refused" in capsys.readouterr().err
     assert door.main("launch/sweep.py", flags) == MISTAKE
 

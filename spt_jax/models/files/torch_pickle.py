@@ -308,7 +308,7 @@ def _checked(tensor: TorchTensor) -> TorchTensor:
     return tensor
 
 
-_MOST_BITS = 1000  # larger numbers fit no float, and the largest take minutes to print
+_MOST_BITS = 1000  # larger numbers fit no float, and much larger ones cannot be printed
 _PUSHED_ARGUMENTS = frozenset(
     ["BININT", "BININT1", "BININT2", "LONG1", "LONG4", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8"]
 )
