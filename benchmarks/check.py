@@ -7,8 +7,8 @@ Costs that do not depend on the machine's speed: matrix products of the train st
 are made), alone and over what the method needs; bytes and temporary memory of the compiled step, a loop's body counted
 once as XLA counts it; the padding of the built-in dialogues; and in a run of a few steps on a small decoder the
 compilations, the calls that read from the device, the values that the host asks for, and the arrays that batches place
-there. The compiler decides about some of them, so figures are kept for each version
-of jax; for one that has none, they are printed and nothing is compared. `tests/benchmarks/test_check.py` runs this.
+there. The compiler decides about some of them, so figures are kept for each version of jax; for one that has none, they
+are printed and nothing is compared. `tests/benchmarks/test_check.py` runs this.
 """
 
 from __future__ import annotations

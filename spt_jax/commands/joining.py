@@ -14,6 +14,7 @@ from typing import Any
 from absl import flags
 
 from spt_jax.commands.failures import sentence_of
+from spt_jax.exit_codes import FAILED
 
 _PATIENCE_SECONDS = 3.0
 """An error that is no user's may be the echo of a peer's end, which its connection tells soon."""
@@ -71,5 +72,5 @@ def joined_processes(name: str, flag_values: flags.FlagValues) -> Iterator[None]
                 time.sleep(_PATIENCE_SECONDS)
                 traceback.print_exc()
                 first = next(iter(str(error).splitlines()), "")
-                told = f"{type(error).__name__}: {first[:200]}; its own output has the traceback", 1
+                told = f"{type(error).__name__}: {first[:200]}; its own output has the traceback", FAILED
             peers.fail(*told)

@@ -47,14 +47,13 @@ class Patience:
             self._say("the storage answers again")
         self._since = None
 
-    def failed(self, error: BaseException) -> None:
-        """Raises `error` when it will not pass, or has lasted for too long."""
-        if not is_away(error):
-            raise error
+    def bears(self, error: BaseException) -> bool:
+        """Whether to ask again after `error`: not when it will not pass, or has lasted for too long."""
         now = time.monotonic()
         since = now if self._since is None else self._since
-        if now - since >= self._seconds:
-            raise error
+        if not is_away(error) or now - since >= self._seconds:
+            return False
         if self._since is None:
             self._say(f"the storage does not answer ({reason_of(error)}); it is asked for {self._seconds:g} seconds")
         self._since = since
+        return True

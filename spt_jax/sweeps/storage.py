@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import time
 from collections.abc import Mapping
@@ -29,8 +28,13 @@ _PART_LENGTH = 2000
 _BUSY_SECONDS = 30.0
 _OPENINGS = 8
 _OPENING_SECONDS = 60.0
-_CONNECTION = {"connect_timeout": 10, "keepalives_idle": 10, "keepalives_interval": 5, "keepalives_count": 3}
-_CONNECTION["tcp_user_timeout"] = 30_000
+_CONNECTION = {
+    "connect_timeout": 10,
+    "keepalives_idle": 10,
+    "keepalives_interval": 5,
+    "keepalives_count": 3,
+    "tcp_user_timeout": 30_000,
+}
 """libpq's: seconds, and milliseconds. A server that fell silent is noticed in half a minute, not in hours."""
 
 
@@ -69,7 +73,7 @@ def hidden(url: str) -> str:
         told = {name: "***" if "pass" in name else value for name, value in parsed.query.items()}
         return parsed.set(query=told).render_as_string(hide_password=True)
     except (SQLAlchemyError, ValueError):
-        return url.rpartition("@")[2]
+        return url.rpartition("@")[2].partition("?")[0]
 
 
 class StorageAway(UserError):
@@ -91,22 +95,21 @@ def open_storage(url: str, away_seconds: float = 0.0) -> RDBStorage:
         UserError: It cannot be reached or made; `StorageAway` where it was waited for.
     """
     patience = Patience(partial(print, flush=True), away_seconds)
-    for opening in itertools.count():
+    openings = 0
+    while True:
         try:
             return _opened(url)
         except ImportError as error:
             raise UserError(f"--storage={hidden(url)} needs psycopg; install spt_jax with the extra sweep") from error
         except (DBAPIError, RuntimeError) as error:
-            if opening < _OPENINGS and _being_made(error):
-                time.sleep(0.1 * 2**opening)
-                continue
-            try:
-                patience.failed(error)
-            except type(error) as last:
-                kind = StorageAway if away_seconds and is_away(last) else UserError
-                raise kind(f"the storage {hidden(url)} cannot be used: {reason_of(last)}") from last
-            time.sleep(1.0)
-    raise AssertionError
+            if openings < _OPENINGS and _being_made(error):
+                time.sleep(0.1 * 2**openings)
+                openings += 1
+            elif patience.bears(error):
+                time.sleep(1.0)
+            else:
+                kind = StorageAway if away_seconds and is_away(error) else UserError
+                raise kind(f"the storage {hidden(url)} cannot be used: {reason_of(error)}") from error
 
 
 def _opened(url: str) -> RDBStorage:

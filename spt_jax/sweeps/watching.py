@@ -67,9 +67,8 @@ def _poll(
         try:
             trials, leases = read()
         except STORAGE_ERRORS as error:
-            if not more:
+            if not more or not patience.bears(error):
                 raise
-            patience.failed(error)
         else:
             patience.answered()
             show(trials, leases)

@@ -90,7 +90,7 @@ class Worker:
     def __init__(self, workplace: Workplace, leases: Leases, stop: StopSignal, say: Callable[[str], None]) -> None:
         self._at, self._leases, self._stop, self._say = workplace, leases, stop, say
         self._renewed = 0.0
-        self._failed: set[int] = set()
+        self._failed: set[int] = set()  # since this start: what failed before it may have been mended
         self._left_until = 0.0
         self._kept: int | None = None  # a trial whose lease may be held, though the storage did not say so
 
@@ -112,7 +112,8 @@ class Worker:
                     continue
             except STORAGE_ERRORS as error:
                 # The run in hand is saved by now; whoever claims its trial takes it up.
-                patience.failed(error)
+                if not patience.bears(error):
+                    raise
             time.sleep(_IDLE_SECONDS)
 
     def _claimed(self) -> tuple[bool, int | None]:
@@ -243,16 +244,8 @@ class Worker:
 
     def _seed_value(self, trial: optuna.Trial, folder: Path, seed: int) -> float:
         sweep, workdir = self._at.sweep, folder / f"seed_{seed}"
-        reports: _Reports | None = None
-
-        def report() -> None:
-            """Tells the pruner what is new; after a failure, what it knows is read from the storage again."""
-            nonlocal reports
-            if sweep.pruner is None or seed != sweep.seeds[0]:
-                return
-            told, reports = reports or _Reports(trial, workdir, sweep), None
-            told.report()
-            reports = told
+        judged = sweep.pruner is not None and seed == sweep.seeds[0]
+        report = _Reports(trial, workdir, sweep).report if judged else lambda: None
 
         def tick() -> None:
             self._tick(trial.number)
@@ -306,21 +299,23 @@ class _Reports:
 
     def __init__(self, trial: optuna.Trial, workdir: Path, sweep: Sweep) -> None:
         self._trial, self._workdir, self._objective = trial, workdir, sweep.objective
-        self._reported = set(trial.study.get_trials(deepcopy=False)[trial.number].intermediate_values)
-        self._resumed = bool(self._reported)
+        self._reported: set[int] | None = None  # read from the storage, and again after it failed
 
     def report(self) -> None:
         """Reports what is new; raises `_Pruned` when the trial is given up."""
-        if self._resumed and self._trial.should_prune():
-            raise _Pruned  # the worker before was lost between hearing it and telling it
-        self._resumed = False
+        reported, self._reported = self._reported, None
+        if reported is None:
+            reported = set(self._trial.study.get_trials(deepcopy=False)[self._trial.number].intermediate_values)
+            if reported and self._trial.should_prune():
+                raise _Pruned  # the worker before was lost between hearing it and telling it
         for step, value in logged_values(self._workdir, self._objective):
-            if step in self._reported:
+            if step in reported:
                 continue
             self._trial.report(value, step)
-            self._reported.add(step)
+            reported.add(step)
             if self._trial.should_prune():
                 raise _Pruned
+        self._reported = reported
 
 
 def trial_folder(folder: Path, number: int) -> Path:

@@ -27,6 +27,7 @@ def test_the_database_lies_in_the_sweeps_folder_whatever_its_name(tmp_path, name
         "postgresql://host/base?user=me&password=s3cret",
         "postgresql://host/base?sslpassword=s3cret",
         "postgresql+psycopg://me:a@b:s3cret@host/base",
+        "postgresql+psycopg://host:none/host/base?password=s3cret",
     ],
 )
 def test_no_password_is_shown(tmp_path, address):

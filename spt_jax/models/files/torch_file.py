@@ -127,6 +127,9 @@ def float32_copy(view: np.ndarray, path: Path, name: str) -> np.ndarray:
         path: The file, for messages.
         name: The tensor's.
 
+    Returns:
+        float32, of the view's shape.
+
     Raises:
         UserError: It has more numbers than its file: strides of 0 say the same ones again and again.
     """
