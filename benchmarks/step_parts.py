@@ -1,88 +1,189 @@
-"""Where does the time of a train step go?
+"""Where does the time of a train step go? Its profile, added up.
 
     python benchmarks/step_parts.py --shape=small
-    python benchmarks/step_parts.py --shape=opt-125m --rows=8
+    python benchmarks/step_parts.py --shape=opt-125m --rows=4 --rounds=2
 
-The whole step, and two parts of it compiled alone on the same arrays: the LM's blocks (all K rows, forward and the
-gradient of what enters them) and the vocabulary (projection at target positions, LM and fusion losses, and their
-gradient). The three take turns, and the shares are of medians; what is in neither part is the rest: embedding, bank,
-retriever, selection, contrastive loss, optimizer, metrics. Float32 on the CPU, random weights, one batch of ConvAI2's
-proportions. The last line is JSON.
+Some steps run as they are and some under `jax.profiler`, in turns, on one core: a trace tells when an instruction of
+the compiled program began and ended, not how many threads helped, so that on one core alone the times add up. An
+instruction belongs to the part in whose scope it was written, as the compiled program's text tells; one that the
+compiler made belongs to what uses it, or to the loop that it stands in. What was in no instruction is told too. Float32
+on the CPU, random weights, one batch of ConvAI2's proportions. The last line is JSON.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
+import heapq
 import json
-import statistics
+import os
+import re
+import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from drawn_batch import draw_batch
 from machine import machine
 from train_step_setup import SHAPES, lm_fields
 
 from spt_jax.config import default_config
-from spt_jax.models.decoder import decode, vocabulary_head, vocabulary_logits
 from spt_jax.models.families.registry import family_of_hf
 from spt_jax.models.frozen_tree import random_params
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import place_batch
-from spt_jax.prompting.losses import TargetWeights, weighted_target_losses
-from spt_jax.prompting.selective_lm import logit_chunks
 from spt_jax.training.description import describe, objective_of
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.step import init_state, make_train_step
 
+PARTS = {
+    "blocks": r"layers|Decoder\)*/(while|broadcast_in_dim)",
+    "vocabulary": "vocabulary",
+    "embedding, positions, last norm": "embedding|Decoder",
+    "retriever": "Retriever",
+    "losses over turns": "turn_losses",
+    "optimizer, metrics": "optimizer|metrics",
+    "bank, targets, weights": "",
+}
+"""The parts of a step, and by what in a scope's name they are told; the first that fits counts."""
+LARGE = ("blocks", "vocabulary")
+"""What the arithmetic of a step should be."""
+OUTSIDE = "outside instructions"
 
-def parts(shape: str, rows: int) -> dict[str, Callable[[], Any]]:
-    """Calls that run the step and its parts once."""
-    fields, config = lm_fields(shape), default_config()
-    decoder = family_of_hf(fields, shape).config_from_hf(fields, shape)
-    mesh = make_mesh(devices=jax.devices()[:1])
-    model, optimizer = describe(config, decoder, mesh), make_optimizer(config.optimizer, 1000)
-    params = random_params(decoder, jax.random.key(0))
-    batch = place_batch(mesh, draw_batch(rows, decoder.vocab_size))
-    step = make_train_step(model, objective_of(config), optimizer, mesh)
-    state = init_state(model.init(jax.random.key(0), params), optimizer, mesh)
-    count, length = model.num_prompts, batch["tokens"].shape[1] + config.bank.prompt_length
+_INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = ")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
+_SCOPE = re.compile(r'op_name="([^"]*)"')
+_NAME = re.compile(r"%([\w.\-]+)")
 
-    def train() -> Any:
-        nonlocal state
-        state, metrics = step(state, params, batch)
-        return metrics
 
-    @jax.jit
-    def blocks(params: Any, x: jax.Array, cotangent: jax.Array) -> jax.Array:
-        positions = jnp.broadcast_to(jnp.arange(length), x.shape[:2])
-        return jax.vjp(lambda x: decode(decoder, params, x, positions, None)[0], x)[1](cotangent)[0]
+def scopes(text: str) -> dict[str, str]:
+    """The scope of every instruction of a compiled program's text, such as ``jit(step)/jvp(vocabulary)/mul``.
 
-    @jax.jit
-    def vocabulary(params: Any, hidden: jax.Array, scores: jax.Array) -> Any:
-        mask = batch["target_mask"]
-        weights = TargetWeights(mask[..., None] / mask.sum(), mask / mask.sum())
-        chunks = logit_chunks(model, rows, count, mask.shape[1])
+    An instruction that has none, since the compiler made it, is of the scope of the last instruction of what it calls,
+    such as a fusion; else of what uses it first; else of the one that calls the computation it stands in.
+    """
+    own: dict[str, str] = {}
+    named: dict[str, list[str]] = {}
+    home: dict[str, str] = {}
+    roots: dict[str, str] = {}
+    users: dict[str, str] = {}
+    computation = ""
+    for line in text.splitlines():
+        if begun := _COMPUTATION.match(line):
+            computation = begun[1]
+        elif found := _INSTRUCTION.match(line):
+            root, name = found.groups()
+            scope = _SCOPE.search(line)
+            own[name], home[name] = scope[1] if scope else "", computation
+            named[name] = _NAME.findall(line[found.end() :])
+            for other in named[name]:
+                users.setdefault(other, name)
+            if root:
+                roots[computation] = name
 
-        def total(hidden: jax.Array, scores: jax.Array) -> Any:
-            project = lambda head, h: vocabulary_logits(decoder, head, h)  # noqa: E731
-            head, targets = vocabulary_head(params), batch["target_ids"]
-            return weighted_target_losses(project, head, hidden, scores, targets, mask, weights, chunks)
+    def scope_of(name: str) -> str:
+        inside = [own[roots[called]] for called in named[name] if called in roots]
+        above = users.get(name) or users.get(home[name])
+        return own[name] or next(filter(None, inside), "") or (scope_of(above) if above else "")
 
-        return jax.value_and_grad(total, argnums=(0, 1), has_aux=True)(hidden, scores)
+    return {name: scope_of(name) for name in own}
 
-    keys = jax.random.split(jax.random.key(1), 4)
-    x, cotangent = (jax.random.normal(key, (rows * count, length, decoder.hidden_size)) for key in keys[:2])
-    positions = batch["target_mask"].shape[1]
-    hidden = jax.random.normal(keys[2], (rows, positions, count, decoder.hidden_size))
-    scores = jax.random.uniform(keys[3], (rows, positions, count))
-    return {
-        "step": train,
-        "blocks": lambda: blocks(params, x, cotangent),
-        "vocabulary": lambda: vocabulary(params, hidden, scores),
-    }
+
+def part_of(scope: str) -> str:
+    """Which of `PARTS` a scope is of."""
+    return next(part for part, names in PARTS.items() if re.search(names, scope))
+
+
+def self_seconds(events: Iterable[tuple[str, int, int]]) -> Iterator[tuple[str, float]]:
+    """Names and seconds of one thread's events, without those of the events within them.
+
+    Args:
+        events: Name, begin and end, nanoseconds; they hold each other or lie apart.
+    """
+    open_events: list[list[Any]] = []
+
+    def close(until: float) -> Iterator[tuple[str, float]]:
+        while open_events and open_events[-1][1] <= until:
+            name, end, begin, within = open_events.pop()
+            yield name, (end - begin - within) / 1e9
+            if open_events:
+                open_events[-1][3] += end - begin
+
+    for name, begin, end in sorted(events, key=lambda event: (event[1], -event[2])):
+        yield from close(begin)
+        open_events.append([name, end, begin, 0])
+    yield from close(float("inf"))
+
+
+def traced_seconds(run: Callable[[], Any], module: str) -> dict[str, float]:
+    """Seconds of every instruction of a compiled module while `run` runs under the profiler.
+
+    Args:
+        run: Ends when its work has ended.
+        module: The name of the compiled program.
+    """
+    options = jax.profiler.ProfileOptions()
+    options.python_tracer_level = 0
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder, profiler_options=options):
+            run()
+        (kept,) = Path(folder).rglob("*.xplane.pb")
+        profile = jax.profiler.ProfileData.from_file(str(kept))
+    seconds: dict[str, float] = collections.defaultdict(float)
+    for line in (line for plane in profile.planes for line in plane.lines):
+        found = []
+        for event in line.events:
+            stats = dict(event.stats)
+            if stats.get("hlo_module") == module:
+                found.append((stats["hlo_op"], event.start_ns, event.end_ns))
+        for name, spent in self_seconds(found):
+            seconds[name] += spent
+    return seconds
+
+
+class Profile:
+    """A train step that runs as it is and under the profiler.
+
+    Args:
+        shape: Of `SHAPES`.
+        rows: Dialogues of the batch.
+    """
+
+    def __init__(self, shape: str, rows: int) -> None:
+        fields, config = lm_fields(shape), default_config()
+        decoder = family_of_hf(fields, shape).config_from_hf(fields, shape)
+        mesh = make_mesh(devices=jax.devices()[:1])
+        model, optimizer = describe(config, decoder, mesh), make_optimizer(config.optimizer, 1000)
+        self._params = random_params(decoder, jax.random.key(0))
+        self._batch = place_batch(mesh, draw_batch(rows, decoder.vocab_size))
+        self._state = init_state(model.init(jax.random.key(0), self._params), optimizer, mesh)
+        step = make_train_step(model, objective_of(config), optimizer, mesh)
+        self._step = step.lower(self._state, self._params, self._batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
+        self._scopes = scopes(self._step.as_text())
+
+    def run(self) -> float:
+        """One step, and the core seconds that it took."""
+        begun = time.process_time()
+        self._state, metrics = self._step(self._state, self._params, self._batch)
+        jax.block_until_ready((self._state, metrics))
+        return time.process_time() - begun
+
+    def traced(self) -> dict[str, float]:
+        """Core seconds of each instruction in one step, and those `OUTSIDE`."""
+        took: list[float] = []
+        seconds = traced_seconds(lambda: took.append(self.run()), "jit_step")
+        return seconds | {OUTSIDE: took[0] - sum(seconds.values())}
+
+    def scope(self, instruction: str) -> str:
+        """See `scopes`."""
+        return self._scopes.get(instruction, "")
+
+    def part(self, instruction: str) -> str:
+        """Which of `PARTS` an instruction is of."""
+        return OUTSIDE if instruction == OUTSIDE else part_of(self._scopes[instruction])
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -90,31 +191,42 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small", help="sizes of the LM; tiny is for tests")
     parser.add_argument("--rows", type=int, default=8, help="dialogues of the batch")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=5, help="steps under the profiler, and as many without")
+    parser.add_argument("--top", type=int, default=0, help="how many of the costliest instructions are told too")
     options = parser.parse_args(arguments)
-    if min(options.rows, options.rounds) < 1:
-        parser.error("--rows and --rounds must be above 0")
-    calls = parts(options.shape, options.rows)
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    cores: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        jax.block_until_ready(call())
+    if min(options.rows, options.rounds, options.top + 1) < 1:
+        parser.error("--rows and --rounds must be above 0, --top 0 or more")
+    profile = Profile(options.shape, options.rows)
+    profile.run()
+    untraced, seconds = 0.0, collections.defaultdict[str, float](float)
     for _ in range(options.rounds):
-        for name, call in calls.items():
-            wall, cpu = time.perf_counter(), time.process_time()
-            jax.block_until_ready(call())
-            seconds[name].append(time.perf_counter() - wall)
-            cores[name].append(time.process_time() - cpu)
-    whole = statistics.median(cores["step"])
-    found = {name: statistics.median(times) for name, times in cores.items()}
-    found["rest"] = whole - found["blocks"] - found["vocabulary"]
-    print(f"{'':<12} {'cores·s':>9} {'share':>8} {'seconds':>9}")
-    for name, spent in found.items():
-        clock = f"{statistics.median(seconds[name]):>9.3f}" if name in seconds else ""
-        print(f"{name:<12} {spent:>9.3f} {spent / whole:>8.1%} {clock}")
-    facts = {"shape": options.shape, "rows": options.rows}
-    print(json.dumps({"core_seconds": found, "seconds": seconds} | facts | machine()))
+        untraced += profile.run() / options.rounds
+        for name, spent in profile.traced().items():
+            seconds[name] += spent / options.rounds
+    parts = dict.fromkeys((*PARTS, OUTSIDE), 0.0)
+    for name, spent in seconds.items():
+        parts[profile.part(name)] += spent
+    traced = sum(parts.values())
+    rest = sum(spent for part, spent in parts.items() if part not in LARGE)
+    print(f"{'':<34}{'core seconds':>14}{'share':>9}")
+    for part, spent in (*parts.items(), ("all but blocks and vocabulary", rest)):
+        print(f"{part:<34}{spent:>14.4f}{spent / traced:>9.2%}")
+    for name, spent in heapq.nlargest(options.top, seconds.items(), key=lambda item: item[1]):
+        print(f"{name:<34}{spent:>14.4f}{spent / traced:>9.2%}  {profile.scope(name)}")
+    print(f"a step under the profiler: {traced:.3f} core seconds; without it: {untraced:.3f}")
+    facts = {"shape": options.shape, "rows": options.rows, "rest_share": rest / traced}
+    print(json.dumps({"core_seconds": parts, "traced": traced, "untraced": untraced} | facts | machine()))
+
+
+def stay_on_one_core() -> None:
+    """Before the first array, since XLA makes as many threads as there are cores."""
+    if not hasattr(os, "sched_setaffinity"):
+        sys.exit("step_parts.py needs Linux: on other systems a process cannot keep to one core")
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    # Where libtpu is installed, its profiler would fill the core.
+    jax.config.update("jax_platforms", "cpu")
 
 
 if __name__ == "__main__":
+    stay_on_one_core()
     main()

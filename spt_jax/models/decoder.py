@@ -174,6 +174,7 @@ class Decoder(nn.Module):
         return Layer(kinds, scales, None if dropout is None else dropout[: c.num_layers])
 
 
+@jax.named_scope("embedding")
 def embed(config: DecoderConfig, params: FrozenTree, tokens: jax.Array) -> jax.Array:
     """What enters the first block before positions; the soft prompts join the text here.
 

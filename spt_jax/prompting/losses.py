@@ -122,6 +122,7 @@ def _in_chunks(run: Callable[..., Any], arrays: Any, mask: jax.Array, chunks: Ch
     return jax.tree.map(unchunked, made)
 
 
+@jax.named_scope("vocabulary")
 def target_losses(
     project: Callable[[Any, jax.Array], jax.Array],
     head: Any,
@@ -207,6 +208,7 @@ def _weighted_backward(
 _weighted.defvjp(_weighted_forward, _weighted_backward)
 
 
+@jax.named_scope("vocabulary")
 def weighted_target_losses(
     project: Callable[[Any, jax.Array], jax.Array],
     head: Any,

@@ -294,6 +294,7 @@ def _weights(
     return TargetWeights(lm, weights.fusion)
 
 
+@jax.named_scope("turn_losses")
 def _over_turns(
     objective: Objective,
     nll: jax.Array,

@@ -79,6 +79,7 @@ def state_shardings(
     return TrainState(shardings, moments, same, same, same)  # pyright: ignore[reportArgumentType]
 
 
+@jax.named_scope("metrics")
 def _metrics(losses: Losses, gradients: Trainable, batch: ArrayBatch) -> Metrics:
     tokens = batch["tokens"].size
     metrics = {
@@ -131,20 +132,21 @@ def make_train_step(
         losses, gradients = losses_and_gradients(
             model, objective, params, state.trainable, batch, micro_batches, key, progress
         )
-        updates, moved = optimizer.update(gradients, state.optimizer, state.trainable)
-        finite = jnp.isfinite(losses.total) & jnp.isfinite(optax.tree.norm(gradients))
+        with jax.named_scope("optimizer"):
+            updates, moved = optimizer.update(gradients, state.optimizer, state.trainable)
+            finite = jnp.isfinite(losses.total) & jnp.isfinite(optax.tree.norm(gradients))
 
-        def keep(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
+            def keep(new: Any, old: Any) -> Any:
+                return jax.tree.map(lambda a, b: jnp.where(finite, a, b), new, old)
 
-        bad = (~finite).astype(jnp.int32)
-        new_state = TrainState(
-            trainable=keep(optax.apply_updates(state.trainable, updates), state.trainable),
-            optimizer=keep(moved, state.optimizer),
-            step=state.step + 1,
-            skipped=state.skipped + bad,
-            bad_in_a_row=(state.bad_in_a_row + bad) * bad,
-        )
+            bad = (~finite).astype(jnp.int32)
+            new_state = TrainState(
+                trainable=keep(optax.apply_updates(state.trainable, updates), state.trainable),
+                optimizer=keep(moved, state.optimizer),
+                step=state.step + 1,
+                skipped=state.skipped + bad,
+                bad_in_a_row=(state.bad_in_a_row + bad) * bad,
+            )
         metrics = _metrics(losses, gradients, batch)
         return new_state, metrics | {"skipped": new_state.skipped, "bad_in_a_row": new_state.bad_in_a_row}
 
