@@ -18,6 +18,7 @@ import itertools
 import json
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -35,14 +36,17 @@ from spt_jax.config import default_config
 from spt_jax.data.collate import Batch
 from spt_jax.data.loader import DialogueLoader
 from spt_jax.data.packing import Row
+from spt_jax.errors import UserError
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.frozen_tree import abstract_params
 from spt_jax.models.loading import load_lm
+from spt_jax.models.shapes import shape_fields
 from spt_jax.models.weights import kernel_shape
 from spt_jax.parallel.mesh import make_mesh
 from spt_jax.parallel.rules import parameter_sharding, place_batch
 from spt_jax.training.description import describe, objective_of
 from spt_jax.training.optimizer import make_optimizer
+from spt_jax.training.remat import POLICIES
 from spt_jax.training.step import init_state, make_train_step
 
 
@@ -217,9 +221,9 @@ def train_epoch(name: str, rows: int, remat: str, epoch: Any, arguments: argpars
 def main() -> None:
     """Measures, prints a table and one line of JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    default = ["smollm2-135m:64", "opt-125m:64", "opt-2.7b:16", "llama2-7b:8"]
-    parser.add_argument("--models", nargs="*", default=default, help="NAME:ROWS[:REMAT]")
-    parser.add_argument("--epoch", default="", help="NAME:ROWS[:REMAT] that trains a whole epoch")
+    default = [parts_of(spec) for spec in ("smollm2-135m:64", "opt-125m:64", "opt-2.7b:16", "llama2-7b:8")]
+    parser.add_argument("--models", nargs="*", type=parts_of, default=default, help="NAME:ROWS[:REMAT]")
+    parser.add_argument("--epoch", type=parts_of, help="NAME:ROWS[:REMAT] that trains a whole epoch")
     parser.add_argument("--data", default="builtin:train", help="dialogues, such as ConvAI2's file in ParlAI's format")
     parser.add_argument("--tokenizer", default="", help="folder or source; default: SmolLM2's, else bytes")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
@@ -240,7 +244,7 @@ def main() -> None:
         f"{'GB':>7}{'compile':>9}"
     )
     results = []
-    for name, rows, remat in map(parts_of, arguments.models):
+    for name, rows, remat in arguments.models:
         try:
             r = measure(name, rows, remat, epoch, arguments, found["flops_per_second"])
         except jax.errors.JaxRuntimeError as error:
@@ -256,7 +260,7 @@ def main() -> None:
     line = {"device": device.device_kind, "jax": jax.__version__, "ceilings": found, "models": results}
     line["machine"] = machine()
     if arguments.epoch:
-        line["epoch"] = e = train_epoch(*parts_of(arguments.epoch), epoch, arguments)
+        line["epoch"] = e = train_epoch(*arguments.epoch, epoch, arguments)
         print(
             f"an epoch of {EPOCH:,} dialogues, {e['turns']:,.0f} turns, with {e['model']}: {e['seconds']:.1f} s of "
             f"{e['steps']} steps ({e['wait_seconds']:.1f} s of them waiting for the loader), {e['padding']:.1%} "
@@ -266,10 +270,26 @@ def main() -> None:
 
 
 def parts_of(spec: str) -> tuple[str, int, str]:
-    """NAME, ROWS and REMAT."""
-    name, rows, *remat = spec.split(":")
-    return name, int(rows), remat[0] if remat else "none"
+    """NAME, ROWS and REMAT.
+
+    Raises:
+        argparse.ArgumentTypeError: They are not what is allowed.
+    """
+    name, *rest = spec.split(":")
+    rows, remat = (*rest, "none")[:2] if rest else ("", "")
+    try:
+        shape_fields(f"shape:{name}")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if len(rest) > 2 or not rows.isdecimal() or int(rows) < 1 or remat not in POLICIES:
+        raise argparse.ArgumentTypeError(
+            f"{spec!r} is not NAME:ROWS[:REMAT] with 1 row or more and REMAT of {', '.join(POLICIES)}"
+        )
+    return name, int(rows), remat
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"gpu: {error}")
