@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import positive
 
 SIZES = {"opt-125m": (16, 241, 32), "small": (16, 241, 32), "tiny": (4, 20, 5)}
 """Rows, mean tokens of a context, and new tokens."""
@@ -209,12 +210,12 @@ def summary(
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SIZES), default="small", help="sizes of the LM; tiny is for tests")
-    parser.add_argument("--rows", type=int, help="rows of the batch")
-    parser.add_argument("--tokens", type=int, help="mean tokens of a context")
-    parser.add_argument("--new", type=int, help="new tokens of every row")
-    parser.add_argument("--rounds", type=int, default=3, help="times that every run is measured")
-    parser.add_argument("--threads", type=int, default=2, help="cores and threads of every side")
-    parser.add_argument("--length_multiple", type=int, default=32, help="our widths are multiples of it")
+    parser.add_argument("--rows", type=positive, help="rows of the batch")
+    parser.add_argument("--tokens", type=positive, help="mean tokens of a context")
+    parser.add_argument("--new", type=positive, help="new tokens of every row")
+    parser.add_argument("--rounds", type=positive, default=3, help="times that every run is measured")
+    parser.add_argument("--threads", type=positive, default=2, help="cores and threads of every side")
+    parser.add_argument("--length_multiple", type=positive, default=32, help="our widths are multiples of it")
     options = parser.parse_args(arguments)
     rows, tokens, new = SIZES[options.shape]
     options.rows, options.tokens, options.new = options.rows or rows, options.tokens or tokens, options.new or new

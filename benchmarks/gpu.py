@@ -28,6 +28,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arguments import positive
 from flax import traverse_util
 from machine import machine
 from train_step_setup import EPOCH, read_turns, tokenizer_of
@@ -228,11 +229,11 @@ def main() -> None:
     parser.add_argument("--tokenizer", default="", help="folder or source; default: SmolLM2's, else bytes")
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float32"))
     parser.add_argument("--attention", default="auto", choices=("auto", "xla", "cudnn"))
-    parser.add_argument("--prompts", type=int, default=4, help="K")
-    parser.add_argument("--steps", type=int, default=10, help="steps timed; the median counts")
-    parser.add_argument("--max_logit_rows", type=int, default=4096)
-    parser.add_argument("--max_buckets", type=int, default=12)
-    parser.add_argument("--product", type=int, default=8192, help="size of the product whose rate is the ceiling")
+    parser.add_argument("--prompts", type=positive, default=4, help="K")
+    parser.add_argument("--steps", type=positive, default=10, help="steps timed; the median counts")
+    parser.add_argument("--max_logit_rows", type=positive, default=4096)
+    parser.add_argument("--max_buckets", type=positive, default=12)
+    parser.add_argument("--product", type=positive, default=8192, help="size of the product whose rate is the ceiling")
     arguments = parser.parse_args()
     device = jax.devices()[0]
     found = ceilings(arguments.product)

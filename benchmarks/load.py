@@ -293,14 +293,16 @@ def _mesh(text: str) -> dict[str, int]:
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
+    from arguments import positive
+
     parser = argparse.ArgumentParser(description="Times load_lm beside safetensors.torch, and measures host memory.")
     parser.add_argument("--gigabytes", type=float, default=2.0, help="size of the random checkpoint in bfloat16")
-    parser.add_argument("--shards", type=int, default=4, help="files it is written in")
-    parser.add_argument("--devices", type=int, default=8, help="fake CPU devices, all along fsdp")
+    parser.add_argument("--shards", type=positive, default=4, help="files it is written in")
+    parser.add_argument("--devices", type=positive, default=8, help="fake CPU devices, all along fsdp")
     parser.add_argument("--mesh", type=_mesh, help="other axes, such as fsdp=4,tensor=2; overrides --devices")
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16", help="type of the result")
     parser.add_argument("--quantization", choices=("none", "int8", "int4"), default="none", help="of ours alone")
-    parser.add_argument("--rounds", type=int, default=3, help="loads by each loader")
+    parser.add_argument("--rounds", type=positive, default=3, help="loads by each loader")
     parser.add_argument("--cold", action="store_true", help="drop the files from the page cache before each load")
     parser.add_argument("--folder", type=Path, help="where to write the checkpoint; default: a temporary folder")
     parser.add_argument("--measure", choices=LOADERS, help="only load --folder once, in this process")

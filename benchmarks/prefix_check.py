@@ -18,6 +18,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from arguments import positive
+
 from spt_jax.data import Dialogue, TextEncoder, pack, read_dialogues
 from spt_jax.errors import UserError
 from spt_jax.models.loading import load_tokenizer
@@ -116,7 +118,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--tokenizer", required=True, help="a model source, or a folder with a tokenizer's files")
     parser.add_argument("--data", required=True, help="dialogues, as data.train takes them")
     parser.add_argument("--model_type", default="", help="the family, for a folder without config.json")
-    parser.add_argument("--max_length", type=int, default=512, help="limit of a row in tokens (data.max_length)")
+    parser.add_argument("--max_length", type=positive, default=512, help="limit of a row in tokens (data.max_length)")
     flags = parser.parse_args(arguments)
     try:
         tokenizer = _tokenizer(flags.tokenizer, flags.model_type)

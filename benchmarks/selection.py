@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,10 @@ import numpy as np
 
 def read(run: Path) -> dict[str, np.ndarray]:
     """Dialogue ``[U]``, target tokens ``[U]``, mean nll ``[U, K]`` and selected prompt ``[U]`` of answered turns."""
-    rows = [json.loads(line) for line in (run / "predictions.jsonl").read_text(encoding="utf-8").splitlines()]
+    path = run / "predictions.jsonl"
+    if not path.is_file():
+        sys.exit(f"selection: there is no {path}; spt-jax evaluate --workdir={run} writes it")
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     fields = {"dialogue": "dialogue", "tokens": "target_tokens", "nll": "nll", "selected": "selected"}
     return {name: np.asarray([row[field] for row in rows]) for name, field in fields.items()}
 

@@ -156,6 +156,7 @@ class Patcher(importlib.abc.MetaPathFinder):
                 jax.block_until_ready(step(*arguments))
                 self._finish()
 
+            first.lower = step.lower  # what is recomputed is chosen by the programs themselves, where memory is limited
             return first
 
         return made
@@ -275,8 +276,10 @@ def main(options: argparse.Namespace, rest: list[str]) -> None:
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
+    from arguments import positive  # not in the processes that are timed
+
     parser = argparse.ArgumentParser(description="Times the start of a training; other flags go to spt-jax train.")
-    parser.add_argument("--rounds", type=int, default=3, help="starts with warm caches")
+    parser.add_argument("--rounds", type=positive, default=3, help="starts with warm caches")
     parser.add_argument("--no-rehearsal", action="store_true", help="leave out the first run, which is not counted")
     return parser.parse_known_args()
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+from arguments import positive
 from drawn_batch import draw_batch
 from machine import machine
 from train_step_setup import SHAPES, lm_fields
@@ -107,12 +108,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures, and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small", help="sizes of the LM; tiny is for tests")
-    parser.add_argument("--rows", type=int, default=8, help="dialogues of the batch")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rows", type=positive, default=8, help="dialogues of the batch")
+    parser.add_argument("--rounds", type=positive, default=5)
     parser.add_argument("--means", nargs="+", choices=tuple(MEANS), default=list(MEANS), metavar="NAME")
     options = parser.parse_args(arguments)
-    if min(options.rows, options.rounds) < 1:
-        parser.error("--rows and --rounds must be above 0")
     names = list(dict.fromkeys([AS_IT_IS, *options.means]))
     steps = {name: Step(options.shape, options.rows, MEANS[name]) for name in names}
     taken: dict[str, list[tuple[float, float]]] = {name: [] for name in names}

@@ -6,8 +6,9 @@
 Some steps run as they are and some under `jax.profiler`, in turns, on one core: a trace tells when an instruction of
 the compiled program began and ended, not how many threads helped, so that on one core alone the times add up. An
 instruction belongs to the part in whose scope it was written, as the compiled program's text tells; one that the
-compiler made belongs to what uses it, or to the loop that it stands in. What was in no instruction is told too. Float32
-on the CPU, random weights, one batch of ConvAI2's proportions. The last line is JSON.
+compiler made belongs to what uses it, or to the loop that it stands in. What was in no instruction is told too, and how
+much of its time the step had the core: other work on it would be counted as the step's own. Float32 on the CPU, random
+weights, one batch of ConvAI2's proportions. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from arguments import positive
 from drawn_batch import draw_batch
 from machine import machine
 from train_step_setup import SHAPES, lm_fields
@@ -52,6 +54,8 @@ PARTS = {
 LARGE = ("blocks", "vocabulary")
 """What the arithmetic of a step should be."""
 OUTSIDE = "outside instructions"
+LEAST_BUSY = 0.98
+"""Of a step's time, on the core, for shares that mean something."""
 
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%(\S+) = ")
 _COMPUTATION = re.compile(r"^(?:ENTRY )?%(\S+) \(.*\{$")
@@ -164,18 +168,19 @@ class Profile:
         self._step = step.lower(self._state, self._params, self._batch).compile()  # pyright: ignore[reportFunctionMemberAccess]
         self._scopes = scopes(self._step.as_text())
 
-    def run(self) -> float:
-        """One step, and the core seconds that it took."""
-        begun = time.process_time()
+    def run(self) -> tuple[float, float]:
+        """One step: the seconds that it took, and those of them in which this process had a core."""
+        wall, cpu = time.perf_counter(), time.process_time()
         self._state, metrics = self._step(self._state, self._params, self._batch)
         jax.block_until_ready((self._state, metrics))
-        return time.process_time() - begun
+        return time.perf_counter() - wall, time.process_time() - cpu
 
-    def traced(self) -> dict[str, float]:
-        """Core seconds of each instruction in one step, and those `OUTSIDE`."""
-        took: list[float] = []
+    def traced(self) -> tuple[dict[str, float], float]:
+        """Seconds of each instruction in one step and those `OUTSIDE`, and those in which this process had a core."""
+        took: list[tuple[float, float]] = []
         seconds = traced_seconds(lambda: took.append(self.run()), "jit_step")
-        return seconds | {OUTSIDE: took[0] - sum(seconds.values())}
+        [(wall, cpu)] = took
+        return seconds | {OUTSIDE: wall - sum(seconds.values())}, cpu
 
     def scope(self, instruction: str) -> str:
         """See `scopes`."""
@@ -190,39 +195,43 @@ def main(arguments: list[str] | None = None) -> None:
     """Measures, and prints."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=tuple(SHAPES), default="small", help="sizes of the LM; tiny is for tests")
-    parser.add_argument("--rows", type=int, default=8, help="dialogues of the batch")
-    parser.add_argument("--rounds", type=int, default=5, help="steps under the profiler, and as many without")
+    parser.add_argument("--rows", type=positive, default=8, help="dialogues of the batch")
+    parser.add_argument("--rounds", type=positive, default=5, help="steps under the profiler, and as many without")
     parser.add_argument("--top", type=int, default=0, help="how many of the costliest instructions are told too")
     options = parser.parse_args(arguments)
-    if min(options.rows, options.rounds, options.top + 1) < 1:
-        parser.error("--rows and --rounds must be above 0, --top 0 or more")
     profile = Profile(options.shape, options.rows)
     profile.run()
-    untraced, seconds = 0.0, collections.defaultdict[str, float](float)
+    untraced, busy, seconds = 0.0, 0.0, collections.defaultdict[str, float](float)
     for _ in range(options.rounds):
-        untraced += profile.run() / options.rounds
-        for name, spent in profile.traced().items():
+        untraced += profile.run()[0] / options.rounds
+        found, cpu = profile.traced()
+        busy += cpu / options.rounds
+        for name, spent in found.items():
             seconds[name] += spent / options.rounds
     parts = dict.fromkeys((*PARTS, OUTSIDE), 0.0)
     for name, spent in seconds.items():
         parts[profile.part(name)] += spent
     traced = sum(parts.values())
     rest = sum(spent for part, spent in parts.items() if part not in LARGE)
-    print(f"{'':<34}{'core seconds':>14}{'share':>9}")
+    print(f"{'':<34}{'seconds':>14}{'share':>9}")
     for part, spent in (*parts.items(), ("all but blocks and vocabulary", rest)):
         print(f"{part:<34}{spent:>14.4f}{spent / traced:>9.2%}")
     for name, spent in heapq.nlargest(options.top, seconds.items(), key=lambda item: item[1]):
         print(f"{name:<34}{spent:>14.4f}{spent / traced:>9.2%}  {profile.scope(name)}")
-    print(f"a step under the profiler: {traced:.3f} core seconds; without it: {untraced:.3f}")
-    facts = {"shape": options.shape, "rows": options.rows, "rest_share": rest / traced}
-    print(json.dumps({"core_seconds": parts, "traced": traced, "untraced": untraced} | facts | machine()))
+    print(f"a step under the profiler: {traced:.3f} s, {busy / traced:.1%} on the core; without it: {untraced:.3f} s")
+    if busy < LEAST_BUSY * traced:
+        print("other work had the core for a part of the time, so the shares are not to be trusted")
+    facts = {"shape": options.shape, "rows": options.rows, "rest_share": rest / traced, "busy": busy / traced}
+    print(json.dumps({"seconds": parts, "traced": traced, "untraced": untraced} | facts | machine()))
 
 
 def stay_on_one_core() -> None:
     """Before the first array, since XLA makes as many threads as there are cores."""
     if not hasattr(os, "sched_setaffinity"):
         sys.exit("step_parts.py needs Linux: on other systems a process cannot keep to one core")
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    # A kept program would name its instructions as the version did that compiled it.
+    jax.config.update("jax_enable_compilation_cache", False)
     # Where libtpu is installed, its profiler would fill the core.
     jax.config.update("jax_platforms", "cpu")
 

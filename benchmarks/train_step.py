@@ -37,9 +37,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from arguments import positive
 from machine import machine
 from train_step_setup import GROUP, SHAPES, prepared
 from train_step_workers import SIDES, Side, Worker
+
+from spt_jax.errors import UserError
 
 ALLOWED_DIFFERENCE = {"cpu": 1e-4, "gpu": 2e-2}
 """Relative, of a loss: in float32, and in bfloat16."""
@@ -100,13 +103,13 @@ def choose_batches(
     for side, sizes in tried.items():
         if side in batches:
             continue
+        if side in ("ours", "strong_packed"):  # whose rows are dialogues
+            sizes = [size for size in sizes if size <= dialogues] or [dialogues]
         if len(sizes) == 1:
             [batches[side]] = sizes
             continue
         speeds = {}
         for size in sizes:
-            if side in ("ours", "strong_packed") and size > dialogues:
-                continue
             try:
                 with start(side, folder, size, threads) as worker:
                     [speeds[size]] = rates([worker.probe()])
@@ -114,6 +117,9 @@ def choose_batches(
                 print(f"{side:<14} {size:>3} rows a step: {error}", flush=True)
                 continue
             print(f"{side:<14} {size:>3} rows a step: {speeds[size]:.3f} turns/s", flush=True)
+        if not speeds:
+            tried_rows = ", ".join(map(str, sizes))
+            sys.exit(f"{side}: no step of {tried_rows} rows could be measured; give fewer by --batch {side}=ROWS")
         batches[side] = max(speeds, key=lambda size: speeds[size])
     return batches
 
@@ -246,11 +252,11 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--tokenizer", default="", help="folder or source of a tokenizer, or bytes; default: SmolLM2's, else bytes"
     )
-    parser.add_argument("--dialogues", type=int, help="so many dialogues are timed")
-    parser.add_argument("--turns", type=int, default=12, help="turns, of 3 dialogues, that the losses are compared on")
-    parser.add_argument("--rounds", type=int, help="times that every side is measured")
-    parser.add_argument("--authors_steps", type=int, help="steps of the authors' side in a round")
-    parser.add_argument("--threads", type=int, default=2, help="cores and threads of every side")
+    parser.add_argument("--dialogues", type=positive, help="so many dialogues are timed")
+    parser.add_argument("--turns", type=positive, default=12, help="turns, of 3 dialogues, to compare losses on")
+    parser.add_argument("--rounds", type=positive, help="times that every side is measured")
+    parser.add_argument("--authors_steps", type=positive, help="steps of the authors' side in a round")
+    parser.add_argument("--threads", type=positive, default=2, help="cores and threads of every side")
     parser.add_argument("--sides", nargs="+", choices=SIDES, default=list(SIDES), help="ours and some of the others")
     parser.add_argument("--folder", default="", help="what the sides share is kept here, and taken from here if it is")
     parser.add_argument("--device", choices=tuple(TRIED), default="cpu", help="cpu in float32, or gpu in bfloat16")
@@ -259,14 +265,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     dialogues, rounds, steps = SIZES[options.shape] if options.device == "cpu" else GPU_SIZES
     options.dtype = "float32" if options.device == "cpu" else "bfloat16"
     options.group = GROUP if options.device == "cpu" else max(TRIED["gpu"]["ours"])
-    options.dialogues = options.dialogues or dialogues
-    options.rounds, options.authors_steps = options.rounds or rounds, options.authors_steps or steps
+    for name, default in {"dialogues": dialogues, "rounds": rounds, "authors_steps": steps}.items():
+        if getattr(options, name) is None:
+            setattr(options, name, default)
     free = [side for side, sizes in TRIED[options.device].items() if len(sizes) > 1]
     given = {}
     for text in options.batch:
         side, _, rows = text.partition("=")
         if side not in free or not rows.isdigit() or int(rows) < 1:
             parser.error(f"--batch: {text!r} is not a side of {', '.join(free)} with its rows, such as ours=8")
+        if side not in options.sides:
+            parser.error(f"--batch: {side} is not among --sides {' '.join(options.sides)}")
         given[side] = int(rows)
     options.batch = given
     if not {"ours", "authors"} <= set(options.sides):
@@ -305,4 +314,7 @@ def main(options: argparse.Namespace, start: Start = Worker) -> None:
 
 
 if __name__ == "__main__":
-    main(parse())
+    try:
+        main(parse())
+    except UserError as error:
+        sys.exit(f"train_step: {error}")

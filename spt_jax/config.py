@@ -12,7 +12,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from spt_jax.config_rules import RULES, UNRULED, relations
+from spt_jax.config_rules import RULES, UNRULED, WHOLE_NUMBERS, relations
 from spt_jax.errors import UserError, nearest
 
 __all__ = ["RULES", "UNRULED", "Config", "default_config", "flatten", "from_dict", "set_option", "validate"]
@@ -245,6 +245,8 @@ def validate(config: Config) -> None:
             problems.append(f"{name} is {value!r}; allowed: a value of type {kind.__name__}")
         elif name in RULES and not RULES[name].holds(value):
             problems.append(f"{name} is {value!r}; allowed: {RULES[name].allowed}")
+        elif kind is int and name != "seed" and value >= WHOLE_NUMBERS:
+            problems.append(f"{name} is {value!r}; allowed: whole numbers below {WHOLE_NUMBERS}")
     if not problems:
         problems += relations(config)
     if problems:

@@ -36,7 +36,7 @@ OR_THE_REST = Rule(lambda value: value == -1 or value >= 1, "1 or more, or -1 fo
 FRACTION = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 RULES: dict[str, Rule] = {
-    "seed": AT_LEAST_0,
+    "seed": Rule(lambda value: 0 <= value < 2**32, f"0 to {2**32 - 1}"),  # of what JAX makes a key
     "model.source": Rule(bool, "a folder, a hub id, a .gguf file, package:NAME or shape:NAME"),
     "model.dtype": one_of("float32", "bfloat16"),
     "model.quantization": one_of("none", "int8", "int4"),
@@ -117,7 +117,8 @@ RULES: dict[str, Rule] = {
     "train.keep_best": AT_LEAST_1,
     "train.max_bad_steps": AT_LEAST_1,
     "train.profile_steps": AT_LEAST_0,
-    "generation.temperature": AT_LEAST_0,
+    # With less, float32's logits would not fit.
+    "generation.temperature": Rule(lambda value: value == 0 or 1e-30 <= value < math.inf, "0, or 1e-30 or more"),
     "generation.top_k": AT_LEAST_0,
     "generation.top_p": SHARE,
     "generation.min_p": Rule(lambda value: 0 <= value <= 1, "0 to 1"),
@@ -148,6 +149,9 @@ RULES: dict[str, Rule] = {
     "mesh.tensor": OR_THE_REST,
     "mesh.slices": Rule(lambda value: value == -1 or value >= 1, "1 or more, or -1 for those that are there"),
 }
+
+WHOLE_NUMBERS = 2**31
+"""Every whole number is below it, the seed aside: the step's are of 32 bits."""
 
 UNRULED: dict[str, str] = {
     "model.revision": "the hub knows its revisions",

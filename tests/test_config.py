@@ -21,6 +21,8 @@ BAD_VALUES: dict[str, list[Any]] = {
     "1 or more": [0, -3],
     "more than 0": [0.0, -1.0, math.nan, math.inf],
     "0 to 1": [-0.1, 1.1, math.nan],
+    "0 to 4294967295": [-1, 2**32],
+    "0, or 1e-30 or more": [-1.0, 1e-31, math.inf, math.nan],
     "0 to 100": [-0.5, 100.5, math.nan],
     "16 or more": [15, 0],
     "1 or more, or -1 for the rest": [0, -2],
@@ -69,6 +71,12 @@ def test_each_rule_refuses_a_bad_value_by_name_and_says_what_is_allowed(name):
         with pytest.raises(UserError) as told:
             from_dict(nested(name, bad))
         assert str(told.value) == f"{name} is {bad!r}; allowed: {allowed}"
+
+
+@pytest.mark.parametrize("name", sorted(name for name, value in DEFAULTS.items() if type(value) is int))
+def test_no_whole_number_is_larger_than_what_a_step_counts_with(name):
+    with pytest.raises(UserError, match=f"{re.escape(name)} is {2**32}; allowed: "):
+        from_dict(nested(name, 2**32))
 
 
 @pytest.mark.parametrize("name", sorted(name for name, value in DEFAULTS.items() if isinstance(value, float)))
@@ -195,7 +203,7 @@ def test_a_subset_of_all_prompts_is_no_subset():
 
 
 def test_a_subset_of_more_prompts_than_memory_holds_is_counted_without_them():
-    config = from_dict({"bank": {"num_prompts": 2**62}, "objective": {"prompts_per_step": 3}})
+    config = from_dict({"bank": {"num_prompts": 2**31 - 1}, "objective": {"prompts_per_step": 3}})
     config.objective.prompts_per_step = 1
     with pytest.raises(UserError, match=r"objective\.prompts_per_step is 1; allowed: 0 for all, or 2 up to"):
         validate(config)

@@ -142,7 +142,7 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
     validate(config)
     with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
         checkpoint = checkpoints.meta(given["checkpoint"])
-    source, dialogues = heldout_dialogues(config, given["data"], given["limit"], given["split"])
+    source, dialogues = heldout_dialogues(config, workdir, given["data"], given["limit"], given["split"])
     ask = functools.partial(
         question,
         config,
@@ -150,7 +150,7 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
         dialogues=dialogues,
         baselines=given["baselines"],
         replies=given["replies"],
-        demonstrations=demonstrations_of(config),
+        demonstrations=demonstrations_of(config, workdir),
     )
     asked = ask(checkpoint).whole if checkpoint else ""
     _check_same(asked)

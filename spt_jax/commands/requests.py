@@ -27,8 +27,8 @@ class Request:
 
     Attributes:
         place: ``file:line``.
-        persona: The persona's lines; may be none.
-        history: Alternating utterances, the last one the partner's.
+        persona: The persona's lines, stripped; may be none.
+        history: Alternating utterances, stripped, the last one the partner's.
         seed: Of the draws of its reply; None where the line names none.
         fields: The whole JSON object, other fields included.
     """
@@ -132,4 +132,4 @@ def _texts(fields: dict[str, Any], name: str) -> tuple[str, ...]:
     for position, text in enumerate(value, start=1):
         if not text.strip():
             raise UserError(f"entry {position} of {name} is empty")
-    return tuple(value)
+    return tuple(text.strip() for text in value)  # as everywhere else

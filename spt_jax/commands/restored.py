@@ -15,7 +15,7 @@ import numpy as np
 from spt_jax.commands.workdirs import local_workdir
 from spt_jax.config import Config
 from spt_jax.data.collate import inference_contexts
-from spt_jax.data.dialogue import Dialogue
+from spt_jax.data.dialogue import Dialogue, dialogues_digest
 from spt_jax.data.few_shot import draw_demonstrations
 from spt_jax.data.official import official_prompt
 from spt_jax.data.template import Template, encode_context
@@ -31,9 +31,17 @@ from spt_jax.step_names import names_a_step
 from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.checkpoint_arrays import restore_targets
 from spt_jax.training.description import front_length
-from spt_jax.training.experiment import Experiment, open_experiment, pad_id_of, read_source, read_splits, template_of
+from spt_jax.training.experiment import (
+    Experiment,
+    Splits,
+    open_experiment,
+    pad_id_of,
+    read_source,
+    read_splits,
+    template_of,
+)
 from spt_jax.training.run_training import keeps_initial
-from spt_jax.training.workdir import CHECKPOINT_FOLDER, check_lm, read_config, read_initial
+from spt_jax.training.workdir import CHECKPOINT_FOLDER, check_dialogues, check_lm, read_config, read_initial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -77,7 +85,8 @@ class Run:
     @cached_property
     def template(self) -> Template:
         """How the rows of the run are written; few-shot prompting reads the training dialogues for it."""
-        demonstrations = read_splits(self.config).train if self.config.method.kind == "few_shot" else []
+        few_shot = self.config.method.kind == "few_shot"
+        demonstrations = _splits_of_run(self.config, self.workdir).train if few_shot else []
         return template_of(self.config, self.lm.tokenizer, demonstrations)
 
     @property
@@ -106,7 +115,8 @@ class Run:
                 f"{self.lm.config.longest_row} positions; lower --max_new_tokens"
             )
         if d.max_turns:
-            history = history[-(2 * d.max_turns - 1) :]
+            # A persona is said of whole exchanges; a reply answers the last of the partner's utterances.
+            history = history[-(2 * d.max_turns - (0 if self.template.learns_persona else 1)) :]
         tokenizer = self.lm.tokenizer
         if self.experiment.model.official:
             return official_prompt(persona, history, tokenizer, max_length=limit).tolist()
@@ -187,22 +197,38 @@ SPLITS = {"test": "test", "development": "validation", "train": "train"}
 """A run's parts of its data, and what Hugging Face datasets call them."""
 
 
-def demonstrations_of(config: Config) -> tuple[Dialogue, ...]:
+def _splits_of_run(config: Config, workdir: Path) -> Splits:
+    """The parts of a run's own data, which must be those it learned from: else what is held out may have been learned.
+
+    Raises:
+        UserError: They cannot be read, or have changed since the run was started.
+    """
+    splits = read_splits(config)
+    if is_lead():
+        digests = {"training": dialogues_digest(splits.train), "development": dialogues_digest(splits.development)}
+        check_dialogues(workdir, config, digests, "name dialogues to measure on by --data")
+    return splits
+
+
+def demonstrations_of(config: Config, workdir: Path) -> tuple[Dialogue, ...]:
     """The training dialogues that a run shows before its contexts; none but for few-shot prompting.
 
     Raises:
-        UserError: They cannot be read, or are too few to draw from.
+        UserError: They cannot be read, have changed, or are too few to draw from.
     """
     if config.method.kind != "few_shot":
         return ()
-    return draw_demonstrations(read_splits(config).train, config.method.shots, config.seed)
+    return draw_demonstrations(_splits_of_run(config, workdir).train, config.method.shots, config.seed)
 
 
-def heldout_dialogues(config: Config, source: str, limit: int = 0, split: str = "test") -> tuple[str, list[Dialogue]]:
+def heldout_dialogues(
+    config: Config, workdir: Path, source: str, limit: int = 0, split: str = "test"
+) -> tuple[str, list[Dialogue]]:
     """The dialogues that a run is measured on; malformed lines that ``data.on_error`` skips are told on standard error.
 
     Args:
         config: The run's configuration.
+        workdir: Where the run lies.
         source: As ``data.test``; empty for the run's own, which may be cut from its training dialogues.
         limit: The first so many; 0 for all.
         split: One of `SPLITS`: which part of the run's data, or of a source that has parts.
@@ -211,7 +237,7 @@ def heldout_dialogues(config: Config, source: str, limit: int = 0, split: str = 
         The name of the source, and the dialogues.
 
     Raises:
-        UserError: The source cannot be read.
+        UserError: The source cannot be read; or the run's own data, of which a part is asked for, have changed.
     """
     source = source or {"test": config.data.test, "development": config.data.development, "train": ""}[split]
     if source:
@@ -220,7 +246,7 @@ def heldout_dialogues(config: Config, source: str, limit: int = 0, split: str = 
     else:
         part = {"test": "held out", "development": "its development split", "train": "what was learned from"}
         source = f"{config.data.train} ({part[split]})"
-        splits = read_splits(config)
+        splits = _splits_of_run(config, workdir)
         dialogues, skipped = getattr(splits, split), tuple(splits.skipped)
         if not dialogues:
             raise UserError(f"this run has no {split} dialogues; --data names others")

@@ -57,7 +57,7 @@ def run(flag_values: flags.FlagValues) -> int:
     check_writable(out)
     restored = open_run(given["workdir"], given["checkpoint"])
     config, lm = restored.config, restored.lm
-    _, dialogues = heldout_dialogues(config, given["data"], given["limit"])
+    _, dialogues = heldout_dialogues(config, restored.workdir, given["data"], given["limit"])
     official = restored.experiment.model.official
     layout = given["layout"] or ("turn" if official or config.data.max_turns else "dialogue")
     rows = pack_dialogues(config, dialogues, lm.tokenizer, restored.template, layout).rows

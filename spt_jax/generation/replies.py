@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from spt_jax.data.template import PlainTemplate
 
 _CUT_OFFICIAL = re.compile(r"R:|Q:|Summary:|\n|:")
-# A word no tokenizer gives: whether it survives a cut says whether the text before it was cut.
+# More text, of no white space alone: a reply that stays the same with it is over.
 _SENTINEL = " \x00"
 
 
@@ -62,7 +62,7 @@ class ReplyText:
 
     def over(self, text: str) -> bool:
         """Whether more text would change nothing: a marker or a stop string is in it."""
-        return any(stop in text for stop in self.stop) or not self.cut(text + _SENTINEL).endswith(_SENTINEL.strip())
+        return any(stop in text for stop in self.stop) or self.cut(text + _SENTINEL) == self.cut(text)
 
     @property
     def stopped(self) -> Callable[[Sequence[int]], bool] | None:

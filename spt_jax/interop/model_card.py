@@ -39,6 +39,7 @@ class CardFacts:
         family: The LM's family.
         adapters: The folders of the adapters.
         figures: A table of results in Markdown; empty for none.
+        projected: Whether the LM projects its embeddings to the width of its blocks, as OPT-350m does.
     """
 
     config: Config
@@ -47,6 +48,7 @@ class CardFacts:
     family: str
     adapters: tuple[str, ...]
     figures: str = ""
+    projected: bool = False
 
 
 def hub_id(source: str) -> str | None:
@@ -142,7 +144,7 @@ def _code(facts: CardFacts, bos_id: int | None) -> str:
     c, adapters, first = facts.config, facts.adapters, next(iter(facts.adapters))
     base = hub_id(c.model.source) or "BASE"
     revision = f', revision="{facts.identity.revision}"' if hub_id(c.model.source) and facts.identity.revision else ""
-    selects = _selection(c) if len(adapters) > 1 else []
+    selects = _selection(facts) if len(adapters) > 1 else []
     end = " " if c.retriever.context == "official" else ""
     cut = "colon or line break" if c.retriever.context == "official" else "Q:, R: or line break"
     bos = "" if bos_id is None else f"[{bos_id}] + "
@@ -180,8 +182,9 @@ def _code(facts: CardFacts, bos_id: int | None) -> str:
     return "\n".join(lines)
 
 
-def _selection(c: Config) -> list[str]:
+def _selection(facts: CardFacts) -> list[str]:
     """Choosing a prompt in torch, without spt_jax; empty where a few lines cannot say it."""
+    c = facts.config
     r = c.retriever
     if r.kind != "linear" or r.context != "context":
         return []
@@ -193,7 +196,10 @@ def _selection(c: Config) -> list[str]:
         return f'{mean} @ t["retriever/{layer}/kernel"] + t["retriever/{layer}/bias"]'
 
     prompts = 't["bank/keys"]' if c.bank.kind == "prefixes" else 't["bank/prompts"].mean(1)'
-    context = "lm.get_input_embeddings()(ids)[0].float().mean(0)"
+    embeddings = "lm.get_input_embeddings()(ids)"
+    if facts.projected:
+        embeddings = f"lm.model.decoder.project_in({embeddings})"
+    context = f"{embeddings}[0].float().mean(0)"
     # Other activations keep the order of the cosines.
     scores = "cosines.relu()" if r.activation == "relu" else "cosines"
     return [
@@ -218,7 +224,7 @@ def _notes(facts: CardFacts) -> str:
             f"{facts.family} needs transformers 5: version 4 scaled embeddings after PEFT had joined the soft prompt, "
             "so that replies would differ."
         )
-    if len(facts.adapters) > 1 and not _selection(c):
+    if len(facts.adapters) > 1 and not _selection(facts):
         why = "is a transformer" if c.retriever.kind == "transformer" else "reads a whole batch at once"
         notes.append(f"The retriever {why}; `spt-jax score` and `spt-jax chat` choose the prompt with it.")
     if c.evaluation.selection == "soft" and len(facts.adapters) > 1:

@@ -98,7 +98,10 @@ def export_peft(run: TrainedRun, out: Path, figures: str = "") -> list[str]:
         "config": run.config.to_dict(),
     }
     files[CONFIG_FILE] = _json(record)
-    facts = CardFacts(run.config, run.identity, run.opened.source, run.opened.family.name, tuple(adapters), figures)
+    projected = run.opened.config.embedding_size is not None
+    facts = CardFacts(
+        run.config, run.identity, run.opened.source, run.opened.family.name, tuple(adapters), figures, projected
+    )
     files[CARD_FILE] = model_card(facts, run.opened.tokenizer.bos_id).encode()
     write_folder(out, files)
     return list(adapters)

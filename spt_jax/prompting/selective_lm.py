@@ -222,6 +222,7 @@ def target_turn_onehot(batch: ArrayBatch) -> jax.Array:
     return jax.nn.one_hot(batch["target_turns"], slots) * batch["target_mask"][..., None]
 
 
+@jax.named_scope("turn_losses")
 def turn_means(values: jax.Array, onehot: jax.Array) -> jax.Array:
     """Means over each turn's targets: ``[D, S, K]`` and ``[D, S, N]`` to ``[D, N, K]``; 0 where there are none."""
     sums = jnp.einsum("dsk,dsn->dnk", values, onehot, precision=jax.lax.Precision.HIGHEST)
@@ -233,6 +234,7 @@ def at_targets(per_turn: jax.Array, onehot: jax.Array) -> jax.Array:
     return jnp.einsum("dnk,dsn->dsk", per_turn, onehot, precision=jax.lax.Precision.HIGHEST)
 
 
+@jax.named_scope("Retriever")
 def batch_contexts(model: SelectiveLM, params: FrozenTree, batch: ArrayBatch) -> Contexts:
     """What the retriever reads of a batch.
 

@@ -25,6 +25,8 @@ from spt_jax.training.tracking import Tracker
 PERPLEXITY = "development/perplexity"
 PENDING = "evaluation_pending"
 """In the JSON values of a checkpoint: whoever asked the run to stop did not wait for the evaluation that was due."""
+UNTRACED_STEPS = 2
+"""Steps of a start before its trace begins: they compile, and settle."""
 
 
 class Evaluator(Protocol):
@@ -137,6 +139,7 @@ def train(
         steps = batches(start, end)
         for step in range(start, end + 1):
             last = step == end
+            watch.end_trace(step - start, last)
             perplexity: float | None = None
             stopping = asked.ask(stop.requested) and not last
             # Who asks a run to stop may not wait for an evaluation; the next start makes up for it.
@@ -157,11 +160,14 @@ def train(
                 checkpoints.rate(step, perplexity)
             if last or stopping:
                 break
-            watch.profile(step - start)
+            watch.begin_trace(step - start)
             _, batch = next(steps)
             state, metrics = step_fn(state, params, place(batch))
             watch.submitted(step + 1, metrics, bar)
         watch.finish(bar)
+        if options.profile_steps and end - start <= UNTRACED_STEPS:
+            left = f"begins after {UNTRACED_STEPS} steps, and {end - start} of the run were left"
+            bar.message(f"train.profile_steps: there is no trace; it {left}")
         checkpoints.wait()
     return Outcome(state, finished=int(state.step) == end and not interrupted)
 
@@ -235,15 +241,16 @@ class _Watch:
         if self._tracing:
             self._end_trace()
 
-    def profile(self, done: int) -> None:
-        """Starts the trace before the third step of this start, ends it `profile_steps` later."""
-        if not self._options.profile_steps:
-            return
-        if done == 2:
+    def begin_trace(self, done: int) -> None:
+        """Begins the trace of this start's steps, before the first one that is traced."""
+        if self._options.profile_steps and done == UNTRACED_STEPS:
             Path(self._options.profile_dir).mkdir(parents=True, exist_ok=True)
             jax.profiler.start_trace(self._options.profile_dir)
             self._tracing = True
-        elif self._tracing and done == 2 + self._options.profile_steps:
+
+    def end_trace(self, done: int, last: bool) -> None:
+        """Ends it behind `profile_steps` steps or the last one, before what follows, such as an evaluation."""
+        if self._tracing and (last or done == UNTRACED_STEPS + self._options.profile_steps):
             self._end_trace()
 
     def _end_trace(self) -> None:

@@ -14,9 +14,11 @@ import jax
 import optax
 
 from spt_jax.config import Config
+from spt_jax.config_rules import WHOLE_NUMBERS
 from spt_jax.data.dialogue import dialogues_digest
 from spt_jax.data.loader import DialogueLoader
 from spt_jax.data.packing import PackedRows, Row
+from spt_jax.errors import UserError
 from spt_jax.models.quantized import tree_bytes
 from spt_jax.parallel.distributed import barrier, is_lead, json_told_by_lead, one_at_a_time
 from spt_jax.parallel.rules import place_batch, replicated
@@ -146,6 +148,9 @@ def _step(prepared: _Preparation, state: TrainState, say: Callable[[str], None])
             shardings=prepared.shardings,
         )
 
+    if config.train.profile_steps:
+        # A kept program names its instructions as the version that compiled it did; a trace needs today's names.
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", True)
     if remark := attention_remark(e.lm.config, config.model.attention, e.mesh):
         say(remark)
     policy = e.model.decoder.remat
@@ -199,6 +204,10 @@ def _prepare(config: Config, workdir: Path, say: Callable[[str], None]) -> _Prep
     total_steps = config.train.steps or config.train.epochs * loader.steps_per_epoch
     if config.method.kind in TEXTUAL:
         total_steps = 0
+    if total_steps >= WHOLE_NUMBERS:
+        raise UserError(
+            f"train.epochs is {config.train.epochs}, which makes {total_steps} steps; allowed: below {WHOLE_NUMBERS}"
+        )
     optimizer = make_optimizer(config.optimizer, total_steps)
     first = initial_trainable(config, e.model, e.lm.params, e.lm.tokenizer, splits.train)
     if config.method.kind == "full":

@@ -143,7 +143,9 @@ def check_workdir(workdir: Path, config: Config) -> None:
         raise UserError(f"{workdir} holds another run: {'; '.join(differing)}; choose another --workdir")
 
 
-def check_dialogues(workdir: Path, config: Config, dialogues: Mapping[str, str]) -> None:
+def check_dialogues(
+    workdir: Path, config: Config, dialogues: Mapping[str, str], otherwise: str = "choose another --workdir"
+) -> None:
     """Refuses dialogues other than those with which the run in `workdir` was started, before any weight is loaded.
 
     Those count that are used, behind ``data.limit`` and all cuts: whatever else changes in a file changes no batch.
@@ -153,6 +155,7 @@ def check_dialogues(workdir: Path, config: Config, dialogues: Mapping[str, str])
         workdir: New, or of the run.
         config: As it was at that start, see `check_workdir`.
         dialogues: The `spt_jax.data.dialogue.dialogues_digest` of each part, by the part's name.
+        otherwise: What one may do beside restoring them.
 
     Raises:
         UserError: Names the parts that differ and the options that they are from.
@@ -168,7 +171,7 @@ def check_dialogues(workdir: Path, config: Config, dialogues: Mapping[str, str])
     if differing:
         raise UserError(
             f"the dialogues of the run in {workdir} have changed since it was started: {' and '.join(differing)}; "
-            "restore what was there, or choose another --workdir"
+            f"restore what was there, or {otherwise}"
         )
 
 

@@ -34,7 +34,8 @@ def test_both_sides_make_batches_and_a_slow_device_does_not_wait():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"), [(("--batch=0",), "must be above 0"), (("--data=nowhere.txt",), "nowhere.txt")]
+    ("arguments", "words"),
+    [(("--batch=0",), "'0' is not a whole number from 1"), (("--data=nowhere.txt",), "nowhere.txt")],
 )
 def test_what_cannot_be_measured_is_refused_in_a_sentence(arguments, words):
     done = program("--model=shape:pythia-70m", *arguments)

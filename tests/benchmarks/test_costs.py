@@ -122,7 +122,7 @@ def test_the_parts_of_a_step_and_what_is_in_none_are_the_whole(programs, capsys)
     programs["step_parts"].main(["--shape=tiny", "--rows=1", "--rounds=1", "--top=3"])
     *table, last = capsys.readouterr().out.splitlines()
     found = json.loads(last)
-    parts = found["core_seconds"]
+    parts = found["seconds"]
     assert list(parts) == [*programs["step_parts"].PARTS, "outside instructions"]
     assert min(spent for part, spent in parts.items() if part != "outside instructions") > 0
     assert sum(parts.values()) == pytest.approx(found["traced"])

@@ -13,10 +13,12 @@ from tiny_run import TALK, train_arguments, walk, write_dialogues
 from tiny_wordnet import readers_closed, write_wordnet
 
 from spt_jax.commands.main import main
-from spt_jax.commands.restored import open_run
+from spt_jax.commands.restored import demonstrations_of, open_run
 from spt_jax.data.template import PlainTemplate
+from spt_jax.errors import UserError
 from spt_jax.models.decoder import decode, embed, vocabulary_logits
 from spt_jax.models.loading import load_lm
+from spt_jax.training.workdir import read_config
 
 
 @pytest.fixture
@@ -144,9 +146,35 @@ def test_limit_takes_the_first_dialogues_and_data_another_file(trained, copy_of,
 def test_a_run_without_test_dialogues_is_measured_on_those_cut_from_its_training_file(copy_of):
     record = json.loads((copy_of / "config.json").read_text())
     record["config"]["data"] |= {"test": "", "test_dialogues": 2}
+    del record["dialogues"]  # of those it learned from, which this run of no test dialogues would not have cut
     (copy_of / "config.json").write_text(json.dumps(record))
     walk("evaluate", f"--workdir={copy_of}", "--nobaselines", "--replies=1")
     assert results_of(copy_of)["data"].endswith("train.txt (held out)")
+
+
+def test_a_run_is_not_measured_on_parts_of_a_file_that_changed_since_it_learned_from_it(
+    trained, copy_of, tmp_path, capsys
+):
+    more = write_dialogues(tmp_path / "more.txt", (*TALK, ("i am new here.", (("hi", "yo"),))))
+    record = json.loads((copy_of / "config.json").read_text())
+    record["config"]["data"]["train"] = str(more)
+    (copy_of / "config.json").write_text(json.dumps(record))
+    capsys.readouterr()
+    for split in ("development", "train"):
+        assert main(["evaluate", f"--workdir={copy_of}", f"--split={split}"]) == 2
+        told = capsys.readouterr().err
+        assert f"the dialogues of the run in {copy_of} have changed since it was started" in told
+        assert "more.txt" in told and "or name dialogues to measure on by --data" in told
+    walk("evaluate", f"--workdir={copy_of}", f"--data={trained / 'test.txt'}", "--nobaselines", "--replies=1")
+
+
+def test_a_few_shot_run_shows_no_other_dialogues_than_it_was_started_with(copy_of, tmp_path):
+    config, *_ = read_config(copy_of)
+    config.method.kind, config.method.shots = "few_shot", 2
+    assert len(demonstrations_of(config, copy_of)) > 1
+    config.data.train = str(write_dialogues(tmp_path / "fewer.txt", TALK[:-1]))
+    with pytest.raises(UserError, match="have changed since it was started"):
+        demonstrations_of(config, copy_of)
 
 
 def test_a_run_opens_where_its_slices_do_not_divide_the_devices(copy_of):
@@ -273,6 +301,10 @@ def test_results_of_few_shot_prompting_follow_from_the_dialogues_it_shows(tmp_pa
     walk("evaluate", f"--workdir={run}", "--replies=1", "--limit=1", "--reuse")
     assert not asked
     write_dialogues(train, [(persona, [(query, f"{said}?!") for query, said in turns]) for persona, turns in TALK])
+    assert main(["evaluate", f"--workdir={run}", "--replies=1", "--limit=1", "--reuse"]) == 2
+    record = json.loads((run / "config.json").read_text())
+    del record["dialogues"]  # as in a run of an older version, which takes any
+    (run / "config.json").write_text(json.dumps(record))
     walk("evaluate", f"--workdir={run}", "--replies=1", "--limit=1", "--reuse")
     assert asked and results_of(run)["columns"] != first
 

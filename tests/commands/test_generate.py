@@ -50,6 +50,13 @@ def test_replies_keep_the_order_and_the_fields_of_the_input(reply_to, fake_run):
         assert answer["reply"] == cut_reply(tokenizer.decode(ids))
 
 
+def test_texts_are_stripped_as_everywhere_and_the_line_is_written_as_it_was(reply_to):
+    stray = {"persona": [" i sing. "], "history": ["\thi\n"]}
+    [plain, same] = reply_to({"persona": ["i sing."], "history": ["hi"]}, stray)
+    assert {name: same[name] for name in stray} == stray
+    assert (same["reply"], same["scores"]) == (plain["reply"], plain["scores"])
+
+
 def test_batch_size_changes_nothing_and_a_forced_prompt_is_used(reply_to):
     assert reply_to(*REQUESTS, arguments=("--batch=1",)) == reply_to(*REQUESTS, arguments=("--batch=3",))
     assert [line["selected"] for line in reply_to(*REQUESTS, arguments=("--prompt=1",))] == [1] * 4

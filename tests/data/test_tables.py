@@ -79,7 +79,7 @@ def test_a_run_learns_from_train_is_tuned_on_validation_and_tested_on_test(saved
     for name, part in {"train": "train", "development": "validation", "test": "test"}.items():
         (dialogue,) = getattr(splits, name)
         assert dialogue.persona == (part,)
-        assert heldout_dialogues(config, str(tmp_path / "set"), split=name)[1] == [dialogue]
+        assert heldout_dialogues(config, tmp_path, str(tmp_path / "set"), split=name)[1] == [dialogue]
 
 
 def test_csv_rows_and_tables_of_turns(tmp_path: Path):

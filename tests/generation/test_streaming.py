@@ -27,6 +27,7 @@ FRAGMENTS = [
     "🙂",
     "\ufffd",
     "5:30",
+    "\0",
 ]
 STOPS = ["", "a", "hi", "good bye", " ", "aa", "aab", "Q", "hi R"]
 texts = st.lists(st.sampled_from(FRAGMENTS), max_size=14).map("".join) | st.text(max_size=30)
@@ -70,6 +71,13 @@ def test_tokens_of_several_characters_add_up_too(fragments):
 @given(data=st.binary(max_size=20))
 def test_bytes_that_are_no_text_add_up_too(data):
     assert "".join(ReplyStream(data, ReplyText(decode))) == cut_reply(decode(data))
+
+
+@pytest.mark.parametrize("said", ["d", "d\0", "\0", "d \0"])
+@pytest.mark.parametrize("marker", [" Q:", "\n"])
+def test_a_marker_ends_a_reply_whatever_stands_before_it(said, marker):
+    assert ReplyText(decode).over(said + marker)
+    assert not ReplyText(decode).over(said)
 
 
 @pytest.mark.parametrize("marker", ["R:", "Q:", "Summary:", "\n"])

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import yaml
 from llama_files import random_llama
+from models.parity import random_model, save
 from peft_runs import trained_run
 
 from spt_jax.commands.restored import Run
@@ -22,6 +23,16 @@ from spt_jax.models.loading import load_lm
 from spt_jax.training.experiment import Experiment
 
 PERSONA, HISTORY = ["i have two dogs."], ["hi, how are you?"]
+
+
+@pytest.fixture(scope="module")
+def projecting_opt(tmp_path_factory) -> Path:
+    """An OPT whose blocks are wider than its embeddings, as OPT-350m's are."""
+    pytest.importorskip("torch")
+    folder = tmp_path_factory.mktemp("lm") / "projecting-opt"
+    fields = {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False}
+    save(random_model("OPTForCausalLM", fields), folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +68,20 @@ def code_of(card: str) -> str:
     ids=str,
 )
 def test_the_code_of_a_card_chooses_the_prompt_and_gives_the_reply_of_the_run(options, llama, tmp_path, monkeypatch):
+    _check_code(llama, options, tmp_path, monkeypatch)
+
+
+@pytest.mark.torch
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing:FutureWarning")
+def test_the_code_of_a_card_chooses_by_embeddings_as_wide_as_the_blocks(projecting_opt, tmp_path, monkeypatch):
+    _check_code(projecting_opt, {"bank__kind": "prefixes", "bank__init": "normal"}, tmp_path, monkeypatch)
+
+
+def _check_code(source: Path, options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("peft")
-    trained = trained_run(str(llama), bank__num_prompts=3, **options)
+    trained = trained_run(str(source), bank__num_prompts=3, **options)
     _, card = card_of(tmp_path / "out", trained)
-    lm = load_lm(str(llama))
+    lm = load_lm(str(source))
     run = Run(tmp_path, Experiment(trained.config, None, lm, trained.model), trained.trainable, 7)  # pyright: ignore[reportArgumentType]
     context = run.encode_context(PERSONA, HISTORY)
     best = int(np.argmax(run.score_contexts([context])[0])) if trained.config.method.kind == "spt" else 0
@@ -72,7 +93,7 @@ def test_the_code_of_a_card_chooses_the_prompt_and_gives_the_reply_of_the_run(op
     names: dict[str, Any] = {}
     said = io.StringIO()
     with contextlib.redirect_stdout(said):
-        exec(code_of(card).replace('"BASE"', repr(str(llama))), names)
+        exec(code_of(card).replace('"BASE"', repr(str(source))), names)
     assert names["ids"][0].tolist() == context
     assert names.get("k", 0) == best
     assert [token for token in names["reply"].tolist() if token != 2] == reply

@@ -390,6 +390,26 @@ def test_a_trace_is_written_of_the_steps_asked_for(tmp_path):
     assert list((tmp_path / "profile").rglob("*.xplane.pb"))
 
 
+@pytest.mark.parametrize(("steps", "traced"), [(1, [2]), (2, [2, 3]), (50, [2, 3, 4, 5, 6])])
+def test_a_trace_holds_its_steps_and_no_evaluation_or_saving_behind_the_last(monkeypatch, tmp_path, steps, traced):
+    run = Run(tmp_path / "c", evaluate_every=100, save_every=3, profile_steps=steps, profile_dir=str(tmp_path / "p"))
+    monkeypatch.setattr(jax.profiler, "start_trace", lambda _: run.note("trace begins"))
+    monkeypatch.setattr(jax.profiler, "stop_trace", lambda: run.note("trace ends"))
+    run.go()
+    assert [event for event in run.events if event.startswith("trace")] == ["trace begins", "trace ends"]
+    within = run.events[run.events.index("trace begins") + 1 : run.events.index("trace ends")]
+    assert [event for event in within if event.startswith("step")] == [f"step {number}" for number in traced]
+    assert not any(event.startswith("evaluate") for event in within)
+    assert ("save 3" in within) == (len(traced) > 1)
+
+
+def test_a_run_too_short_for_a_trace_says_so(tmp_path, capsys):
+    Run(tmp_path / "c", total_steps=2, profile_steps=1, profile_dir=str(tmp_path / "p")).go()
+    said = " ".join(capsys.readouterr().err.split())
+    assert "train.profile_steps: there is no trace; it begins after 2 steps, and 2 of the run were left" in said
+    assert not (tmp_path / "p").exists()
+
+
 def test_a_trace_longer_than_the_run_is_still_written(tmp_path):
     run = Run(tmp_path / "c", profile_steps=50, profile_dir=str(tmp_path / "profile"))
     run.go()
