@@ -40,6 +40,25 @@ def test_needed_arithmetic_is_that_of_real_tokens_forward_and_to_activations(pro
     assert program.needed_flops(c, batch, prompts, prompt_length) == pytest.approx(wanted)
 
 
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("nosuch:4", "there is no shape 'nosuch'"),
+        ("opt-125m", "'opt-125m' is not NAME:ROWS"),
+        ("opt-125m:0", "with 1 row or more"),
+        ("opt-125m:4:half", "REMAT of none, dots, full"),
+        ("opt-125m:4:full:5", "is not NAME:ROWS"),
+    ],
+)
+def test_a_model_that_is_none_is_refused_before_anything_is_measured(program, capsys, monkeypatch, spec, words):
+    monkeypatch.setattr("sys.argv", ["gpu.py", "--models", spec])
+    monkeypatch.setattr(program, "ceilings", lambda size: pytest.fail("measured"))
+    with pytest.raises(SystemExit) as ended:
+        program.main()
+    assert ended.value.code == 2
+    assert words in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_model_and_an_epoch_are_measured_and_the_last_line_is_json(program, capsys, monkeypatch, tmp_path):
     data = tmp_path / "six.txt"
     data.write_text(

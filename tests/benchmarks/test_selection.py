@@ -21,6 +21,11 @@ def program() -> Any:
     return module
 
 
+def test_a_run_that_was_not_evaluated_is_told(program: Any, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match=r"there is no .*predictions\.jsonl; spt-jax evaluate --workdir="):
+        program.read(tmp_path)
+
+
 def test_the_best_prompt_of_a_first_half_is_measured_on_the_second(program: Any) -> None:
     turns = {
         "dialogue": np.array([0, 0, 1, 1]),

@@ -8,7 +8,10 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import pytest
+
+from spt_jax.training.remat import fitting_remat
 
 BENCHMARKS = Path(__file__).resolve().parent.parent.parent / "benchmarks"
 
@@ -28,6 +31,13 @@ def test_every_phase_is_a_function(startup: Any) -> None:
     for module, functions in startup.PHASES.items():
         for dotted in functions:
             assert callable(functools.reduce(getattr, dotted.split("."), importlib.import_module(module))), dotted
+
+
+def test_the_step_that_ends_a_start_can_still_be_asked_for_its_program(startup: Any) -> None:
+    step = jax.jit(lambda x: x + 1)
+    watch = startup.Stopwatch()
+    patched = startup.Patcher(watch, lambda: None)._ending(lambda: step)()
+    assert fitting_remat(lambda _: patched, (1.0,), 10**12) == "none"
 
 
 def test_phases_are_counted_within_the_phase_that_is_open(startup: Any) -> None:

@@ -116,10 +116,49 @@ def test_a_side_works_in_a_process_of_its_own_and_its_death_is_reported(program,
             worker.run(1)
 
 
-def test_a_batch_for_no_side_is_refused(program, capsys):
-    with pytest.raises(SystemExit):
-        program.parse(["--batch", "authors=4"])
-    assert "authors=4" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--batch", "authors=4"], "authors=4"),
+        (["--sides", "ours", "authors", "--batch", "strong=3"], "strong is not among --sides ours authors"),
+        (["--rounds=0"], "'0' is not a whole number from 1"),
+        (["--dialogues=-1"], "'-1' is not a whole number from 1"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused(program, capsys, arguments, words):
+    with pytest.raises(SystemExit) as ended:
+        program.parse(arguments)
+    assert ended.value.code == 2
+    assert words in capsys.readouterr().err
+
+
+class _Probed:
+    """A side that is the faster the fewer rows it has, up to a size that does not fit."""
+
+    def __init__(self, rows: int, fits: int) -> None:
+        self._rows, self._fits = rows, fits
+
+    def probe(self) -> dict[str, float]:
+        if self._rows > self._fits:
+            raise RuntimeError("out of memory")
+        return {"turns": 1.0, "seconds": float(self._rows), "wait": 0.0}
+
+
+@pytest.mark.parametrize(("dialogues", "fits", "rows"), [(3, 9, 3), (4, 9, 4), (16, 9, 4), (16, 16, 4)])
+def test_a_side_of_dialogues_takes_no_more_rows_than_there_are(program, tmp_path, dialogues, fits, rows):
+    def start(side: str, folder: Path, size: int, threads: int) -> Any:
+        return contextlib.nullcontext(_Probed(size, fits))
+
+    tried = {"ours": (4, 8, 16)}
+    assert program.choose_batches(tmp_path, 1, start, {}, dialogues, tried) == {"ours": rows}
+
+
+def test_a_side_of_which_no_size_fits_ends_in_a_sentence(program, tmp_path):
+    def start(side: str, folder: Path, size: int, threads: int) -> Any:
+        return contextlib.nullcontext(_Probed(size, 1))
+
+    with pytest.raises(SystemExit, match="strong: no step of 8, 16 rows could be measured; give fewer"):
+        program.choose_batches(tmp_path, 1, start, {}, 4, {"strong": (8, 16)})
 
 
 def test_a_folder_that_was_prepared_for_something_else_is_refused(program, tmp_path):

@@ -5,6 +5,7 @@ import re
 import shutil
 import signal
 
+import jax
 import pytest
 from tiny_run import TALK, train_arguments, walk, write_config, write_dialogues, write_llama
 
@@ -235,6 +236,23 @@ def test_what_is_recomputed_is_what_the_first_process_says(tmp_path, monkeypatch
     monkeypatch.setattr(run_training, "with_remat", noted)
     walk(*train_arguments(tmp_path, workdir=tmp_path / "run"), "--config.train.steps=1")
     assert asked == ["dots"]
+
+
+def test_a_trace_tells_the_parts_of_the_step_by_the_names_of_this_version(tmp_path):
+    try:
+        walk(
+            *train_arguments(tmp_path, workdir=tmp_path / "run"),
+            "--config.train.steps=3",
+            "--config.train.profile_steps=1",
+        )
+        # Else a program of another version, kept in the cache, would bring its own names.
+        assert jax.config.jax_compilation_cache_include_metadata_in_key  # pyright: ignore[reportAttributeAccessIssue]
+    finally:
+        jax.config.update("jax_compilation_cache_include_metadata_in_key", False)
+    (trace,) = (tmp_path / "run" / "profile").rglob("*.xplane.pb")
+    content = trace.read_bytes()
+    for scope in (b"layers", b"vocabulary", b"embedding", b"Retriever", b"turn_losses", b"optimizer", b"metrics"):
+        assert scope in content, scope
 
 
 @pytest.mark.parametrize(("lead", "steps"), [(True, 3), (False, 0)])

@@ -1,11 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
+import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 from toy_encoders import CharacterEncoder, MergingEncoder, NoBosEncoder, WordEncoder
 
+from spt_jax.commands.restored import Run
+from spt_jax.config import default_config
 from spt_jax.data import Dialogue, DialogueSet, DialogueTooLongError, Turn, encode_context, pack
 from spt_jax.data.persona_task import PersonaTemplate, persona_context_text
 from spt_jax.data.template import PlainTemplate, encode_continued, turn_history
@@ -114,3 +121,15 @@ def test_real_dialogues_learn_their_personas(smollm2_source: str, valid_set: Dia
         last = len(dialogue.turns) - 1
         said = [*turn_history(dialogue, last), dialogue.turns[last].response]
         assert tokenizer.decode(row.tokens[1 : row.context_lengths[0]].tolist()) == persona_context_text(said)
+
+
+@pytest.mark.parametrize("max_turns", [1, 2, 9])
+def test_a_context_of_few_exchanges_is_the_same_in_training_and_behind_a_request(max_turns):
+    config = default_config()
+    config.data.task, config.data.layout, config.data.max_turns = "persona", "turn", max_turns
+    dialogue, encoder = Dialogue(("p",), tuple(Turn(f"q{i}", f"r{i}") for i in range(4))), CharacterEncoder()
+    [row] = pack([dialogue], encoder, layout="turn", max_length=512, max_turns=max_turns, template=TASK).rows
+    lm = SimpleNamespace(config=dataclasses.replace(tiny.CONFIG, max_position_embeddings=4096), tokenizer=encoder)
+    model = SimpleNamespace(official=False)
+    run = Run(Path(), SimpleNamespace(config=config, lm=lm, model=model), {}, 0)  # pyright: ignore[reportArgumentType]
+    assert run.encode_context([], utterances(dialogue)) == row.tokens[: row.context_lengths[0]].tolist()
