@@ -29,6 +29,21 @@ def check_writable(path: Path) -> None:
         raise UserError(f"{path} cannot be written: no permission to write in the folder {path.parent}")
 
 
+def check_other_file(target: Path, source: Path, name: str) -> None:
+    """Refuses to write a command's result over what it reads, by whatever path.
+
+    Args:
+        target: What ``--out`` names.
+        source: The input; need not exist.
+        name: The input's flag.
+
+    Raises:
+        UserError: They are the same file.
+    """
+    if target.exists() and source.exists() and target.samefile(source):
+        raise UserError(f"--out is the file of --{name}, {source}, itself; name another file")
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes bytes, or text as UTF-8, to a temporary neighbour, flushes it to disk and renames it to `path`.
 

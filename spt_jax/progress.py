@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from types import TracebackType
 
 from rich.console import Console
@@ -33,7 +35,7 @@ class ProgressBar:
         self._description, self._total, self._done = description, total, start
         self._start = self._first = start  # of the bar, and of what this process does
         self._note = ""
-        self._console = Console(stderr=True)
+        self._console = _Console(stderr=True)
         self._bar: Progress | None = None
         self._left = threading.Event()
         self._began = self._printed = time.monotonic()
@@ -86,7 +88,9 @@ class ProgressBar:
     def message(self, text: str) -> None:
         """Prints a line without disturbing the bar."""
         if self._shown:
-            (self._bar.console if self._bar is not None else self._console).print(text, markup=False, highlight=False)
+            console = self._bar.console if self._bar is not None else self._console
+            with self._unless_unwritable():
+                console.print(text, markup=False, highlight=False)
 
     def _keep_talking(self) -> None:
         while not self._left.wait(1.0):
@@ -103,7 +107,23 @@ class ProgressBar:
             parts.append(f"{_clock(left)} left")
         elif self._done < self._total and elapsed >= 1:
             parts.append(f"{_clock(elapsed)} so far")
-        print(" · ".join(parts), file=sys.stderr, flush=True)
+        with self._unless_unwritable():
+            print(" · ".join(parts), file=sys.stderr, flush=True)
+
+    @contextlib.contextmanager
+    def _unless_unwritable(self) -> Iterator[None]:
+        """Work does not end because nobody can read how it goes: its reader left, or a log's disk is full."""
+        try:
+            yield
+        except OSError:
+            self._shown = False
+
+
+class _Console(Console):
+    """One that goes silent where its reader leaves, instead of ending the process."""
+
+    def on_broken_pipe(self) -> None:
+        self.quiet = True
 
 
 def _clock(seconds: float) -> str:

@@ -17,14 +17,13 @@ Examples:
 from __future__ import annotations
 
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from absl import flags
 
-from spt_jax.atomic_file import check_writable, write_atomically
+from spt_jax.atomic_file import check_other_file, check_writable, write_atomically
 from spt_jax.commands.replying import Opener, Responder, Selection, define_reply_flags, reply_settings, restored
 from spt_jax.commands.requests import Request, encode_requests, read_requests
 from spt_jax.errors import UserError
@@ -69,8 +68,7 @@ def _paths(flag_values: flags.FlagValues) -> tuple[Path, Path]:
             raise UserError(f"--{name} is missing; give {purpose}")
     source, target = Path(flag_values.input), Path(flag_values.out)
     check_writable(target)
-    if target.exists() and source.exists() and os.path.samefile(source, target):
-        raise UserError(f"--out is the input file {source} itself; name another file")
+    check_other_file(target, source, "input")
     return source, target
 
 

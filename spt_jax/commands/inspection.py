@@ -224,7 +224,7 @@ def _features(config: Config, opened: OpenedLM) -> dict[str, Facts]:
         "cached generation": _applies(True, "prompt and text share one cache"),
         "row and reply fit": _applies(fits, length),
         "quantisation": _applies(True, "int8 or int4 for the blocks' kernels (model.quantization)"),
-        "chat template": _applies(opened.tokenizer.chat_template is not None, "SPT's own template is used either way"),
+        "chat template": _applies(opened.tokenizer.chat_template is not None, "used with data.template = chat alone"),
     }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import importlib
 import os
 import signal
@@ -15,8 +17,14 @@ import spt_jax
 from spt_jax.cache_folder import cache_home, drop_cut_short
 from spt_jax.commands.failures import sentence_of
 from spt_jax.commands.flag_reading import door_help, read_flags
+from spt_jax.commands.terminal import flushed, never_miss_an_interrupt, prepare_streams, unwritable
 from spt_jax.errors import UserError, nearest
 from spt_jax.exit_codes import TERMINATED
+
+UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
+"""Errors of a stream whose reader left, or whose disk is full or broken."""
+_PATHS = ("config", "workdir", "input", "out")
+"""Flags whose value is a path, of which no door reads ``~`` itself."""
 
 DOORS = {
     "train": "train a bank of soft prompts and a retriever, or resume",
@@ -57,6 +65,14 @@ def _prepare_libraries() -> None:
     warnings.filterwarnings("ignore", "Error reading persistent compilation cache entry", UserWarning)
 
 
+def _with_home(argument: str) -> str:
+    """``--workdir=~/run`` as ``--workdir ~/run`` is read, of which a shell makes a path."""
+    name, equals, value = argument.partition("=")
+    if equals and name.lstrip("-") in _PATHS and value.startswith("~"):
+        return f"{name}={os.path.expanduser(value)}"
+    return argument
+
+
 def main(arguments: Sequence[str]) -> int:
     """Runs a door.
 
@@ -66,7 +82,15 @@ def main(arguments: Sequence[str]) -> int:
     Returns:
         The exit code, of `spt_jax.exit_codes`; standard error tells a user's mistake in one sentence.
     """
-    arguments = list(arguments)
+    try:
+        return _through_the_door(list(arguments))
+    except OSError as error:
+        if error.errno not in UNWRITABLE or error.filename is not None:
+            raise
+        return unwritable(error)
+
+
+def _through_the_door(arguments: list[str]) -> int:
     if arguments[:1] == ["help"]:
         arguments = [*arguments[1:3], "--help"]
     if not arguments or arguments[0] in _HELP:
@@ -75,7 +99,7 @@ def main(arguments: Sequence[str]) -> int:
     if arguments[0] == "--version":
         print(f"spt-jax {spt_jax.__version__}")
         return 0
-    door, rest = arguments[0], arguments[1:]
+    door, rest = arguments[0], [_with_home(argument) for argument in arguments[1:]]
     name = f"spt-jax {door}" if door in DOORS else "spt-jax"
     try:
         if door not in DOORS:
@@ -102,12 +126,9 @@ def main(arguments: Sequence[str]) -> int:
         if told is None:
             raise
         sentence, code = told
-        print("\n" * isinstance(error, KeyboardInterrupt) + f"{name}: {sentence}", file=sys.stderr)
+        with contextlib.suppress(OSError):
+            print("\n" * isinstance(error, KeyboardInterrupt) + f"{name}: {sentence}", file=sys.stderr)
         return code
-    except BrokenPipeError:
-        # The reader left; what is still buffered must not raise again when Python exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def run() -> None:
@@ -115,4 +136,6 @@ def run() -> None:
     if os.getpid() == 1:
         # The first process of a container is spared by every signal that it does not handle.
         signal.signal(signal.SIGTERM, lambda number, frame: os._exit(TERMINATED))
-    sys.exit(main(sys.argv[1:]))
+    never_miss_an_interrupt()
+    prepare_streams()
+    sys.exit(flushed(main(sys.argv[1:])))

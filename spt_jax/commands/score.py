@@ -48,13 +48,14 @@ def run(flag_values: flags.FlagValues) -> int:
     for name, wanted in _REQUIRED.items():
         if not given[name]:
             raise UserError(f"--{name} is missing; give {wanted}")
-    from spt_jax.atomic_file import check_writable, write_atomically
+    from spt_jax.atomic_file import check_other_file, check_writable, write_atomically
     from spt_jax.commands.restored import heldout_dialogues, open_run
     from spt_jax.evaluation.likelihood import score_rows
     from spt_jax.training.experiment import pack_dialogues, pad_id_of
 
     out = Path(given["out"])
     check_writable(out)
+    check_other_file(out, Path(given["data"]).expanduser(), "data")
     restored = open_run(given["workdir"], given["checkpoint"])
     config, lm = restored.config, restored.lm
     _, dialogues = heldout_dialogues(config, restored.workdir, given["data"], given["limit"])

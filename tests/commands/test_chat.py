@@ -333,7 +333,7 @@ def test_save_never_overwrites_a_file_of_someone_else(talk, tmp_path):
         ("--workdir=", "--workdir is missing"),
         ("--max_new_tokens=0", "--max_new_tokens is 0"),
         ("--top_k=3", "temperature is 0"),
-        ("--temperature=-1", "--temperature is -1.0; allowed: 0 or more"),
+        ("--temperature=-1", "--temperature is -1.0; allowed: 0, or 1e-30 or more"),
         ("--early_stopping=soon", "--early_stopping is 'soon'; allowed: one of false, true, never"),
         ("--stop=", "--stop is .*; allowed: texts, none empty"),
         ("--seed=-1", "--seed is -1"),

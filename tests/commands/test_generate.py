@@ -168,7 +168,7 @@ def test_an_output_that_cannot_be_written_is_told_before_the_work(reply_to, tmp_
         reply_to(*REQUESTS, out="nowhere/out.jsonl")
     with pytest.raises(UserError, match="is a folder"):
         reply_to(*REQUESTS, out="")
-    with pytest.raises(UserError, match=r"the input file .* itself"):
+    with pytest.raises(UserError, match=r"--out is the file of --input, .*, itself"):
         reply_to(*REQUESTS, out="in.jsonl")
     with pytest.raises(UserError, match="holds no request"):
         reply_to("")

@@ -1,0 +1,90 @@
+"""What a command has to do with the terminal: its streams, and Ctrl-C wherever Python happens to be when it comes."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import signal
+import sys
+import threading
+from types import FrameType
+from typing import Any
+
+from spt_jax.exit_codes import FAILED, INTERRUPTED, MISTAKE
+
+_RETRY_SECONDS = 0.05
+
+
+def prepare_streams() -> None:
+    """A stream that is closed reads and writes nothing; a character that an encoding lacks is written as its escape."""
+    sys.stdin = sys.stdin or open(os.devnull, encoding="utf-8")  # noqa: SIM115
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def unwritable(error: OSError) -> int:
+    """The exit code when standard output could not be written: silent where its reader left, else with a sentence."""
+    _goes_nowhere(sys.stdout)
+    if isinstance(error, BrokenPipeError):
+        return FAILED
+    with contextlib.suppress(OSError):
+        print(f"spt-jax: what is printed cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+    return MISTAKE
+
+
+def flushed(code: int) -> int:
+    """An exit code, or another where what was printed cannot be written."""
+    try:
+        sys.stderr.flush()
+    except OSError:  # how work goes on may be lost, its result not
+        _goes_nowhere(sys.stderr)
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        return unwritable(error)
+    return code
+
+
+def _goes_nowhere(stream: Any) -> None:
+    """What is still buffered must not raise again when Python exits."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def never_miss_an_interrupt() -> None:
+    """Makes Ctrl-C end the process also while modules are imported, and where an exception would be lost.
+
+    The first lines of a C extension turn a `KeyboardInterrupt` into an `ImportError`, or abort; a callback of the
+    garbage collector (JAX has one) swallows it. So while a module is imported the process leaves at once, which it may
+    at any moment, and what a callback swallowed comes again. A SIGINT that is ignored, as in a shell's background,
+    stays so.
+    """
+    if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        return
+    signal.signal(signal.SIGINT, _interrupt)
+    told = sys.unraisablehook
+
+    def lost(unraisable: Any) -> None:
+        if issubclass(unraisable.exc_type, KeyboardInterrupt):
+            main = threading.main_thread().ident or 0
+            again = threading.Timer(_RETRY_SECONDS, signal.pthread_kill, (main, signal.SIGINT))
+            again.daemon = True
+            again.start()
+        else:
+            told(unraisable)
+
+    sys.unraisablehook = lost
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            os.write(2, b"\nspt-jax: interrupted\n")
+            os._exit(INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
