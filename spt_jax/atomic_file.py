@@ -40,7 +40,8 @@ def check_other_file(target: Path, source: Path, name: str) -> None:
     Raises:
         UserError: They are the same file.
     """
-    if target.exists() and source.exists() and target.samefile(source):
+    # Neither name is looked at for its own sake here, so that one of a thousand letters is told where it is.
+    if os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target):
         raise UserError(f"--out is the file of --{name}, {source}, itself; name another file")
 
 

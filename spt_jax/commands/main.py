@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import errno
 import importlib
 import os
 import signal
@@ -17,12 +16,10 @@ import spt_jax
 from spt_jax.cache_folder import cache_home, drop_cut_short
 from spt_jax.commands.failures import sentence_of
 from spt_jax.commands.flag_reading import door_help, read_flags
-from spt_jax.commands.terminal import flushed, never_miss_an_interrupt, prepare_streams, unwritable
+from spt_jax.commands.terminal import OutputError, flushed, never_miss_an_interrupt, prepare_streams, unwritable
 from spt_jax.errors import UserError, nearest
 from spt_jax.exit_codes import TERMINATED
 
-UNWRITABLE = (errno.EPIPE, errno.ENOSPC, errno.EDQUOT, errno.EIO)
-"""Errors of a stream whose reader left, or whose disk is full or broken."""
 _PATHS = ("config", "workdir", "input", "out")
 """Flags whose value is a path, of which no door reads ``~`` itself."""
 
@@ -84,9 +81,7 @@ def main(arguments: Sequence[str]) -> int:
     """
     try:
         return _through_the_door(list(arguments))
-    except OSError as error:
-        if error.errno not in UNWRITABLE or error.filename is not None:
-            raise
+    except (BrokenPipeError, OutputError) as error:
         return unwritable(error)
 
 

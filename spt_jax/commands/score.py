@@ -11,6 +11,7 @@ Examples:
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ def run(flag_values: flags.FlagValues) -> int:
 
     out = Path(given["out"])
     check_writable(out)
-    check_other_file(out, Path(given["data"]).expanduser(), "data")
+    check_other_file(out, Path(os.path.expanduser(given["data"])), "data")
     restored = open_run(given["workdir"], given["checkpoint"])
     config, lm = restored.config, restored.lm
     _, dialogues = heldout_dialogues(config, restored.workdir, given["data"], given["limit"])

@@ -8,12 +8,39 @@ import os
 import signal
 import sys
 import threading
+from collections.abc import Iterator
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO
 
 from spt_jax.exit_codes import FAILED, INTERRUPTED, MISTAKE
 
 _RETRY_SECONDS = 0.05
+
+
+class OutputError(OSError):
+    """What is printed could not be written, other than for a reader that left: its disk is full, for instance."""
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output, whose errors are told apart from those of files."""
+
+    def write(self, text: str) -> int:
+        with _told_apart():
+            return super().write(text)
+
+    def flush(self) -> None:
+        with _told_apart():
+            super().flush()
+
+
+@contextlib.contextmanager
+def _told_apart() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        raise OutputError(error.errno, error.strerror) from error
 
 
 def prepare_streams() -> None:
@@ -25,6 +52,10 @@ def prepare_streams() -> None:
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))  # noqa: SIM115
         elif isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout is sys.__stdout__:
+        # Which stays: a stream closes its buffer when it goes.
+        ours = {name: getattr(sys.stdout, name) for name in ("encoding", "errors", "line_buffering")}
+        sys.stdout = _Output(sys.stdout.buffer, **ours)
 
 
 def unwritable(error: OSError) -> int:
@@ -50,7 +81,7 @@ def flushed(code: int) -> int:
     return code
 
 
-def _goes_nowhere(stream: Any) -> None:
+def _goes_nowhere(stream: TextIO) -> None:
     """What is still buffered must not raise again when Python exits."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import signal
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 from tiny_run import write_dialogues
 
-from spt_jax.commands import terminal
+from spt_jax.commands import inspect, terminal
 from spt_jax.commands.main import main
 from spt_jax.progress import ProgressBar
 
@@ -39,6 +40,15 @@ def test_output_to_a_full_disk_is_a_sentence(arguments):
 def test_a_mistake_told_to_a_full_disk_keeps_its_exit_code():
     with open("/dev/full", "w") as full:
         assert subprocess.run([*DOOR, "inspect", "shape:nosuch"], stderr=full, check=False).returncode == 2
+
+
+def test_a_full_disk_elsewhere_is_not_called_a_full_output(monkeypatch):
+    def fails(_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(inspect, "run", fails)
+    with pytest.raises(OSError, match="No space left"):
+        main(["inspect", "shape:opt-125m"])
 
 
 def test_a_reader_that_leaves_ends_a_command_in_silence():
@@ -139,3 +149,9 @@ def test_scores_are_not_written_over_the_dialogues(linked, tmp_path, capsys):
     assert main(["score", "--workdir=none", f"--data={data}", f"--out={out}"]) == 2
     assert f"--out is the file of --data, {data}, itself; name another file" in capsys.readouterr().err
     assert Path(data).read_bytes() == before
+
+
+@pytest.mark.parametrize("source", ["x" * 300, "~nobody_of_this_name/data.txt", "hf:x", "with\0nul"])
+def test_a_source_that_is_no_path_is_told_by_who_reads_it(source, tmp_path, capsys):
+    assert main(["score", "--workdir=none", f"--data={source}", f"--out={tmp_path / 'o'}"]) == 2
+    assert "none is not the working directory of a run" in capsys.readouterr().err
