@@ -19,6 +19,7 @@ from spt_jax.commands.flag_reading import door_help, read_flags
 from spt_jax.commands.terminal import OutputError, flushed, never_miss_an_interrupt, prepare_streams, unwritable
 from spt_jax.errors import UserError, nearest
 from spt_jax.exit_codes import TERMINATED
+from spt_jax.user_paths import expanded
 
 _PATHS = ("config", "workdir", "input", "out")
 """Flags whose value is a path, of which no door reads ``~`` itself."""
@@ -66,7 +67,7 @@ def _with_home(argument: str) -> str:
     """``--workdir=~/run`` as ``--workdir ~/run`` is read, of which a shell makes a path."""
     name, equals, value = argument.partition("=")
     if equals and name.lstrip("-") in _PATHS and value.startswith("~"):
-        return f"{name}={os.path.expanduser(value)}"
+        return f"{name}={expanded(value, name)}"
     return argument
 
 
@@ -94,12 +95,13 @@ def _through_the_door(arguments: list[str]) -> int:
     if arguments[0] == "--version":
         print(f"spt-jax {spt_jax.__version__}")
         return 0
-    door, rest = arguments[0], [_with_home(argument) for argument in arguments[1:]]
+    door, rest = arguments[0], arguments[1:]
     name = f"spt-jax {door}" if door in DOORS else "spt-jax"
     try:
         if door not in DOORS:
             what = "the door comes first, then its flags" if door.startswith("-") else f"there is no door {door!r}"
             raise UserError(f"{what}; allowed: {', '.join(DOORS)}.{nearest(door, DOORS)}")
+        rest = [_with_home(argument) for argument in rest]
         _prepare_libraries()
         module = importlib.import_module(f"spt_jax.commands.{door}")
         if hasattr(module, "branch") and rest[:1] and rest[0] not in _HELP:

@@ -86,7 +86,7 @@ class Run:
     def template(self) -> Template:
         """How the rows of the run are written; few-shot prompting reads the training dialogues for it."""
         few_shot = self.config.method.kind == "few_shot"
-        demonstrations = _splits_of_run(self.config, self.workdir).train if few_shot else []
+        demonstrations = _splits_of_run(self.config, self.workdir, _ANOTHER).train if few_shot else []
         return template_of(self.config, self.lm.tokenizer, demonstrations)
 
     @property
@@ -197,16 +197,25 @@ SPLITS = {"test": "test", "development": "validation", "train": "train"}
 """A run's parts of its data, and what Hugging Face datasets call them."""
 
 
-def _splits_of_run(config: Config, workdir: Path) -> Splits:
+_ANOTHER = "start another run"
+
+
+def _splits_of_run(config: Config, workdir: Path, otherwise: str) -> Splits:
     """The parts of a run's own data, which must be those it learned from: else what is held out may have been learned.
+
+    Args:
+        config: The run's configuration.
+        workdir: Where the run lies.
+        otherwise: See `check_dialogues`.
 
     Raises:
         UserError: They cannot be read, or have changed since the run was started.
     """
     splits = read_splits(config)
     if is_lead():
-        digests = {"training": dialogues_digest(splits.train), "development": dialogues_digest(splits.development)}
-        check_dialogues(workdir, config, digests, "name dialogues to measure on by --data")
+        cut = {"training": splits.train} | ({} if config.data.development else {"development": splits.development})
+        digests = {part: dialogues_digest(dialogues) for part, dialogues in cut.items()}
+        check_dialogues(workdir, config, digests, otherwise)
     return splits
 
 
@@ -218,7 +227,7 @@ def demonstrations_of(config: Config, workdir: Path) -> tuple[Dialogue, ...]:
     """
     if config.method.kind != "few_shot":
         return ()
-    return draw_demonstrations(_splits_of_run(config, workdir).train, config.method.shots, config.seed)
+    return draw_demonstrations(_splits_of_run(config, workdir, _ANOTHER).train, config.method.shots, config.seed)
 
 
 def heldout_dialogues(
@@ -246,7 +255,7 @@ def heldout_dialogues(
     else:
         part = {"test": "held out", "development": "its development split", "train": "what was learned from"}
         source = f"{config.data.train} ({part[split]})"
-        splits = _splits_of_run(config, workdir)
+        splits = _splits_of_run(config, workdir, "name dialogues to measure on by --data")
         dialogues, skipped = getattr(splits, split), tuple(splits.skipped)
         if not dialogues:
             raise UserError(f"this run has no {split} dialogues; --data names others")

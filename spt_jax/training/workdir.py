@@ -154,7 +154,7 @@ def check_dialogues(
     Args:
         workdir: New, or of the run.
         config: As it was at that start, see `check_workdir`.
-        dialogues: The `spt_jax.data.dialogue.dialogues_digest` of each part, by the part's name.
+        dialogues: The `spt_jax.data.dialogue.dialogues_digest` of each part that counts, by the part's name.
         otherwise: What one may do beside restoring them.
 
     Raises:
@@ -166,7 +166,7 @@ def check_dialogues(
     differing = [
         f"those for {part} (data.{source[part]} = {d[source[part]]!r})"
         for part in LEARNED_FROM
-        if saved.get(part, dialogues[part]) != dialogues[part]
+        if part in dialogues and saved.get(part, dialogues[part]) != dialogues[part]
     ]
     if differing:
         raise UserError(

@@ -173,7 +173,7 @@ def test_a_few_shot_run_shows_no_other_dialogues_than_it_was_started_with(copy_o
     config.method.kind, config.method.shots = "few_shot", 2
     assert len(demonstrations_of(config, copy_of)) > 1
     config.data.train = str(write_dialogues(tmp_path / "fewer.txt", TALK[:-1]))
-    with pytest.raises(UserError, match="have changed since it was started"):
+    with pytest.raises(UserError, match=r"have changed since it was started.*or start another run"):
         demonstrations_of(config, copy_of)
 
 

@@ -139,6 +139,11 @@ def test_a_flag_takes_a_home_as_a_shell_does(flag, monkeypatch, tmp_path, capsys
     assert f"the folder {tmp_path / 'gone'} does not exist" in capsys.readouterr().err
 
 
+def test_the_home_of_nobody_is_told(capsys):
+    assert main(["score", "--workdir=none", "--data=d.txt", "--out=~nobody_of_this_name/scores.jsonl"]) == 2
+    assert "--out ~nobody_of_this_name/scores.jsonl cannot be looked up" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("linked", [False, True])
 def test_scores_are_not_written_over_the_dialogues(linked, tmp_path, capsys):
     data = write_dialogues(tmp_path / "data.txt")
