@@ -12,7 +12,7 @@ from spt_jax.generation.decoding import Decoding
 @pytest.mark.parametrize(
     ("options", "sentence"),
     [
-        ({"temperature": -0.5}, "temperature is -0.5; allowed: 0 or more"),
+        ({"temperature": -0.5}, "temperature is -0.5; allowed: 0, or 1e-30 or more"),
         ({"temperature": float("nan")}, "temperature is nan"),
         ({"temperature": float("inf")}, "temperature is inf"),
         ({"temperature": 1.0, "top_k": -1}, "top_k is -1"),
