@@ -39,6 +39,7 @@ PHASES = {
     "spt_jax.training.experiment": {
         "read_splits": "read dialogues",
         "open_experiment": "open the LM",
+        "OpenedExperiment.load": "load the LM",
         "pack_dialogues": "rows of tokens",
         "make_loader": "loader",
     },

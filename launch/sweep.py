@@ -2,9 +2,20 @@
 
 import sys
 
+from spt_jax.commands.terminal import OutputError, flushed, never_miss_an_interrupt, prepare_streams, unwritable
+
 
 def main() -> int:
     """Runs the program; returns its exit code."""
+    never_miss_an_interrupt("sweep")
+    prepare_streams()
+    try:
+        return flushed(_sweep(), "sweep")
+    except (BrokenPipeError, OutputError) as error:
+        return unwritable(error, "sweep")
+
+
+def _sweep() -> int:
     try:
         import optuna  # noqa: F401
     except ImportError:

@@ -19,7 +19,7 @@ def check_writable(path: Path) -> None:
     present(path, "the file")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file to write")
-    if _is_device(path):
+    if is_device(path):
         if not os.access(path, os.W_OK):
             raise UserError(f"{path} cannot be written: no permission")
         return
@@ -38,10 +38,10 @@ def check_other_file(target: Path, source: Path, name: str) -> None:
         name: The input's flag.
 
     Raises:
-        UserError: They are the same file.
+        UserError: They are the same file. A terminal may be both.
     """
     # Neither name is looked at for its own sake here, so that one of a thousand letters is told where it is.
-    if os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target):
+    if os.path.isfile(source) and os.path.isfile(target) and os.path.samefile(source, target):
         raise UserError(f"--out is the file of --{name}, {source}, itself; name another file")
 
 
@@ -57,8 +57,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     content = content.encode() if isinstance(content, str) else content
     temporary = None
     try:
-        if _is_device(path):
-            with path.open("wb") as device:
+        if is_device(path):
+            with path.open("ab") as device:  # which another program may have written to before
                 device.write(content)
             return
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -77,6 +77,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def _is_device(path: Path) -> bool:
-    """Whether there is something that is neither a file nor a folder."""
-    return path.exists() and not (path.is_file() or path.is_dir())
+def is_device(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder, or the name of a stream of this process.
+
+    Such a name, /dev/stdout for instance, is a link to whatever file the stream was sent to, and must stay.
+    """
+    folder = path.absolute().parent
+    stream = folder in (Path("/dev"), Path("/dev/fd")) or (folder.name == "fd" and folder.is_relative_to("/proc"))
+    return path.exists() and not path.is_dir() and (stream or not path.is_file())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from spt_jax.errors import UserError
@@ -25,6 +26,16 @@ def expanded(text: str, what: str) -> Path:
     return path
 
 
+def stream_path(text: str, device: str) -> Path:
+    """The path of a file of text, of which ``-`` is a standard stream.
+
+    Args:
+        text: As the user wrote it.
+        device: The stream's: ``/dev/stdin`` or ``/dev/stdout``.
+    """
+    return Path(device if text == "-" else text)
+
+
 def present(path: Path, what: str) -> bool:
     """Whether there is something at a path.
 
@@ -42,3 +53,22 @@ def present(path: Path, what: str) -> bool:
         return False
     except OSError as error:
         raise UserError(f"{what} {path} cannot be looked up: {error.strerror or error}") from error
+
+
+def check_around(path: Path, what: str) -> None:
+    """Says before the work whether something could be made at a path after it.
+
+    Args:
+        path: Of nothing, or of what is replaced; the folders around it may be missing.
+        what: What the user calls it.
+
+    Raises:
+        UserError: One of the folders around it is a file, or may not be written.
+    """
+    around = path.absolute().parent
+    while not present(around, what):
+        around = around.parent
+    if not around.is_dir():
+        raise UserError(f"{what}={path} cannot be made: {around} is a file")
+    if not os.access(around, os.W_OK):
+        raise UserError(f"{what}={path} cannot be made: no permission to write in {around}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
+import sys
 
 import pytest
 
@@ -39,6 +40,21 @@ def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path):
         assert reader.communicate(timeout=20)[0] == b"through\n"
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert list(tmp_path.iterdir()) == [pipe]
+
+
+@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
+def test_a_stream_that_was_sent_to_a_file_is_written_behind_what_is_there(tmp_path, name):
+    program = f"""
+from pathlib import Path
+from spt_jax.atomic_file import write_atomically
+print("before", flush=True)
+write_atomically(Path("{name}"), "through\\n")
+"""
+    link = os.readlink("/dev/stdout")
+    with (tmp_path / "out").open("w") as out:
+        subprocess.run([sys.executable, "-c", program], stdout=out, check=True)
+    assert (tmp_path / "out").read_text() == "before\nthrough\n"
+    assert os.readlink("/dev/stdout") == link
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])

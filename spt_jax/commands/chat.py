@@ -51,7 +51,7 @@ def run(flag_values: flags.FlagValues, opener: Opener | None = None) -> int:
 
     from spt_jax.commands.chat_session import ChatSession, line_reader
 
-    run_ = restored(flag_values, opener)
+    run_ = restored(flag_values, settings, opener)
     responder = Responder(run_, settings, max_batch=1, length_multiple=_LENGTH_MULTIPLE)
     console = Console(soft_wrap=True, markup=False, highlight=False)
     saved_in = Path() if is_bucket_url(flag_values.workdir) else Path(flag_values.workdir)

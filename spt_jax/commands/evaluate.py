@@ -129,7 +129,7 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
     from spt_jax.evaluation.kept_results import kept_results, question
     from spt_jax.parallel.distributed import any_process, is_lead
     from spt_jax.training.checkpoint import Checkpoints
-    from spt_jax.training.experiment import open_lm_of
+    from spt_jax.training.experiment import check_room, open_lm_of
     from spt_jax.training.workdir import CHECKPOINT_FOLDER, read_config
 
     config, _, _ = read_config(workdir)
@@ -141,12 +141,15 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
     _check_scorers(config.evaluation)
     validate(config)
     with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
+        checkpoints.check(given["checkpoint"])
         checkpoint = checkpoints.meta(given["checkpoint"])
+    lm = open_lm_of(config)
+    check_room(config, lm)
     source, dialogues = heldout_dialogues(config, workdir, given["data"], given["limit"], given["split"])
     ask = functools.partial(
         question,
         config,
-        lm=open_lm_of(config),
+        lm=lm,
         dialogues=dialogues,
         baselines=given["baselines"],
         replies=given["replies"],
@@ -192,12 +195,10 @@ def _measured(
     from spt_jax.evaluation.journal import Journal
     from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
     from spt_jax.parallel.distributed import is_lead
-    from spt_jax.training.experiment import check_room
 
     restored = open_run(str(workdir), given["checkpoint"])
     for section, values in changes.items():
         restored.config[section].update(values)
-    check_room(restored.config, restored.lm)
     # While the LM was loaded a training beside this may have saved a later or a better checkpoint.
     question = ask(restored.record)
     _check_same(question.whole)

@@ -117,6 +117,7 @@ def _sentence(flag_values: flags.FlagValues, arguments: Sequence[str], error: Ex
         kind = _KINDS.get(flag.flag_type(), f"a value of type {flag.flag_type()}")
         lowest, highest = (getattr(flag.parser, bound, None) for bound in ("lower_bound", "upper_bound"))
         if lowest is not None:
-            kind += f", {lowest} or more" if highest is None else f" from {lowest:g} to {highest:g}"
+            bounds = [f"{bound:g}" if isinstance(bound, float) else str(bound) for bound in (lowest, highest)]
+            kind += f", {lowest} or more" if highest is None else f" from {bounds[0]} to {bounds[1]}"
         return f"--{name} is {value!r}; allowed: {kind}"
     return " ".join(str(error).split())

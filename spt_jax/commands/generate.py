@@ -28,13 +28,14 @@ from spt_jax.commands.replying import Opener, Responder, Selection, define_reply
 from spt_jax.commands.requests import Request, encode_requests, read_requests
 from spt_jax.errors import UserError
 from spt_jax.progress import ProgressBar
+from spt_jax.user_paths import stream_path
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
     """Adds the flags of this door."""
     define_reply_flags(flag_values, samples=True)
-    flags.DEFINE_string("input", None, "File of JSON lines to reply to.", flag_values=flag_values)
-    flags.DEFINE_string("out", None, "File of JSON lines to write.", flag_values=flag_values)
+    flags.DEFINE_string("input", None, "File of JSON lines to reply to; - for standard input.", flag_values=flag_values)
+    flags.DEFINE_string("out", None, "File of JSON lines to write; - for standard output.", flag_values=flag_values)
     flags.DEFINE_integer("batch", 16, "Conversations selected and generated at once.", flag_values=flag_values)
 
 
@@ -53,7 +54,7 @@ def run(flag_values: flags.FlagValues, opener: Opener | None = None) -> int:
     if flag_values.batch < 1:
         raise UserError(f"--batch is {flag_values['batch'].value}; allowed: 1 or more")
     requests = read_requests(source)
-    run_ = restored(flag_values, opener)
+    run_ = restored(flag_values, settings, opener)
     responder = Responder(run_, settings, max_batch=flag_values.batch)
     selections = _selections(responder, encode_requests(requests, responder.encode), flag_values.batch)
     replies = _replies(responder, selections, [request.seed for request in requests])
@@ -66,7 +67,7 @@ def _paths(flag_values: flags.FlagValues) -> tuple[Path, Path]:
     for name, purpose in (("input", "a file of JSON lines to reply to"), ("out", "a file to write")):
         if not flag_values[name].value:
             raise UserError(f"--{name} is missing; give {purpose}")
-    source, target = Path(flag_values.input), Path(flag_values.out)
+    source, target = stream_path(flag_values.input, "/dev/stdin"), stream_path(flag_values.out, "/dev/stdout")
     check_writable(target)
     check_other_file(target, source, "input")
     return source, target

@@ -127,14 +127,35 @@ def reply_settings(flag_values: flags.FlagValues) -> ReplySettings:
     return ReplySettings(given_decoding(fv), fv.max_new_tokens, fv.seed, fv.prompt)
 
 
-def restored(flag_values: flags.FlagValues, opener: Opener | None) -> RestoredRun:
-    """Opens the run that --workdir and --checkpoint name; `opener` stands in for the usual `open_run`."""
-    if opener is None:
-        # Late, so that a wrong flag is told without waiting for the imports.
-        from spt_jax.commands.restored import open_run
+def restored(flag_values: flags.FlagValues, settings: ReplySettings, opener: Opener | None) -> RestoredRun:
+    """Opens the run that --workdir and --checkpoint name; `opener` stands in for the usual way.
 
-        opener = open_run
-    return opener(flag_values.workdir, step=flag_values.checkpoint)
+    Raises:
+        UserError: There is no such run, or the settings do not go with it: that is told before its LM is loaded.
+    """
+    if opener is not None:
+        return opener(flag_values.workdir, step=flag_values.checkpoint)
+    # Late, so that a wrong flag is told without waiting for the imports.
+    from spt_jax.commands.restored import find_run
+    from spt_jax.training.description import num_prompts_of
+
+    found = find_run(flag_values.workdir, flag_values.checkpoint)
+    _options_of(found.config, settings, num_prompts_of(found.config))
+    return found.open()
+
+
+def _options_of(config: Any, settings: ReplySettings, num_prompts: int) -> tuple[Decoding, int]:
+    """A run's options of decoding, and the most tokens of a reply, where the settings do not override them."""
+    from spt_jax.generation.decoding import Decoding
+
+    if settings.prompt is not None and settings.prompt >= num_prompts:
+        raise UserError(f"--prompt is {settings.prompt}; this run has prompts 0 to {num_prompts - 1}")
+    decoding = Decoding.of(config.generation, **settings.given)
+    given = settings.max_new_tokens
+    most: int = config.evaluation.max_new_tokens if given is None else given
+    if decoding.min_new_tokens > most:
+        raise UserError(f"--min_new_tokens is {decoding.min_new_tokens}; allowed: up to --max_new_tokens ({most})")
+    return decoding, most
 
 
 class Responder:
@@ -159,27 +180,17 @@ class Responder:
     def __init__(
         self, run: RestoredRun, settings: ReplySettings, *, max_batch: int = 16, length_multiple: int = 32
     ) -> None:
-        from spt_jax.generation.decoding import Decoding
         from spt_jax.generation.engine import GenerationEngine
         from spt_jax.generation.replies import ReplyText
 
         self._run = run
         self._bank = run.conditions.bank
         self.settings = settings
-        if settings.prompt is not None and settings.prompt >= self._bank.shape[0]:
-            raise UserError(f"--prompt is {settings.prompt}; this run has prompts 0 to {self._bank.shape[0] - 1}")
         options = run.config
+        self.decoding, self.max_new_tokens = _options_of(options, settings, self._bank.shape[0])
         self.mixes = settings.prompt is None and options.evaluation.selection == "soft" and self._bank.shape[0] > 1
         self._temperature = options.objective.score_temperature
         tokenizer = run.lm.tokenizer
-        self.decoding = Decoding.of(options.generation, **settings.given)
-        given = settings.max_new_tokens
-        self.max_new_tokens: int = options.evaluation.max_new_tokens if given is None else given
-        if self.decoding.min_new_tokens > self.max_new_tokens:
-            raise UserError(
-                f"--min_new_tokens is {self.decoding.min_new_tokens}; allowed: up to --max_new_tokens "
-                f"({self.max_new_tokens})"
-            )
         self._text = ReplyText(tokenizer.decode, run.cut, self.decoding.stop)
         self._engine = GenerationEngine(
             run.lm.config,

@@ -146,30 +146,66 @@ class Run:
 _batch_scores = jax.jit(batch_scores, static_argnums=0)
 
 
-def open_run(workdir: str, step: str = "best") -> Run:
-    """Opens a working directory.
+@dataclasses.dataclass(frozen=True)
+class FoundRun:
+    """A run whose LM and checkpoint are not loaded yet, so that what cannot work is told before.
+
+    Attributes:
+        workdir: Where it lies: a folder, of a bucket's run its local copy.
+        config: Its configuration.
+        step: ``best``, ``latest`` or a step's number; there is such a checkpoint.
+    """
+
+    workdir: Path
+    config: Config
+    step: str
+
+    def open(self) -> Run:
+        """Loads the LM and restores the checkpoint.
+
+        Raises:
+            UserError: The LM is not the one it was trained on, or cannot be loaded; or no checkpoint is whole.
+        """
+        config, identity, fingerprint = read_config(self.workdir)
+        _fit_mesh(config, jax.device_count())
+        with Checkpoints(self.workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
+            checkpoints.check(self.step)
+            experiment = open_experiment(config).load()
+            lm = experiment.lm
+            check_lm(self.workdir, identity, lm.identity, fingerprint, lm.tokenizer.fingerprint)
+            targets = {"trainable": _targets(experiment)}
+            restored = checkpoints.restore(self.step, targets)
+        if restored is None:
+            raise UserError(f"there is no checkpoint in {self.workdir / CHECKPOINT_FOLDER}; train first")
+        return Run(self.workdir, experiment, restored[1]["trainable"], restored[0], restored[2])
+
+
+def find_run(workdir: str, step: str = "best") -> FoundRun:
+    """Finds a run, which is yet to be opened.
 
     Args:
         workdir: The folder that `spt-jax train` made, or its bucket.
         step: ``best``, ``latest`` or a step's number.
 
     Raises:
-        UserError: There is no run or no such checkpoint, or the LM is not the one it was trained on.
+        UserError: There is no run or no such checkpoint.
     """
     if step not in ("best", "latest") and not names_a_step(step):
         raise UserError(f"the checkpoint is {step!r}; allowed: best, latest or a step's number")
     folder = local_workdir(workdir, step)
-    config, identity, fingerprint = read_config(folder)
-    _fit_mesh(config, jax.device_count())
+    config, _, _ = read_config(folder)
     with Checkpoints(folder / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
-        experiment = open_experiment(config)
-        lm = experiment.lm
-        check_lm(folder, identity, lm.identity, fingerprint, lm.tokenizer.fingerprint)
-        targets = {"trainable": _targets(experiment)}
-        restored = checkpoints.restore(step, targets)
-    if restored is None:
-        raise UserError(f"there is no checkpoint in {folder / CHECKPOINT_FOLDER}; train first")
-    return Run(folder, experiment, restored[1]["trainable"], restored[0], restored[2])
+        checkpoints.check(step)
+    return FoundRun(folder, config, step)
+
+
+def open_run(workdir: str, step: str = "best") -> Run:
+    """Opens a working directory: `find_run`, and `FoundRun.open`.
+
+    Raises:
+        UserError: There is no run or no such checkpoint, or the LM is not the one it was trained on.
+    """
+    return find_run(workdir, step).open()
 
 
 def _targets(experiment: Experiment) -> Trainable:

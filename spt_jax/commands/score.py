@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from absl import flags
 
 from spt_jax.errors import UserError
 from spt_jax.progress import ProgressBar
+from spt_jax.user_paths import stream_path
 
 _REQUIRED = {
     "workdir": "the working directory of a trained run",
@@ -33,7 +35,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Working directory of a trained run.", **fv)
     flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", **fv)
     flags.DEFINE_string("data", None, "Dialogues, in any format that data.train takes.", **fv)
-    flags.DEFINE_string("out", None, "Where the JSON lines go.", **fv)
+    flags.DEFINE_string("out", None, "Where the JSON lines go; - for standard output.", **fv)
     flags.DEFINE_enum("layout", None, ["dialogue", "turn"], "Rows: packed dialogues or single turns.", **fv)
     flags.DEFINE_integer("batch", None, "Rows at once; in the official mode scores depend on it.", lower_bound=1, **fv)
     flags.DEFINE_integer("limit", 0, "Score the first so many dialogues; 0 for all.", lower_bound=0, **fv)
@@ -49,17 +51,18 @@ def run(flag_values: flags.FlagValues) -> int:
     for name, wanted in _REQUIRED.items():
         if not given[name]:
             raise UserError(f"--{name} is missing; give {wanted}")
-    from spt_jax.atomic_file import check_other_file, check_writable, write_atomically
-    from spt_jax.commands.restored import heldout_dialogues, open_run
+    from spt_jax.atomic_file import check_other_file, check_writable, is_device, write_atomically
+    from spt_jax.commands.restored import find_run, heldout_dialogues
     from spt_jax.evaluation.likelihood import score_rows
     from spt_jax.training.experiment import pack_dialogues, pad_id_of
 
-    out = Path(given["out"])
+    out = stream_path(given["out"], "/dev/stdout")
     check_writable(out)
     check_other_file(out, Path(os.path.expanduser(given["data"])), "data")
-    restored = open_run(given["workdir"], given["checkpoint"])
+    found = find_run(given["workdir"], given["checkpoint"])
+    _, dialogues = heldout_dialogues(found.config, found.workdir, given["data"], given["limit"])
+    restored = found.open()
     config, lm = restored.config, restored.lm
-    _, dialogues = heldout_dialogues(config, restored.workdir, given["data"], given["limit"])
     official = restored.experiment.model.official
     layout = given["layout"] or ("turn" if official or config.data.max_turns else "dialogue")
     rows = pack_dialogues(config, dialogues, lm.tokenizer, restored.template, layout).rows
@@ -73,7 +76,7 @@ def run(flag_values: flags.FlagValues) -> int:
             batch_size=given["batch"] or config.evaluation.batch,
             pad_id=pad_id_of(config, lm.tokenizer),
             max_buckets=config.data.max_buckets,
-            on_batch=lambda found, _: bar.advance(len(found)),
+            on_batch=lambda scored, _: bar.advance(len(scored)),
         )
     lines = [
         json.dumps(
@@ -89,5 +92,6 @@ def run(flag_values: flags.FlagValues) -> int:
         for u in range(len(likelihoods.tokens))
     ]
     write_atomically(out, "\n".join(lines) + "\n")
-    print(f"{len(lines)} turns of {len(dialogues)} dialogues: perplexity {likelihoods.perplexity:.3f}, in {out}")
+    told = f"{len(lines)} turns of {len(dialogues)} dialogues: perplexity {likelihoods.perplexity:.3f}, in {out}"
+    print(told, file=sys.stderr if is_device(out) else sys.stdout)
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import signal
@@ -58,17 +59,17 @@ def prepare_streams() -> None:
         sys.stdout = _Output(sys.stdout.buffer, **ours)
 
 
-def unwritable(error: OSError) -> int:
+def unwritable(error: OSError, program: str = "spt-jax") -> int:
     """The exit code when standard output could not be written: silent where its reader left, else with a sentence."""
     _goes_nowhere(sys.stdout)
     if isinstance(error, BrokenPipeError):
         return FAILED
     with contextlib.suppress(OSError):
-        print(f"spt-jax: what is printed cannot be written: {error.strerror}", file=sys.stderr, flush=True)
+        print(f"{program}: what is printed cannot be written: {error.strerror}", file=sys.stderr, flush=True)
     return MISTAKE
 
 
-def flushed(code: int) -> int:
+def flushed(code: int, program: str = "spt-jax") -> int:
     """An exit code, or another where what was printed cannot be written."""
     try:
         sys.stderr.flush()
@@ -77,7 +78,7 @@ def flushed(code: int) -> int:
     try:
         sys.stdout.flush()
     except OSError as error:
-        return unwritable(error)
+        return unwritable(error, program)
     return code
 
 
@@ -87,7 +88,7 @@ def _goes_nowhere(stream: TextIO) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
-def never_miss_an_interrupt() -> None:
+def never_miss_an_interrupt(program: str = "spt-jax") -> None:
     """Makes Ctrl-C end the process also while modules are imported, and where an exception would be lost.
 
     The first lines of a C extension turn a `KeyboardInterrupt` into an `ImportError`, or abort; a callback of the
@@ -97,7 +98,7 @@ def never_miss_an_interrupt() -> None:
     """
     if signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
         return
-    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGINT, functools.partial(_interrupt, program))
     told = sys.unraisablehook
 
     def lost(unraisable: Any) -> None:
@@ -112,10 +113,10 @@ def never_miss_an_interrupt() -> None:
     sys.unraisablehook = lost
 
 
-def _interrupt(number: int, frame: FrameType | None) -> None:
+def _interrupt(program: str, number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            os.write(2, b"\nspt-jax: interrupted\n")
+            os.write(2, f"\n{program}: interrupted\n".encode())
             os._exit(INTERRUPTED)
         frame = frame.f_back
     raise KeyboardInterrupt

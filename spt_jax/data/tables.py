@@ -81,6 +81,8 @@ def _load(source: str, split: str) -> Any:
 
 def _open(datasets: Any, source: str, split: str) -> Any:
     if source.startswith(HUB_PREFIX):
+        if source == HUB_PREFIX:
+            raise UserError(f"{source} names no data set; allowed: {HUB_PREFIX}NAME, of the hub.")
         return datasets.load_dataset(source.removeprefix(HUB_PREFIX), split=split)
     path = Path(source).expanduser()
     if path.is_dir():

@@ -46,7 +46,7 @@ def convert_official(
     opened = open_lm(source, revision=revision, weights=False)
     _check_lm(tensors, run, source, opened)
     config.model.revision, config.model.dropout = revision, _own_dropout(opened)
-    experiment = open_experiment(config)
+    experiment = open_experiment(config).load()
     check_fits(tensors.where, trainable, experiment)
     write_converted_run(workdir, experiment, trainable)
     if run.model_name and Path(run.model_name).name != Path(source).name:

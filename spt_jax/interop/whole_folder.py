@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from spt_jax.errors import UserError
+from spt_jax.user_paths import check_around
 
 
 def check_new_folder(path: Path, flag: str = "--out") -> None:
@@ -23,11 +24,7 @@ def check_new_folder(path: Path, flag: str = "--out") -> None:
             raise UserError(f"{flag}={path} is not empty; name a new folder")
     elif path.exists() or path.is_symlink():
         raise UserError(f"{flag}={path} is a file; name a new folder")
-    around = path.absolute().parent
-    while not around.exists():
-        around = around.parent
-    if not around.is_dir() or not os.access(around, os.W_OK):
-        raise UserError(f"{flag}={path} cannot be made: no permission to write in {around}")
+    check_around(path, flag)
 
 
 @contextlib.contextmanager

@@ -100,6 +100,28 @@ class OpenedLM:
     checkpoint: Checkpoint | None
     table: TensorTable
 
+    def load(self, *, sharding_for: ShardingFor | None = None, progress: Progress | None = None) -> LanguageModel:
+        """The LM with its weights, from a source that was opened with them.
+
+        Args:
+            sharding_for: As for `load_lm`; so is `progress`.
+
+        Raises:
+            UserError: The weights cannot be used; says why.
+        """
+        name, config, checkpoint = self.source.name, self.config, self.checkpoint
+        if checkpoint is None:
+            assert self.source.kind == "shape", f"{name} was opened without its weights"
+            params = random_lm_params(config, sharding_for=sharding_for, progress=progress)
+            return LanguageModel(config, params, self.tokenizer, LMIdentity(name, "", shape_sha256(self.fields)))
+        load = partial(load_params, config, checkpoint, self.table, sharding_for=sharding_for, progress=progress)
+        if is_worth_keeping(config, checkpoint):
+            sha256 = sha256_of_files(checkpoint.files)
+            params = kept_params(load, config, sha256, sharding_for=sharding_for, progress=progress)
+        else:
+            params, sha256 = _loaded_and_hashed(load, checkpoint.files)
+        return LanguageModel(config, params, self.tokenizer, LMIdentity(name, self.source.revision, sha256))
+
 
 def load_lm(
     source: str,
@@ -137,20 +159,7 @@ def load_lm(
         context_length=context_length,
         quantization=quantization,
     )
-    name, config = opened.source.name, opened.config
-    if opened.checkpoint is None:
-        params = random_lm_params(config, sharding_for=sharding_for, progress=progress)
-        identity = LMIdentity(name, "", shape_sha256(opened.fields))
-        return LanguageModel(config, params, opened.tokenizer, identity)
-    checkpoint = opened.checkpoint
-    load = partial(load_params, config, checkpoint, opened.table, sharding_for=sharding_for, progress=progress)
-    if is_worth_keeping(config, checkpoint):
-        sha256 = sha256_of_files(checkpoint.files)
-        params = kept_params(load, config, sha256, sharding_for=sharding_for, progress=progress)
-    else:
-        params, sha256 = _loaded_and_hashed(load, checkpoint.files)
-    identity = LMIdentity(name, opened.source.revision, sha256)
-    return LanguageModel(config, params, opened.tokenizer, identity)
+    return opened.load(sharding_for=sharding_for, progress=progress)
 
 
 def _loaded_and_hashed(load: Callable[[], FrozenTree], files: tuple[Path, ...]) -> tuple[FrozenTree, str]:

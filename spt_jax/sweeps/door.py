@@ -47,6 +47,7 @@ from spt_jax.sweeps.storage import hidden, open_storage, open_study, storage_url
 from spt_jax.sweeps.watching import watch
 from spt_jax.sweeps.worker import Worker, Workplace
 from spt_jax.training.signals import StopSignal
+from spt_jax.user_paths import present
 
 _OVERRIDE = re.compile(r"--?(?:no)?config\.([^=]+)(?:=.*)?", re.DOTALL)
 
@@ -163,6 +164,8 @@ def _read(program: str, values: Mapping[str, Any], arguments: Sequence[str]) -> 
     out = values["out"] or f"runs/sweeps/{name}"
     if is_bucket_url(out):
         raise UserError(f"--out={out} is a bucket; a sweep's runs and results are written into a folder")
+    if present(Path(out), "--out") and not Path(out).is_dir():
+        raise UserError(f"--out={out} is a file; a sweep's runs and results are written into a folder")
     given = values["storage"] or os.environ.get(launchers.STORAGE_VARIABLE, "")
     launcher = values["launcher"]
     url = storage_url(given, Path(out))

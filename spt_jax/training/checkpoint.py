@@ -73,6 +73,12 @@ def _step_folders(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in found if names_a_step(path.name))
 
 
+def _step_of(which: str) -> int:
+    if not names_a_step(which):
+        raise UserError(f"the checkpoint is {which!r}; allowed: best, latest or a step's number")
+    return int(which)
+
+
 class Checkpoints:
     """The checkpoints of one working directory.
 
@@ -246,6 +252,23 @@ class Checkpoints:
         """The steps on disk, ascending; every process must ask."""
         return json_told_by_lead(_step_folders(self.directory) if is_lead() else None)
 
+    def check(self, which: str) -> None:
+        """Refuses a step that is not there; every process must ask.
+
+        Args:
+            which: As for `restore`.
+
+        Raises:
+            UserError: There is no such step, or `which` is neither a step nor ``"latest"`` or ``"best"``.
+        """
+        steps = self.steps()
+        if which not in ("latest", "best"):
+            self._check_step(_step_of(which), steps)
+
+    def _check_step(self, step: int, steps: list[int]) -> None:
+        if step not in steps:
+            raise UserError(f"there is no checkpoint of step {step} in {self.directory}; there are {steps}")
+
     def candidates(self, which: str) -> Iterator[int]:
         """Steps in the order in which they should be tried for ``best`` or ``latest``; for the first process."""
         latest_first = _step_folders(self.directory)[::-1]
@@ -265,10 +288,8 @@ class Checkpoints:
     def _wanted(self, which: str) -> Iterator[int]:
         if which in ("latest", "best"):
             yield from self.candidates(which)
-        elif names_a_step(which):
-            yield int(which)
         else:
-            raise UserError(f"the checkpoint is {which!r}; allowed: best, latest or a step's number")
+            yield _step_of(which)
 
     def meta(self, which: str) -> dict[str, Any] | None:
         """The JSON values beside the first readable checkpoint of ``latest``, ``best`` or a step; None without one.
@@ -331,9 +352,7 @@ class Checkpoints:
         raise UserError(f"no checkpoint in {self.directory} is whole: {last_error}")  # pyright: ignore[reportPossiblyUnboundVariable]
 
     def _read_step(self, step: int, targets: dict[str, Tree]) -> tuple[dict[str, Tree], dict[str, Any]]:
-        steps = _step_folders(self.directory)
-        if step not in steps:
-            raise UserError(f"there is no checkpoint of step {step} in {self.directory}; there are {steps}")
+        self._check_step(step, _step_folders(self.directory))
         try:
             meta = self._peek(step, targets)
             self._check_shapes(step, meta, targets)

@@ -132,6 +132,11 @@ def adapter_of(config: Config) -> Adapter:
             return Nothing()
 
 
+def num_prompts_of(config: Config) -> int:
+    """K, among which the retriever selects."""
+    return config.bank.num_prompts if config.method.kind == "spt" else 1
+
+
 def front_length(config: Config) -> int:
     """P, the places that stand before a row's text."""
     return 0 if config.method.kind in ("lora", "full", *TEXTUAL) else config.bank.prompt_length

@@ -9,6 +9,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
 
+import jax
 from jax.sharding import Mesh
 
 from spt_jax.config import Config
@@ -25,7 +26,7 @@ from spt_jax.data.similarity import pair_texts
 from spt_jax.data.sources import read_dialogues
 from spt_jax.data.template import PlainTemplate, Template
 from spt_jax.errors import UserError
-from spt_jax.models.loading import LanguageModel, OpenedLM, load_lm, open_lm
+from spt_jax.models.loading import LanguageModel, OpenedLM, open_lm
 from spt_jax.models.tokenization.tokenizer import Tokenizer
 from spt_jax.models.weights import Progress
 from spt_jax.parallel.distributed import is_lead
@@ -56,18 +57,46 @@ class Experiment:
     model: SelectiveLM
 
 
-def open_experiment(config: Config) -> Experiment:
-    """Makes the mesh and loads the frozen LM onto it.
+@dataclasses.dataclass(frozen=True)
+class OpenedExperiment:
+    """An experiment before the weights of its LM are read, which may take minutes.
+
+    Attributes:
+        config: The validated configuration.
+        mesh: The device mesh.
+        lm: All of the frozen LM but its weights' values.
+        model: The static description of what is learned before that LM.
+    """
+
+    config: Config
+    mesh: Mesh
+    lm: OpenedLM
+    model: SelectiveLM
+
+    def load(self) -> Experiment:
+        """Loads the weights onto the mesh.
+
+        Raises:
+            UserError: They cannot be used.
+        """
+        with _loading_bar() as progress:
+            lm = self.lm.load(sharding_for=partial(parameter_sharding, self.mesh), progress=progress)
+        return Experiment(self.config, self.mesh, lm, self.model)
+
+
+def open_experiment(config: Config) -> OpenedExperiment:
+    """Makes the mesh and opens the frozen LM.
 
     Raises:
-        UserError: The mesh does not fit the devices, the LM cannot be loaded, or soft prompt and row together are
-            longer than the LM's context.
+        UserError: The mesh does not fit the devices, the LM cannot be opened, soft prompt and row together are longer
+            than its context, or what shall be learned does not fit it.
     """
     mesh = make_mesh(**config.mesh.to_dict())
-    with _loading_bar() as progress:
-        lm = load_lm(**_lm_options(config), sharding_for=partial(parameter_sharding, mesh), progress=progress)
+    lm = open_lm(**_lm_options(config))
     check_room(config, lm)
-    return Experiment(config, mesh, lm, describe(config, lm.config, mesh))
+    model = describe(config, lm.config, mesh)
+    jax.eval_shape(model.init, jax.random.key(0))
+    return OpenedExperiment(config, mesh, lm, model)
 
 
 def open_lm_of(config: Config) -> OpenedLM:
@@ -80,12 +109,12 @@ def open_lm_of(config: Config) -> OpenedLM:
 
 
 def _lm_options(config: Config) -> dict[str, Any]:
-    """Which LM a configuration names, and how it is to be, as `load_lm` and `open_lm` take it."""
+    """Which LM a configuration names, and how it is to be, as `open_lm` takes it."""
     options = ("source", "dtype", "revision", "context_length", "quantization")
     return {name: config.model[name] for name in options} | {"remat": remat_of(config)}
 
 
-def check_room(config: Config, lm: LanguageModel) -> None:
+def check_room(config: Config, lm: OpenedLM) -> None:
     """Checks that the longest row and the reply behind it fit into the LM's context.
 
     Raises:
@@ -97,7 +126,7 @@ def check_room(config: Config, lm: LanguageModel) -> None:
     if longest > lm.config.longest_row:
         raise UserError(
             f"bank.prompt_length + data.max_length + evaluation.max_new_tokens takes {longest} tokens, but the context "
-            f"of {lm.identity.name} is {lm.config.longest_row}; lower data.max_length or evaluation.max_new_tokens"
+            f"of {lm.source.name} is {lm.config.longest_row}; lower data.max_length or evaluation.max_new_tokens"
         )
 
 

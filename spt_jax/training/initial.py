@@ -19,6 +19,16 @@ from spt_jax.prompting.peft_prompts import from_peft
 from spt_jax.prompting.selective_lm import SelectiveLM
 
 
+def check_initial(config: Config, model: SelectiveLM) -> None:
+    """Reads the bank that ``bank.init_file`` names, where one is asked for: before the LM, which takes longer.
+
+    Raises:
+        UserError: It cannot be read, or does not fit the bank.
+    """
+    if isinstance(model.adapter, SoftPrompts) and config.bank.init in ("file", "peft"):
+        _read_prompts(config, _bank_shape(model, model.adapter))
+
+
 def initial_trainable(
     config: Config,
     model: SelectiveLM,
@@ -45,9 +55,13 @@ def initial_trainable(
     if not isinstance(model.adapter, SoftPrompts):
         tree = model.adapter.init(model.decoder, params, adapter_key) | model.init_retriever(retriever_key)
         return on_host(tree)
-    shape = (model.adapter.num_prompts, model.adapter.prompt_length, model.decoder.hidden_size)
+    shape = _bank_shape(model, model.adapter)
     prompts = _prompts(config, shape, adapter_key, tokenizer, dialogues, _embedder(model, params))
     return on_host({"bank": {"prompts": prompts}} | model.init_retriever(retriever_key))
+
+
+def _bank_shape(model: SelectiveLM, adapter: SoftPrompts) -> tuple[int, int, int]:
+    return adapter.num_prompts, adapter.prompt_length, model.decoder.hidden_size
 
 
 def _embedder(model: SelectiveLM, params: FrozenTree) -> Callable[[Any], jax.Array]:
@@ -74,7 +88,10 @@ def _prompts(
         case "clusters":
             personas = list(dict.fromkeys(" ".join(dialogue.persona) for dialogue in dialogues))
             return from_clusters(key, tokenizer.encode(personas), embedder, shape)
-        case "peft":
-            return from_peft(b.init_file, shape, config.model.source)
         case _:
-            return from_file(b.init_file, shape)
+            return _read_prompts(config, shape)
+
+
+def _read_prompts(config: Config, shape: tuple[int, int, int]) -> jax.Array:
+    b = config.bank
+    return from_peft(b.init_file, shape, config.model.source) if b.init == "peft" else from_file(b.init_file, shape)

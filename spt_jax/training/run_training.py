@@ -29,7 +29,7 @@ from spt_jax.training.checkpoint import Checkpoints
 from spt_jax.training.checkpoint_arrays import restore_targets
 from spt_jax.training.description import TEXTUAL, attention_remark, objective_of
 from spt_jax.training.experiment import Experiment
-from spt_jax.training.initial import initial_trainable
+from spt_jax.training.initial import check_initial, initial_trainable
 from spt_jax.training.loop import Evaluator, LoopOptions, Outcome, evaluation_pending, train
 from spt_jax.training.optimizer import make_optimizer
 from spt_jax.training.remat import device_memory, fitting_remat, with_remat
@@ -192,15 +192,15 @@ def _prepare(config: Config, workdir: Path, say: Callable[[str], None]) -> _Prep
     digests = {part: dialogues_digest(dialogues) for part, dialogues in parts.items()}
     if is_lead():
         check_dialogues(workdir, config, digests)
-    e = setup.open_experiment(config)
-    # Before the first program that all processes run together on what they have read.
-    check_same_content(e.lm, digests)
-    template = setup.template_of(config, e.lm.tokenizer, splits.train)
-    pack = partial(setup.pack_dialogues, config, tokenizer=e.lm.tokenizer, template=template)
+    opened = setup.open_experiment(config)
+    check_initial(config, opened.model)
+    tokenizer = opened.lm.tokenizer
+    template = setup.template_of(config, tokenizer, splits.train)
+    pack = partial(setup.pack_dialogues, config, tokenizer=tokenizer, template=template)
     rows, development = pack(splits.train, learning=True), pack(splits.development)
     # Nothing learns from the test dialogues, but one that does not fit should be told today, not after the training.
     pack(splits.test)
-    loader = setup.make_loader(config, rows, splits.train, e.mesh, setup.pad_id_of(config, e.lm.tokenizer))
+    loader = setup.make_loader(config, rows, splits.train, opened.mesh, setup.pad_id_of(config, tokenizer))
     total_steps = config.train.steps or config.train.epochs * loader.steps_per_epoch
     if config.method.kind in TEXTUAL:
         total_steps = 0
@@ -208,6 +208,9 @@ def _prepare(config: Config, workdir: Path, say: Callable[[str], None]) -> _Prep
         raise UserError(
             f"train.epochs is {config.train.epochs}, which makes {total_steps} steps; allowed: below {WHOLE_NUMBERS}"
         )
+    e = opened.load()  # last of what can be wrong: it takes the longest
+    # Before the first program that all processes run together on what they have read.
+    check_same_content(e.lm, digests)
     optimizer = make_optimizer(config.optimizer, total_steps)
     first = initial_trainable(config, e.model, e.lm.params, e.lm.tokenizer, splits.train)
     if config.method.kind == "full":

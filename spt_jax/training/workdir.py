@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from spt_jax.locked_folder import locked_folder
 from spt_jax.models.loading import LMIdentity
 from spt_jax.parallel.distributed import is_lead, json_told_by_lead, told_by_lead
 from spt_jax.prompting.adapters import Trainable
-from spt_jax.user_paths import present
+from spt_jax.user_paths import check_around, present
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -118,10 +119,14 @@ def check_workdir(workdir: Path, config: Config) -> None:
     """Refuses a folder that holds another run, or something else, before any weight is loaded.
 
     Raises:
-        UserError: Names the options that differ, with both values; or the folder cannot be looked up.
+        UserError: Names the options that differ, with both values; or the folder cannot be looked up, made or written.
     """
     if present(workdir, "--workdir") and not workdir.is_dir():
         raise UserError(f"--workdir={workdir} is a file; allowed: a folder, new or of the same run")
+    if not workdir.is_dir():
+        check_around(workdir, "--workdir")
+    elif not os.access(workdir, os.W_OK):
+        raise UserError(f"--workdir={workdir} cannot be written: no permission to write in this folder")
     # A start that was killed while it wrote its first file leaves a temporary one behind.
     if not workdir.is_dir() or all(path.name.startswith(f".{CONFIG_FILE}.") for path in workdir.iterdir()):
         return

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 from absl import flags
@@ -186,3 +188,15 @@ def test_a_refusing_disk_leaves_the_old_file_and_no_temporary_one(tmp_path, monk
         atomic_file.write_atomically(target, "new")
     assert target.read_text() == "old"
     assert list(tmp_path.iterdir()) == [target]
+
+
+def test_standard_streams_serve_as_files(trained, tmp_path):
+    lines = "".join(json.dumps(request) + "\n" for request in REQUESTS)
+    (tmp_path / "in.jsonl").write_text(lines)
+    command = [sys.executable, "-m", "spt_jax", "generate", f"--workdir={trained / 'run'}"]
+    subprocess.run([*command, "--input=in.jsonl", "--out=out.jsonl"], cwd=tmp_path, check=True)
+    piped = subprocess.run(
+        [*command, "--input=-", "--out=-"], cwd=tmp_path, input=lines, stdout=subprocess.PIPE, text=True, check=True
+    )
+    assert piped.stdout == (tmp_path / "out.jsonl").read_text()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]

@@ -101,6 +101,7 @@ def test_the_module_is_the_command_and_starts_within_a_second():
             (["evaluate", f"--heartbeat={value}"], f"--heartbeat is '{value}'; allowed: a number from 1 to 86400")
             for value in ("0", "inf", "nan", "1e300")
         ),
+        (["evaluate", "--seed=-5"], "--seed is '-5'; allowed: a whole number from -1 to 2147483647"),
         (["evaluate", "--limit=many"], "--limit is 'many'; allowed: a whole number"),
         (["evaluate", "--nobaselines=no"], "--nobaselines=no does not take an argument"),
         (["plan", "--nosearch", "--config=absent.py"], "absent.py"),

@@ -93,3 +93,13 @@ def test_an_output_that_cannot_be_written_is_told_before_the_run_is_opened(tmp_p
     out = tmp_path / "no" / "o.jsonl"
     assert main(["score", f"--workdir={tmp_path}", f"--data={data}", f"--out={out}"]) == 2
     assert "the folder" in capsys.readouterr().err
+
+
+def test_standard_output_takes_the_lines_alone(trained, tmp_path, capfd):
+    data = write_dialogues(tmp_path / "d.txt")
+    walk("score", f"--workdir={trained / 'run'}", f"--data={data}", f"--out={tmp_path / 'out.jsonl'}")
+    capfd.readouterr()
+    walk("score", f"--workdir={trained / 'run'}", f"--data={data}", "--out=-")
+    said = capfd.readouterr()
+    assert said.out == (tmp_path / "out.jsonl").read_text()
+    assert "dialogues: perplexity" in said.err

@@ -91,6 +91,11 @@ def test_csv_rows_and_tables_of_turns(tmp_path: Path):
     assert [d.turns for d in read_dialogues(str(tmp_path / "t.parquet")).dialogues] == [(Turn("a", "b"),)] * 2
 
 
+def test_a_data_set_without_a_name_is_told_without_the_hub():
+    with pytest.raises(UserError, match=r"hf: names no data set; allowed: hf:NAME"):
+        read_dialogues("hf:")
+
+
 def test_malformed_rows_are_named_by_number(tmp_path: Path):
     rows = [*ROWS, {**ROWS[2], "answer": " "}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "t.parquet")

