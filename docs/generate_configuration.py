@@ -154,8 +154,9 @@ A run is described by a Python file whose `get_config()` returns an `ml_collecti
 spt-jax train --config=configs/quickstart.py --workdir=runs/a --config.bank.num_prompts=8 --config.seed=1
 ```
 
-An option that holds several texts is written as in Python, `--config.lora.targets="('q_proj', 'v_proj')"`; a text that
-is no such list is its one element, commas and all.
+An option that holds several names takes them with commas, `--config.lora.targets=q_proj,v_proj`. One that holds several
+texts is written as in Python, `--config.generation.stop="('bye', 'the end')"`; a text that is no such list is its one
+element, commas and all.
 
 A name that does not exist, a value of another type and a value that is not allowed each end the command with exit code
 2 and one sentence that says what is allowed. The configuration of a run is kept in its working directory, in

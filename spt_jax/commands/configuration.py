@@ -18,6 +18,8 @@ from spt_jax.errors import UserError, nearest
 EXAMPLE = "--config=configs/quickstart.py"
 _FILE = re.compile(r"--?config(?:=(.*))?", re.DOTALL)
 _OPTION = re.compile(r"--?(no)?config\.([^=]*)(?:=(.*))?", re.DOTALL)
+_NAMES = ("evaluation.metrics", "lora.targets")
+"""Options that list names, which have no comma; the texts of others may."""
 _TRUTHS = ("true", "false", "t", "f", "yes", "no", "y", "n", "1", "0")
 
 
@@ -74,15 +76,15 @@ def _override(argument: str, match: re.Match[str], rest: list[str]) -> str:
         spoken = not negated and rest and rest[0].lower() in _TRUTHS
         return f"--config.{name}={rest.pop(0) if spoken else str(not negated).lower()}"
     value = _following(argument, rest) if value is None else value
-    return f"--config.{name}={_quoted(value) if isinstance(known[name], tuple) else value}"
+    return f"--config.{name}={_quoted(name, value) if isinstance(known[name], tuple) else value}"
 
 
-def _quoted(value: str) -> str:
-    """A value of a tuple: what is no Python literal is one text, whatever spaces and commas it has."""
+def _quoted(name: str, value: str) -> str:
+    """A value of a tuple: what is no Python literal is names with commas between them, or one text with whatever."""
     try:
         ast.literal_eval(value)
     except (SyntaxError, ValueError):
-        return repr(value)
+        return repr(tuple(part.strip() for part in value.split(","))) if name in _NAMES else repr(value)
     return value
 
 

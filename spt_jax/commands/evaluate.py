@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
+from spt_jax.commands.data_flags import define_on_error, given_on_error
 from spt_jax.commands.decoding_flags import define_decoding_flags, given_decoding
 from spt_jax.commands.joining import define_joining_flags, joined_processes
 from spt_jax.commands.workdirs import evaluated_in
@@ -45,6 +46,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Working directory of a trained run, a folder or a bucket's.", **fv)
     flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", **fv)
     flags.DEFINE_string("data", "", "Dialogues, in any format that data.train takes; else the run's data.test.", **fv)
+    define_on_error(flag_values)
     flags.DEFINE_enum(
         "split",
         "test",
@@ -138,6 +140,8 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
         options["metrics"] = tuple(given["metrics"])
     config.evaluation.update(options)
     config.generation.update(decoding)
+    reading = given_on_error(given)
+    config.data.update(reading)
     _check_scorers(config.evaluation)
     validate(config)
     with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
@@ -160,7 +164,7 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
     chat = f"spt-jax chat --workdir={shlex.quote(given['workdir'])}"
     results = kept_results(workdir, asked) if given["reuse"] and is_lead() else None
     if not any_process(results is not None):
-        changes = {"evaluation": options, "generation": decoding}
+        changes = {"evaluation": options, "generation": decoding, "data": reading}
         results = _measured(given, changes, workdir, dialogues, source=source, chat=chat, ask=ask)
     if results is not None:
         _show(results)

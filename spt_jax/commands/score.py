@@ -18,6 +18,7 @@ from typing import Any
 
 from absl import flags
 
+from spt_jax.commands.data_flags import define_on_error, given_on_error
 from spt_jax.errors import UserError
 from spt_jax.progress import ProgressBar
 from spt_jax.user_paths import stream_path
@@ -35,6 +36,7 @@ def define_flags(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_string("workdir", None, "Working directory of a trained run.", **fv)
     flags.DEFINE_string("checkpoint", "best", "Which checkpoint: best, latest or a step's number.", **fv)
     flags.DEFINE_string("data", None, "Dialogues, in any format that data.train takes.", **fv)
+    define_on_error(flag_values)
     flags.DEFINE_string("out", None, "Where the JSON lines go; - for standard output.", **fv)
     flags.DEFINE_enum("layout", None, ["dialogue", "turn"], "Rows: packed dialogues or single turns.", **fv)
     flags.DEFINE_integer("batch", None, "Rows at once; in the official mode scores depend on it.", lower_bound=1, **fv)
@@ -60,6 +62,7 @@ def run(flag_values: flags.FlagValues) -> int:
     check_writable(out)
     check_other_file(out, Path(os.path.expanduser(given["data"])), "data")
     found = find_run(given["workdir"], given["checkpoint"])
+    found.config.data.update(given_on_error(given))
     _, dialogues = heldout_dialogues(found.config, found.workdir, given["data"], given["limit"])
     restored = found.open()
     config, lm = restored.config, restored.lm

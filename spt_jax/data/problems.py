@@ -49,7 +49,7 @@ class Problems:
         found = sorted(self._found)
         if found and self.on_error == "raise":
             line, reason = found[0]
-            advice = "data.on_error='skip' leaves malformed lines out."
+            advice = "data.on_error='skip', or --on_error=skip of evaluate and score, leaves malformed lines out."
             if len(found) == 1:
                 raise UserError(f"{self.place(line)}: {reason}; {advice}")
             shown = [f"{self.place(line)}: {reason}" for line, reason in found[:MOST_SHOWN]]

@@ -143,6 +143,15 @@ def test_limit_takes_the_first_dialogues_and_data_another_file(trained, copy_of,
     assert {p["persona"][0] for p in lines_of(copy_of / "predictions.jsonl")} == {persona for persona, _ in TALK[4:6]}
 
 
+def test_malformed_lines_are_left_out_where_that_is_asked_for(copy_of, tmp_path, capsys):
+    other = write_dialogues(tmp_path / "other.txt", TALK[4:6])
+    with other.open("a") as file:
+        file.write("1 your persona: i sail .\n2 no tab\n")
+    walk("evaluate", f"--workdir={copy_of}", f"--data={other}", "--on_error=skip", "--nobaselines", "--replies=1")
+    assert results_of(copy_of)["turns"] == sum(len(turns) for _, turns in TALK[4:6])
+    assert "skipped " in capsys.readouterr().err
+
+
 def test_a_run_without_test_dialogues_is_measured_on_those_cut_from_its_training_file(copy_of):
     record = json.loads((copy_of / "config.json").read_text())
     record["config"]["data"] |= {"test": "", "test_dialogues": 2}

@@ -207,6 +207,10 @@ def test_overrides_come_with_an_equals_sign_or_a_space_before_or_behind_the_conf
     texts = config_of(f"--config={CONFIG}", "--config.bank.init_text=be kind.", "--config.bank.init_text", "be brief.")
     assert texts.bank.init_text == ("be kind.", "be brief.")
     assert config_of(f"--config={CONFIG}", "--config.bank.init_text=('a', 'b')").bank.init_text == ("a", "b")
+    named = config_of(f"--config={CONFIG}", "--config.lora.targets=q_proj, o_proj", "--config.evaluation.metrics=bleu")
+    assert (named.lora.targets, named.evaluation.metrics) == (("q_proj", "o_proj"), ("bleu",))
+    more = config_of(f"--config={CONFIG}", "--config.evaluation.metrics=('bleu', 'rouge')", "--config.lora.targets=a,b")
+    assert (more.evaluation.metrics, more.lora.targets) == (("bleu", "rouge"), ("a", "b"))
 
 
 def test_a_config_file_takes_typed_arguments(config_of, tmp_path):

@@ -95,6 +95,14 @@ def test_an_output_that_cannot_be_written_is_told_before_the_run_is_opened(tmp_p
     assert "the folder" in capsys.readouterr().err
 
 
+def test_malformed_lines_are_left_out_where_that_is_asked_for(score, tmp_path, capsys):
+    whole = score(write_dialogues(tmp_path / "d.txt"))
+    with (tmp_path / "d.txt").open("a") as file:
+        file.write("1 your persona: i sail .\n2 no tab\n")
+    assert score(tmp_path / "d.txt", "--on_error=skip") == whole
+    assert "skipped " in capsys.readouterr().err
+
+
 def test_standard_output_takes_the_lines_alone(trained, tmp_path, capfd):
     data = write_dialogues(tmp_path / "d.txt")
     walk("score", f"--workdir={trained / 'run'}", f"--data={data}", f"--out={tmp_path / 'out.jsonl'}")

@@ -77,7 +77,7 @@ def test_of_replies(trained, here, capsys, door, name):
     ("options", "sentence"),
     [
         (["--data={here}/none.txt"], "none.txt does not exist"),
-        (["--data={here}/broken.txt"], "broken.txt:2: "),
+        (["--data={here}/broken.txt"], "--on_error=skip of evaluate and score, leaves malformed lines out"),
         (["--data={here}/d.txt", "--checkpoint=3"], "there is no checkpoint of step 3"),
     ],
 )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
+import importlib
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 
@@ -21,14 +21,11 @@ WHOLE_SET = {"opt": (265.5, 403), "llama2": (287.9, 424), "smollm2": (268.6, 402
 
 
 @pytest.fixture(scope="module")
-def prefix_check() -> ModuleType:
-    """The program ``benchmarks/prefix_check.py``."""
-    spec = importlib.util.spec_from_file_location("prefix_check", REPOSITORY / "benchmarks" / "prefix_check.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+def prefix_check() -> Iterator[ModuleType]:
+    """The program ``benchmarks/prefix_check.py``, which finds its parts beside itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(REPOSITORY / "benchmarks"))
+        yield importlib.import_module("prefix_check")
 
 
 @pytest.fixture(params=sorted(WHOLE_SET))

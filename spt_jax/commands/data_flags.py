@@ -1,0 +1,21 @@
+"""What the doors that measure a run may say of how dialogues are read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from absl import flags
+
+from spt_jax.data.problems import ON_ERROR
+
+
+def define_on_error(flag_values: flags.FlagValues) -> None:
+    """Adds ``--on_error``."""
+    text = "A malformed line of the dialogues: raise, or skip (told on standard error). Else the run's data.on_error."
+    flags.DEFINE_enum("on_error", None, list(ON_ERROR), text, flag_values=flag_values)
+
+
+def given_on_error(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What the section ``data`` of a run takes from the flags."""
+    return {} if given["on_error"] is None else {"on_error": given["on_error"]}
