@@ -52,6 +52,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Raises:
         UserError: If the disk is full or refuses; a file that was there before is then unchanged.
+        BrokenPipeError: If who reads a pipe left.
     """
     check_writable(path)
     content = content.encode() if isinstance(content, str) else content
@@ -71,6 +72,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
+    except BrokenPipeError:  # a reader of standard output that left
+        raise
     except OSError as error:
         if temporary is not None:
             temporary.unlink(missing_ok=True)

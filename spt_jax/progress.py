@@ -20,8 +20,8 @@ LONGEST_SILENCE_SECONDS = 30.0
 class ProgressBar:
     """Shows how far a loop is, with a note such as the loss; on standard error, so that output stays clean.
 
-    On a terminal it is a live bar; elsewhere a line at the start, at the end, at most every ten seconds between, and at
-    least every thirty.
+    On a terminal it is a live bar; elsewhere a line at the start, at the end if that is new, at most every ten seconds
+    between, and at least every thirty.
 
     Args:
         description: What is going on.
@@ -33,8 +33,9 @@ class ProgressBar:
     def __init__(self, description: str, total: int, start: int = 0, *, shown: bool = True) -> None:
         self._shown = shown
         self._description, self._total, self._done = description, total, start
-        self._start = self._first = start  # of the bar, and of what this process does
+        self._first = start  # of what this process does
         self._note = ""
+        self._said = start  # units that the last line told of
         self._console = _Console(stderr=True)
         self._bar: Progress | None = None
         self._left = threading.Event()
@@ -66,7 +67,7 @@ class ProgressBar:
         self._left.set()
         if self._bar is not None:
             self._bar.stop()
-        elif self._shown and self._done > self._start:
+        elif self._shown and self._done > self._said:
             self._line()
 
     def advance(self, count: int = 1, note: str = "") -> None:
@@ -100,6 +101,7 @@ class ProgressBar:
     def _line(self) -> None:
         elapsed = self._printed = time.monotonic()
         elapsed -= self._began
+        self._said = self._done
         parts = [f"{self._description} {self._done}/{self._total}"]
         parts += [self._note] if self._note else []
         if self._first < self._done < self._total:

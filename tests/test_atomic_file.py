@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -40,6 +41,14 @@ def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path):
         assert reader.communicate(timeout=20)[0] == b"through\n"
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert list(tmp_path.iterdir()) == [pipe]
+
+
+def test_a_reader_of_a_pipe_that_left_is_no_mistake():
+    reader, writer = os.pipe()
+    os.close(reader)
+    with pytest.raises(BrokenPipeError):
+        write_atomically(Path(f"/dev/fd/{writer}"), "through\n")
+    os.close(writer)
 
 
 @pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])

@@ -95,7 +95,7 @@ def open_experiment(config: Config) -> OpenedExperiment:
     lm = open_lm(**_lm_options(config))
     check_room(config, lm)
     model = describe(config, lm.config, mesh)
-    jax.eval_shape(model.init, jax.random.key(0))
+    jax.eval_shape(lambda: model.init(jax.random.key(0)))  # names of projections, for one, are those of the LM
     return OpenedExperiment(config, mesh, lm, model)
 
 
