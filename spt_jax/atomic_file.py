@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from pathlib import Path
 
 from spt_jax.errors import UserError
+from spt_jax.streams import own_stream, write_stream
 from spt_jax.user_paths import present
 
 
@@ -16,10 +18,12 @@ def check_writable(path: Path) -> None:
     Raises:
         UserError: If its folder does not exist or may not be written, or if it is a folder itself.
     """
+    if own_stream(path) is not None:
+        return
     present(path, "the file")
     if path.is_dir():
         raise UserError(f"{path} is a folder; name a file to write")
-    if is_device(path):
+    if _is_device(path):
         if not os.access(path, os.W_OK):
             raise UserError(f"{path} cannot be written: no permission")
         return
@@ -38,28 +42,35 @@ def check_other_file(target: Path, source: Path, name: str) -> None:
         name: The input's flag.
 
     Raises:
-        UserError: They are the same file. A terminal may be both.
+        UserError: They are the same file; a terminal and a socket may be both.
     """
     # Neither name is looked at for its own sake here, so that one of a thousand letters is told where it is.
-    if os.path.isfile(source) and os.path.isfile(target) and os.path.samefile(source, target):
+    if not (os.path.exists(source) and os.path.exists(target) and os.path.samefile(source, target)):
+        return
+    kind = os.stat(target).st_mode
+    if not (stat.S_ISCHR(kind) or stat.S_ISSOCK(kind)):
         raise UserError(f"--out is the file of --{name}, {source}, itself; name another file")
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Writes bytes, or text as UTF-8, to a temporary neighbour, flushes it to disk and renames it to `path`.
 
-    A device or a pipe, such as /dev/null or /dev/stdout, is written into: a file must not take its place.
+    A device, a pipe or a stream of this process, such as /dev/null or /dev/stdout, is written into: a file must not
+    take its place.
 
     Raises:
         UserError: If the disk is full or refuses; a file that was there before is then unchanged.
-        BrokenPipeError: If who reads a pipe left.
+        BrokenPipeError: If the reader of a stream of this process left.
     """
     check_writable(path)
     content = content.encode() if isinstance(content, str) else content
     temporary = None
     try:
-        if is_device(path):
-            with path.open("ab") as device:  # which another program may have written to before
+        if (descriptor := own_stream(path)) is not None:
+            write_stream(descriptor, content)
+            return
+        if _is_device(path):
+            with path.open("wb") as device:
                 device.write(content)
             return
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
@@ -72,19 +83,14 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         os.umask(mask)
         temporary.chmod(0o666 & ~mask)
         temporary.replace(path)
-    except BrokenPipeError:  # a reader of standard output that left
-        raise
     except OSError as error:
+        if isinstance(error, BrokenPipeError) and own_stream(path) is not None:
+            raise
         if temporary is not None:
             temporary.unlink(missing_ok=True)
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
 
 
-def is_device(path: Path) -> bool:
-    """Whether there is something that is neither a file nor a folder, or the name of a stream of this process.
-
-    Such a name, /dev/stdout for instance, is a link to whatever file the stream was sent to, and must stay.
-    """
-    folder = path.absolute().parent
-    stream = folder in (Path("/dev"), Path("/dev/fd")) or (folder.name == "fd" and folder.is_relative_to("/proc"))
-    return path.exists() and not path.is_dir() and (stream or not path.is_file())
+def _is_device(path: Path) -> bool:
+    """Whether there is something that is neither a file nor a folder."""
+    return path.exists() and not (path.is_file() or path.is_dir())

@@ -26,16 +26,6 @@ def expanded(text: str, what: str) -> Path:
     return path
 
 
-def stream_path(text: str, device: str) -> Path:
-    """The path of a file of text, of which ``-`` is a standard stream.
-
-    Args:
-        text: As the user wrote it.
-        device: The stream's: ``/dev/stdin`` or ``/dev/stdout``.
-    """
-    return Path(device if text == "-" else text)
-
-
 def present(path: Path, what: str) -> bool:
     """Whether there is something at a path.
 

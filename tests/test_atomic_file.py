@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import stat
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
@@ -41,29 +39,6 @@ def test_a_pipe_is_written_into_and_stays_a_pipe(tmp_path):
         assert reader.communicate(timeout=20)[0] == b"through\n"
     assert stat.S_ISFIFO(pipe.stat().st_mode)
     assert list(tmp_path.iterdir()) == [pipe]
-
-
-def test_a_reader_of_a_pipe_that_left_is_no_mistake():
-    reader, writer = os.pipe()
-    os.close(reader)
-    with pytest.raises(BrokenPipeError):
-        write_atomically(Path(f"/dev/fd/{writer}"), "through\n")
-    os.close(writer)
-
-
-@pytest.mark.parametrize("name", ["/dev/stdout", "/dev/fd/1", "/proc/self/fd/1"])
-def test_a_stream_that_was_sent_to_a_file_is_written_behind_what_is_there(tmp_path, name):
-    program = f"""
-from pathlib import Path
-from spt_jax.atomic_file import write_atomically
-print("before", flush=True)
-write_atomically(Path("{name}"), "through\\n")
-"""
-    link = os.readlink("/dev/stdout")
-    with (tmp_path / "out").open("w") as out:
-        subprocess.run([sys.executable, "-c", program], stdout=out, check=True)
-    assert (tmp_path / "out").read_text() == "before\nthrough\n"
-    assert os.readlink("/dev/stdout") == link
 
 
 @pytest.mark.parametrize("broken", ["fsync", "replace"])

@@ -7,6 +7,7 @@ from typing import Any
 
 from absl import flags
 
+from spt_jax.config import Config
 from spt_jax.data.problems import ON_ERROR
 
 
@@ -16,6 +17,9 @@ def define_on_error(flag_values: flags.FlagValues) -> None:
     flags.DEFINE_enum("on_error", None, list(ON_ERROR), text, flag_values=flag_values)
 
 
-def given_on_error(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What the section ``data`` of a run takes from the flags."""
-    return {} if given["on_error"] is None else {"on_error": given["on_error"]}
+def reading_of(config: Config, given: Mapping[str, Any]) -> Config:
+    """A run's configuration as the dialogues are read that it is measured on; what it learned from is read as ever."""
+    reading = config.copy_and_resolve_references()
+    if given["on_error"] is not None:
+        reading.data.on_error = given["on_error"]
+    return reading

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from spt_jax.commands.data_flags import define_on_error, given_on_error
+from spt_jax.commands.data_flags import define_on_error, reading_of
 from spt_jax.commands.decoding_flags import define_decoding_flags, given_decoding
 from spt_jax.commands.joining import define_joining_flags, joined_processes
 from spt_jax.commands.workdirs import evaluated_in
@@ -140,8 +140,6 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
         options["metrics"] = tuple(given["metrics"])
     config.evaluation.update(options)
     config.generation.update(decoding)
-    reading = given_on_error(given)
-    config.data.update(reading)
     _check_scorers(config.evaluation)
     validate(config)
     with Checkpoints(workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
@@ -149,7 +147,9 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
         checkpoint = checkpoints.meta(given["checkpoint"])
     lm = open_lm_of(config)
     check_room(config, lm)
-    source, dialogues = heldout_dialogues(config, workdir, given["data"], given["limit"], given["split"])
+    source, dialogues = heldout_dialogues(
+        reading_of(config, given), workdir, given["data"], given["limit"], given["split"]
+    )
     ask = functools.partial(
         question,
         config,
@@ -164,7 +164,7 @@ def _evaluate(given: dict[str, Any], decoding: dict[str, Any], workdir: Path) ->
     chat = f"spt-jax chat --workdir={shlex.quote(given['workdir'])}"
     results = kept_results(workdir, asked) if given["reuse"] and is_lead() else None
     if not any_process(results is not None):
-        changes = {"evaluation": options, "generation": decoding, "data": reading}
+        changes = {"evaluation": options, "generation": decoding}
         results = _measured(given, changes, workdir, dialogues, source=source, chat=chat, ask=ask)
     if results is not None:
         _show(results)
@@ -200,6 +200,8 @@ def _measured(
     from spt_jax.evaluation.run_evaluation import evaluate_run, write_results
     from spt_jax.parallel.distributed import is_lead
 
+    if is_lead():
+        check_writable(workdir / "results.json")
     restored = open_run(str(workdir), given["checkpoint"])
     for section, values in changes.items():
         restored.config[section].update(values)
@@ -209,7 +211,6 @@ def _measured(
     journal = Journal(workdir, question.groundwork)
     with contextlib.ExitStack() as stack:
         if is_lead():
-            check_writable(workdir / "results.json")
             stack.enter_context(journal.locked())
             where = "where an evaluation was stopped"
             if given["reuse"] and journal.reopen():

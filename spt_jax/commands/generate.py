@@ -28,7 +28,7 @@ from spt_jax.commands.replying import Opener, Responder, Selection, define_reply
 from spt_jax.commands.requests import Request, encode_requests, read_requests
 from spt_jax.errors import UserError
 from spt_jax.progress import ProgressBar
-from spt_jax.user_paths import stream_path
+from spt_jax.streams import stream_path
 
 
 def define_flags(flag_values: flags.FlagValues) -> None:
@@ -67,7 +67,7 @@ def _paths(flag_values: flags.FlagValues) -> tuple[Path, Path]:
     for name, purpose in (("input", "a file of JSON lines to reply to"), ("out", "a file to write")):
         if not flag_values[name].value:
             raise UserError(f"--{name} is missing; give {purpose}")
-    source, target = stream_path(flag_values.input, "/dev/stdin"), stream_path(flag_values.out, "/dev/stdout")
+    source, target = stream_path(flag_values.input, "stdin"), stream_path(flag_values.out, "stdout")
     check_writable(target)
     check_other_file(target, source, "input")
     return source, target

@@ -11,6 +11,7 @@ from typing import Any
 
 from spt_jax.errors import UserError
 from spt_jax.json_text import parse_json
+from spt_jax.streams import read_file
 
 RESULT_FIELDS = ("reply", "replies", "selected", "scores")
 """What is added to a request's fields."""
@@ -48,7 +49,7 @@ def read_requests(path: Path) -> list[Request]:
             with its ``file:line``.
     """
     try:
-        content = path.read_bytes()
+        content = read_file(path)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     requests: list[Request] = []

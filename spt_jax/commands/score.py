@@ -18,10 +18,10 @@ from typing import Any
 
 from absl import flags
 
-from spt_jax.commands.data_flags import define_on_error, given_on_error
+from spt_jax.commands.data_flags import define_on_error, reading_of
 from spt_jax.errors import UserError
 from spt_jax.progress import ProgressBar
-from spt_jax.user_paths import stream_path
+from spt_jax.streams import own_stream, stream_path
 
 _REQUIRED = {
     "workdir": "the working directory of a trained run",
@@ -53,17 +53,17 @@ def run(flag_values: flags.FlagValues) -> int:
     for name, wanted in _REQUIRED.items():
         if not given[name]:
             raise UserError(f"--{name} is missing; give {wanted}")
-    from spt_jax.atomic_file import check_other_file, check_writable, is_device, write_atomically
+    from spt_jax.atomic_file import check_other_file, check_writable, write_atomically
     from spt_jax.commands.restored import find_run, heldout_dialogues
     from spt_jax.evaluation.likelihood import score_rows
     from spt_jax.training.experiment import pack_dialogues, pad_id_of
 
-    out = stream_path(given["out"], "/dev/stdout")
+    out = stream_path(given["out"], "stdout")
     check_writable(out)
     check_other_file(out, Path(os.path.expanduser(given["data"])), "data")
     found = find_run(given["workdir"], given["checkpoint"])
-    found.config.data.update(given_on_error(given))
-    _, dialogues = heldout_dialogues(found.config, found.workdir, given["data"], given["limit"])
+    reading = reading_of(found.config, given)
+    _, dialogues = heldout_dialogues(reading, found.workdir, given["data"], given["limit"])
     restored = found.open()
     config, lm = restored.config, restored.lm
     official = restored.experiment.model.official
@@ -96,5 +96,5 @@ def run(flag_values: flags.FlagValues) -> int:
     ]
     write_atomically(out, "\n".join(lines) + "\n")
     told = f"{len(lines)} turns of {len(dialogues)} dialogues: perplexity {likelihoods.perplexity:.3f}, in {out}"
-    print(told, file=sys.stderr if is_device(out) else sys.stdout)
+    print(told, file=sys.stderr if own_stream(out) == 1 else sys.stdout)
     return 0

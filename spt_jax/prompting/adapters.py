@@ -233,3 +233,8 @@ class Nothing:
         """The LM as it is."""
         del trainable, dropout_key
         return Conditions(params, _no_prompts(decoder))
+
+
+def num_conditions(adapter: Adapter) -> int:
+    """K, the conditions that the LM is seen under."""
+    return adapter.num_prompts if isinstance(adapter, SoftPrompts | Prefixes) else 1

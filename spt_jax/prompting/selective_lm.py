@@ -15,7 +15,7 @@ from spt_jax.models.decoder import FrozenTree, decode, embed, vocabulary_head, v
 from spt_jax.models.decoder_config import DecoderConfig
 from spt_jax.models.dropout import Dropout
 from spt_jax.parallel.rules import parameter_sharding, row_devices
-from spt_jax.prompting.adapters import Adapter, Conditions, LowRank, Nothing, Prefixes, SoftPrompts, Trainable
+from spt_jax.prompting.adapters import Adapter, Conditions, LowRank, Nothing, Trainable, num_conditions
 from spt_jax.prompting.losses import Chunks, chunk_size, target_losses
 from spt_jax.prompting.prefixes import prefix_cache
 from spt_jax.prompting.retriever import Contexts, Retriever, RetrieverConfig
@@ -48,7 +48,7 @@ class SelectiveLM:
     @property
     def num_prompts(self) -> int:
         """K, the conditions that the LM is seen under."""
-        return self.adapter.num_prompts if isinstance(self.adapter, SoftPrompts | Prefixes) else 1
+        return num_conditions(self.adapter)
 
     @property
     def official(self) -> bool:

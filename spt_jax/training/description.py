@@ -21,6 +21,7 @@ from spt_jax.prompting.adapters import (
     Prefixes,
     SoftPrompts,
     WholeModel,
+    num_conditions,
 )
 from spt_jax.prompting.objective import LM_ALONE, Objective
 from spt_jax.prompting.retriever import RetrieverConfig
@@ -134,7 +135,7 @@ def adapter_of(config: Config) -> Adapter:
 
 def num_prompts_of(config: Config) -> int:
     """K, among which the retriever selects."""
-    return config.bank.num_prompts if config.method.kind == "spt" else 1
+    return num_conditions(adapter_of(config))
 
 
 def front_length(config: Config) -> int:

@@ -17,9 +17,12 @@ TRAIN = {
         "bank.init_file: there is no file",
     ),
     "a bank of another shape": (["bank.init=file", "bank.init_file={here}/bank.npy"], "holds prompts of shape (2, 2)"),
-    "adapters that are not there": (["bank.init=peft", "bank.init_file={here}/none"], "none"),
+    "adapters that are not there": (
+        ["bank.init=peft", "bank.init_file={here}/none"],
+        "bank.init_file: there is no folder",
+    ),
     "projections of another LM": (["method.kind=lora", "lora.targets=('fc1',)"], "which is no projection of this LM"),
-    "rows that are longer than the context": (["data.max_length=100000"], "takes"),
+    "rows that are longer than the context": (["data.max_length=100000"], "but the context of"),
     "a dialogue that does not fit": (["data.train={here}/long.txt", "data.max_length=64"], "persona"),
     "more steps than can be counted": (["train.steps=0", "train.epochs=2000000000"], "allowed: below"),
 }
@@ -90,4 +93,4 @@ def test_of_dialogues_and_checkpoints_to_measure(trained, here, capsys, door, op
 
 def test_of_a_reply_that_is_longer_than_the_context(trained, here, capsys):
     given = [f"--data={here / 'd.txt'}", "--max_new_tokens=100000"]
-    assert "takes" in refused(capsys, "evaluate", f"--workdir={trained / 'run'}", *given)
+    assert "but the context of" in refused(capsys, "evaluate", f"--workdir={trained / 'run'}", *given)

@@ -264,9 +264,9 @@ def test_where_the_tokenizer_names_no_padding_every_door_averages_the_one_of_the
     record = json.loads((run / "config.json").read_text())
     record["config"]["data"]["official_pad"] = pad
     (run / "config.json").write_text(json.dumps(record))
-    load = experiment.load_lm
+    opens = experiment.open_lm
     monkeypatch.setattr(
-        experiment, "load_lm", lambda *args, **more: dataclasses.replace(load(*args, **more), tokenizer=nameless)
+        experiment, "open_lm", lambda *args, **more: dataclasses.replace(opens(*args, **more), tokenizer=nameless)
     )
     monkeypatch.setattr(restored, "check_lm", lambda *args: None)
     reopened = open_run(str(run))

