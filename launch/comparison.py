@@ -27,7 +27,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -35,12 +35,18 @@ from queue import Queue
 from threading import Lock
 from typing import Any
 
+from spt_jax.atomic_file import write_atomically
+from spt_jax.errors import UserError, nearest
 from spt_jax.exit_codes import INTERRUPTED, STOPPED
 from spt_jax.parallel.gpu_shares import gpu_shares
 from spt_jax.training.signals import leave_terminal, stop_signals
+from spt_jax.user_paths import expanded
 
 HERE = Path(__file__).resolve().parent.parent
 CONFIG = HERE / "configs" / "comparison.py"
+
+_BASELINE = "prompt_tuning"
+"""With which the others are compared where it is among them; else the first is."""
 
 # Ways in which a program ends that was asked to, by this one or by somebody else.
 _STOPS = (STOPPED, INTERRUPTED, 128 + signal.SIGTERM, -signal.SIGINT, -signal.SIGTERM, -signal.SIGHUP)
@@ -50,17 +56,17 @@ def main() -> None:
     """Runs the comparison."""
     arguments = _arguments()
     described = runpy.run_path(str(CONFIG))
-    for method in (*arguments.methods, *arguments.options):
-        if method not in described["METHODS"]:
-            sys.exit(f"comparison: there is no method {method!r}; allowed: {', '.join(described['METHODS'])}")
-    if arguments.options and "spt" not in arguments.methods:
-        sys.exit("comparison: --options take the learning rate that is chosen for spt; add spt to --methods")
-    arguments.out.mkdir(parents=True, exist_ok=True)
+    try:
+        _check(arguments, described["METHODS"])
+        test = _test_file(arguments)
+    except UserError as error:
+        print(f"comparison: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
     programs = _Programs()
     for number in stop_signals():
         signal.signal(number, programs.stop)
     try:
-        code: Any = _compare(arguments, described["LEARNING_RATES"], programs)
+        code: Any = _compare(arguments, test, described["LEARNING_RATES"], programs)
     except SystemExit as ended:
         code = ended.code
     if programs.stopped:
@@ -69,8 +75,29 @@ def main() -> None:
     sys.exit(code)
 
 
-def _compare(arguments: argparse.Namespace, rates: dict[str, tuple[float, ...]], programs: _Programs) -> int:
-    runs = _Comparison(arguments, rates, programs).run()
+def _check(arguments: argparse.Namespace, known: Collection[str]) -> None:
+    """Refuses what would be found wrong, or otherwise than it was meant, after trainings."""
+    asked = (*arguments.methods, *arguments.options)
+    for method in asked:
+        if method not in known:
+            raise UserError(f"there is no method {method!r}; allowed: {', '.join(known)}.{nearest(method, known)}")
+    if arguments.options and "spt" not in arguments.methods:
+        raise UserError("--options take the learning rate that is chosen for spt; add spt to --methods")
+    if arguments.baseline not in (_BASELINE, *asked):
+        raise UserError(
+            f"--baseline is {arguments.baseline!r}; allowed: one of the methods that are compared, {', '.join(asked)}."
+            f"{nearest(arguments.baseline, asked)}"
+        )
+    for name in ("train", "test"):
+        path = getattr(arguments, name)
+        if not path.is_file():
+            raise UserError(f"--{name}: there is no file {path}")
+
+
+def _compare(
+    arguments: argparse.Namespace, test: Path, rates: dict[str, tuple[float, ...]], programs: _Programs
+) -> int:
+    runs = _Comparison(arguments, test, rates, programs).run()
     if arguments.runs_only:
         return 0
     baseline = [f"--baseline={run}" for run in runs if run.parts[-3] == arguments.baseline][:1]
@@ -81,12 +108,12 @@ def _compare(arguments: argparse.Namespace, rates: dict[str, tuple[float, ...]],
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--train", type=Path, required=True, help="training dialogues, a ConvAI2 file")
-    parser.add_argument("--test", type=Path, required=True, help="test dialogues, a ConvAI2 file")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs and the table")
+    parser.add_argument("--train", type=_path, required=True, help="training dialogues, a ConvAI2 file")
+    parser.add_argument("--test", type=_path, required=True, help="test dialogues, a ConvAI2 file")
+    parser.add_argument("--out", type=_path, required=True, help="folder of the runs and the table")
     parser.add_argument("--methods", nargs="+", default=["zero_shot", "prompt_tuning", "lora", "spt"])
     parser.add_argument("--options", nargs="*", default=[], help="options of SPT, at the rate chosen for spt")
-    parser.add_argument("--baseline", default="prompt_tuning", help="method that the others are compared with")
+    parser.add_argument("--baseline", default=_BASELINE, help="method that the others are compared with")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--option_seeds", type=int, nargs="+", help="those of the options; else --seeds")
     parser.add_argument("--dialogues", type=int, default=0, help="training dialogues; 0 for all")
@@ -99,6 +126,13 @@ def _arguments() -> argparse.Namespace:
     if arguments.jobs < 1:
         parser.error(f"--jobs is {arguments.jobs}; allowed: 1 or more")
     return arguments
+
+
+def _path(text: str) -> Path:
+    try:
+        return expanded(text, "the path")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
 
 
 class _Programs:
@@ -153,18 +187,20 @@ class _Comparison:
 
     Args:
         arguments: The program's.
+        test: The test dialogues.
         rates: Learning rates to try, by method.
         programs: Trains and evaluates.
     """
 
-    def __init__(self, arguments: argparse.Namespace, rates: dict[str, tuple[float, ...]], programs: _Programs) -> None:
-        self._arguments, self._rates, self._programs = arguments, rates, programs
+    def __init__(
+        self, arguments: argparse.Namespace, test: Path, rates: dict[str, tuple[float, ...]], programs: _Programs
+    ) -> None:
+        self._arguments, self._test, self._rates, self._programs = arguments, test, rates, programs
         self._places: Queue[dict[str, str]] = Queue()
         for share in gpu_shares(arguments.jobs):
             self._places.put(share)
         self._lock = Lock()
         self._trials: dict[str, dict[str, Any]] = {}
-        self._test = _test_file(arguments)
         self._begun = time.monotonic()
 
     def run(self) -> list[Path]:
@@ -262,17 +298,24 @@ class _Comparison:
 
 def _test_file(arguments: argparse.Namespace) -> Path:
     """The test dialogues, or a file of the first so many: a run's own test is what every method is evaluated on."""
-    if not arguments.test_dialogues:
-        return arguments.test.resolve()
+    try:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        if not arguments.test_dialogues:
+            return arguments.test.resolve()
+        text = arguments.test.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeError) as error:
+        raise UserError(f"{arguments.test} cannot be read, or {arguments.out} not be made: {error}") from error
+    lines, begun = [], 0
+    for line in text.splitlines(keepends=True):
+        begun += line.startswith("1 ")
+        if begun > arguments.test_dialogues:
+            break
+        lines.append(line)
     path = arguments.out / f"test_{arguments.test_dialogues}.txt"
-    if not path.exists():
-        lines, begun = [], 0
-        for line in arguments.test.read_text(encoding="utf-8").splitlines(keepends=True):
-            begun += line.startswith("1 ")
-            if begun > arguments.test_dialogues:
-                break
-            lines.append(line)
-        path.write_text("".join(lines), encoding="utf-8")
+    content = "".join(lines)
+    if path.exists() and path.read_text(encoding="utf-8") != content:
+        raise UserError(f"{path} holds other dialogues than --test={arguments.test}; choose another --out")
+    write_atomically(path, content)
     return path.resolve()
 
 

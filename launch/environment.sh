@@ -25,12 +25,31 @@ constraints_for() {
   "$1/bin/python" -c 'import sys; print("launch/constraints-py3%d.txt" % min(sys.version_info.minor, 12))'
 }
 
+has_pip() { "$1/bin/python" -m pip --version >/dev/null 2>&1; }
+
+# Whether the commands of an environment are those of another folder, from which this one was moved or copied.
+is_of_another_folder() {
+  local begins
+  begins="$(head -n 2 "$1/bin/spt-jax" 2>/dev/null)" || return 1
+  case "$begins" in
+    *"$PWD/$1/bin/python"* | *"$(pwd -P)/$1/bin/python"*) return 1 ;;
+    */"$1"/bin/python*) return 0 ;;
+    *) return 1 ;;
+  esac
+}
+
 # install ENVIRONMENT PYTHON EXTRAS: makes the environment when absent and installs the package with its extras, unless
 # the same requirements were installed before.
 install() {
   local environment="$1" python="$2" extras="$3" constraints stamp wanted
-  # An environment of an older Python, or one whose making was cut short, is made again.
-  if ! find_python "$environment/bin/python" >/dev/null || ! "$environment/bin/python" -m pip --version >/dev/null 2>&1; then
+  # One that another program made may lack pip alone, as uv's do.
+  if find_python "$environment/bin/python" >/dev/null && ! has_pip "$environment"; then
+    "$environment/bin/python" -m ensurepip >/dev/null 2>&1 || true
+  fi
+  # One of an older Python or of another folder, or one whose making was cut short, is made again.
+  if ! find_python "$environment/bin/python" >/dev/null || ! has_pip "$environment" ||
+    is_of_another_folder "$environment"; then
+    python="$("$python" -c 'import sys; print(getattr(sys, "_base_executable", "") or sys.executable)')"
     echo "making $environment with $("$python" --version)"
     rm -rf "$environment"
     "$python" -m venv "$environment" || {

@@ -11,7 +11,13 @@ here="$PWD"  # relative paths are the caller's
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/environment.sh
 
-from_here() { case "$1" in /*) echo "$1" ;; *) echo "$here/$1" ;; esac; }
+from_here() {
+  case "$1" in
+    /* | *://*) echo "$1" ;;
+    \~/*) echo "$HOME/${1:2}" ;; # of --data=~/FILE the shell makes no path
+    *) echo "$here/$1" ;;
+  esac
+}
 
 workdir="runs/quickstart"
 overrides=()

@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from spt_jax.errors import UserError
-from spt_jax.streams import own_stream, write_stream
+from spt_jax.streams import check_stream, own_stream, write_stream
 from spt_jax.user_paths import present
 
 
@@ -18,7 +18,8 @@ def check_writable(path: Path) -> None:
     Raises:
         UserError: If its folder does not exist or may not be written, or if it is a folder itself.
     """
-    if own_stream(path) is not None:
+    if (descriptor := own_stream(path)) is not None:
+        check_stream(path, descriptor)
         return
     present(path, "the file")
     if path.is_dir():

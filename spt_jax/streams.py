@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import re
 import sys
 from pathlib import Path
+
+from spt_jax.errors import UserError
 
 _NAMES = {"stdin": 0, "stdout": 1, "stderr": 2}
 _OWN = re.compile(r"/dev/(stdin|stdout|stderr)|/(?:dev|proc/self)/fd/(\d+)")
@@ -31,6 +34,20 @@ def own_stream(path: Path) -> int | None:
     if found is None:
         return None
     return _NAMES[found[1]] if found[1] else int(found[2])
+
+
+def check_stream(path: Path, descriptor: int) -> None:
+    """Says before the work whether an `own_stream` could be written to after it.
+
+    Raises:
+        UserError: It is closed, or open for reading alone.
+    """
+    try:
+        mode = fcntl.fcntl(descriptor, fcntl.F_GETFL) & os.O_ACCMODE
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror}") from error
+    if mode == os.O_RDONLY:
+        raise UserError(f"{path} cannot be written: it is open for reading alone")
 
 
 def write_stream(descriptor: int, content: bytes) -> None:

@@ -79,7 +79,15 @@ def test_a_reader_that_left_is_no_mistake_and_a_closed_stream_is():
         write_atomically(Path(f"/dev/fd/{writer}"), "through")
     os.close(writer)
     with pytest.raises(UserError, match="cannot be written: Bad file descriptor"):
-        write_atomically(Path(f"/dev/fd/{writer}"), "through")
+        check_writable(Path(f"/dev/fd/{writer}"))
+
+
+def test_a_stream_that_is_read_alone_is_told_before_the_work():
+    reader, writer = os.pipe()
+    with pytest.raises(UserError, match="cannot be written: it is open for reading alone"):
+        check_writable(Path(f"/dev/fd/{reader}"))
+    for descriptor in (reader, writer):
+        os.close(descriptor)
 
 
 def test_a_pipe_is_not_read_and_written_by_its_name(tmp_path):

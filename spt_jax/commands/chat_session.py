@@ -50,7 +50,7 @@ def _read_plain_line() -> str:
         raise UserError(f"standard input is not {error.encoding} text") from error
     if not line:
         raise EOFError
-    return line.rstrip("\r\n")
+    return line.removeprefix("\ufeff").rstrip("\r\n")  # with which files of Windows begin
 
 
 class ChatSession:

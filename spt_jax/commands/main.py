@@ -21,7 +21,7 @@ from spt_jax.errors import UserError, nearest
 from spt_jax.exit_codes import TERMINATED
 from spt_jax.user_paths import expanded
 
-_PATHS = ("config", "workdir", "input", "out")
+_PATHS = ("config", "workdir", "input", "out", "runs", "baseline")
 """Flags whose value is a path, of which no door reads ``~`` itself."""
 
 DOORS = {

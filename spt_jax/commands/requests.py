@@ -108,9 +108,11 @@ def _request(line: bytes, place: str) -> Request:
         if name in fields:
             raise UserError(f"the field {name!r} would be overwritten by the result; rename it")
     try:
-        json.dumps(fields, ensure_ascii=False).encode("utf-8")
+        json.dumps(fields, ensure_ascii=False, allow_nan=False).encode("utf-8")
     except UnicodeEncodeError as error:
         raise UserError("half of a surrogate pair (such as \\ud83d alone) is not text") from error
+    except ValueError as error:
+        raise UserError("a number that is not finite, which JSON has no word for") from error
     except RecursionError as error:  # a little less deep than what can be read
         raise UserError("JSON nested too deeply") from error
     persona = _texts(fields, "persona")

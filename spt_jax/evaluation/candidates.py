@@ -12,6 +12,7 @@ from spt_jax.data.dialogue import Dialogue
 from spt_jax.data.packing import Row
 from spt_jax.data.template import EncodedTurn, Prompt, Template, TextEncoder, turn_history
 from spt_jax.errors import UserError
+from spt_jax.evaluation.evaluation_files import turn_name
 
 _TURNS_AT_ONCE = 32  # 20 candidates each: enough to keep a fast tokenizer's threads busy
 
@@ -133,6 +134,6 @@ def check_room(turns: Sequence[RankedTurn], front: int, longest_row: int) -> Non
         needed = front + turn.context_length + int(np.max([len(ids) for ids in turn.ids]))
         if needed > longest_row:
             raise UserError(
-                f"a candidate of turn {turn.turn + 1} of dialogue {turn.dialogue + 1} needs {needed} positions, but "
-                f"this LM has {longest_row}"
+                f"a candidate of {turn_name(turn.dialogue, turn.turn)} needs {needed} positions, but this LM has "
+                f"{longest_row}; leave hits out of the metrics, or the candidate out of the dialogues"
             )

@@ -14,7 +14,7 @@ from spt_jax.data.packing import Row
 from spt_jax.data.template import PlainTemplate, Template, turn_history
 from spt_jax.evaluation import hits
 from spt_jax.evaluation.candidate_scores import CandidateScores, score_candidates
-from spt_jax.evaluation.candidates import RankedTurn, ranked_turns
+from spt_jax.evaluation.candidates import RankedTurn, check_room, ranked_turns
 from spt_jax.evaluation.journal import KeptColumn
 from spt_jax.evaluation.likelihood import Likelihoods, score_rows
 from spt_jax.evaluation.reply_writer import ReplyWriter, turn_contexts
@@ -84,6 +84,7 @@ class ColumnOptions:
         bert_score_layers: Layers of it that are used; 0 leaves the choice to bert-score.
         nli_model: Classifier of entailment; one that is given asks for the consistency with the persona.
         seed: Of the noise, and of draws.
+        front: Tokens of the longest soft prompt: beside it and a context every candidate must have room.
     """
 
     batch_size: int
@@ -103,6 +104,7 @@ class ColumnOptions:
     bert_score_layers: int = 0
     nli_model: str = ""
     seed: int = 0
+    front: int = 0
 
 
 class ColumnEvaluator:
@@ -114,6 +116,9 @@ class ColumnEvaluator:
         dialogues: The dialogues.
         rows: Their rows.
         options: How.
+
+    Raises:
+        UserError: A candidate that is to be ranked does not fit into the LM's context.
 
     Attributes:
         answered: int ``[R]``, which turns, in order, get a reply.
@@ -156,6 +161,7 @@ class ColumnEvaluator:
         wanted = sorted(self._contexts)
         keys = [wanted[u] for u in self.answered]
         found = ranked_turns(self._rows, self._dialogues, keys, self._options.template, self._lm.tokenizer)
+        check_room(found, self._options.front, self._lm.config.longest_row)  # before anything is scored
         if found:
             return found, ""
         return [], (

@@ -10,7 +10,7 @@ import numpy as np
 from spt_jax.errors import UserError, nearest
 from spt_jax.evaluation.bert_score import bert_scores
 from spt_jax.evaluation.evaluated_runs import CHECKPOINT, EvaluatedRun, RunGroup, differing_settings
-from spt_jax.evaluation.evaluation_files import turn_name
+from spt_jax.evaluation.evaluation_files import OF_REPLIES, turn_name
 from spt_jax.evaluation.resampling import KEPT
 
 _FEW_DIALOGUES = 20
@@ -175,7 +175,10 @@ def remarks(groups: Sequence[RunGroup], dialogues: int) -> list[str]:
             "other, for predictions.jsonl does not say how many tokens each response has."
         )
     ways = differing_settings(groups, "evaluation.") | differing_settings(groups, "generation.")
+    recorded = (*OF_REPLIES, CHECKPOINT, *{name for run in runs for name in run.results.get("settings", {})})
     for name, values in ways.items():
+        if not name.startswith(recorded):
+            continue  # a flag may have overridden it, which nothing tells
         told = list(zip(values, groups, strict=True))
         if name.startswith(_UNTOLD_BY_OLDER_RUNS):
             told = [(value, group) for value, group in told if value is not None]

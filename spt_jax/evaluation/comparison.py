@@ -174,7 +174,8 @@ def compare_runs(
     statistics: dict[str, CorpusStatistics] = {}
     sets: dict[str, dict[str, float]] = {}
     for run, scores, kept in zip(runs, bert, kept_of_runs(runs, notes), strict=True):
-        pairs = pair_figures(run.predictions, run.references, run.personas)
+        learns_persona = run.settings.get("data.task") == "persona"  # then nothing is measured against it
+        pairs = pair_figures(run.predictions, run.references, None if learns_persona else run.personas)
         likelihoods = {"nll": run.nll, "target_tokens": run.target_tokens}
         statistics[run.name] = corpus_statistics(
             pairs, run.dialogue, vocabulary, bert_score=scores, kept=kept, **likelihoods

@@ -168,6 +168,10 @@ _LATEX = {
     "–": "--",
     "↓": "$\\downarrow$",
     "∞": "$\\infty$",
+    "α": "$\\alpha$",
+    "β": "$\\beta$",
+    "γ": "$\\gamma$",
+    "×": "$\\times$",
     "<": "$<$",
     ">": "$>$",
     # Behind a line's \\ a bracket would be read as that line's extra space.

@@ -10,6 +10,9 @@ from spt_jax.config import default_config, flat_json, flatten
 from spt_jax.errors import UserError
 from spt_jax.json_text import is_number, is_text, json_object, parse_json
 
+OF_REPLIES = ("generation.", "evaluation.max_new_tokens", "evaluation.seed", "evaluation.selection")
+"""Options that change replies, by the beginnings of their names: flags of an evaluation may override the run's."""
+
 _BESIDE_THE_METHOD = ("seed", "tracking.")
 
 

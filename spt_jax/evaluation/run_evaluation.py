@@ -22,6 +22,7 @@ from spt_jax.data.template import PlainTemplate, Template
 from spt_jax.errors import UserError
 from spt_jax.evaluation.columns import Column, ColumnEvaluator, ColumnOptions
 from spt_jax.evaluation.diagnostics import diagnose
+from spt_jax.evaluation.evaluation_files import OF_REPLIES
 from spt_jax.evaluation.journal import Journal
 from spt_jax.evaluation.reply_writer import ReplyWriter
 from spt_jax.evaluation.report import ReportInputs, write_report
@@ -33,15 +34,14 @@ from spt_jax.parallel.distributed import is_lead
 from spt_jax.progress import ProgressBar
 from spt_jax.prompting.adapters import Trainable
 from spt_jax.prompting.selective_lm import inference_conditions, without_prompt
+from spt_jax.training.description import front_length
 from spt_jax.training.experiment import Experiment, pack_dialogues, pad_id_of, rows_remark
 from spt_jax.training.tracking import METRICS_FILE, logged_rows
 from spt_jax.training.workdir import write_json
 
 NO_PROMPT, BEFORE, AFTER = "no soft prompt", "before training", "after training"
 PACKAGES = ("spt_jax", "jax", "flax", "transformers")
-_OF_REPLIES = ("generation.", "evaluation.max_new_tokens", "evaluation.seed", "evaluation.selection")
-"""Options that change replies, by the beginnings of their names: flags of an evaluation may override the run's."""
-_OFFICIAL = (*_OF_REPLIES, "evaluation.batch")
+_OFFICIAL = (*OF_REPLIES, "evaluation.batch")
 """The same in the official mode, whose scores depend on the rows of their batch."""
 
 
@@ -120,6 +120,7 @@ def evaluate_run(
         bert_score_layers=options.bertscore_layers,
         nli_model=options.nli,
         seed=config.seed if options.seed == -1 else options.seed,
+        front=front_length(config),
     )
     evaluator = ColumnEvaluator(experiment.lm, experiment.mesh, dialogues, rows, how)
     banks = {AFTER: (model, trainable)}
@@ -155,7 +156,7 @@ def _bar(column: str, what: str, total: int) -> ProgressBar:
 def _results(experiment: Experiment, columns: dict[str, Column], evaluator: ColumnEvaluator) -> dict[str, Any]:
     after = columns[AFTER]
     device = jax.devices()[0]
-    changing = _OFFICIAL if experiment.model.official else _OF_REPLIES
+    changing = _OFFICIAL if experiment.model.official else OF_REPLIES
     return {
         "columns": {name: column.figures for name, column in columns.items()},
         "turns": evaluator.turns,

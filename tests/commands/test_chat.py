@@ -347,6 +347,12 @@ def test_bad_flags_are_one_sentence(talk, argument, sentence):
         talk("hi", arguments=(argument,))
 
 
+def test_a_file_of_windows_is_read_from_its_first_letter(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\ufeff/help\r\nhello\r\n"))
+    read = line_reader()
+    assert [read(), read()] == ["/help", "hello"]
+
+
 def test_the_terminal_has_history_and_completes_commands(monkeypatch):
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     with create_pipe_input() as keys, create_app_session(input=keys, output=DummyOutput()):

@@ -109,6 +109,10 @@ def test_blank_lines_and_windows_ends_are_no_requests(reply_to):
     [
         ("{", "not JSON at column"),
         ("[1]", "expected an object with persona and history, got list"),
+        (
+            '{"persona": [], "history": ["hi"], "more": 1e999}',
+            "a number that is not finite",
+        ),
         ({"history": ["hi"]}, "the field 'persona' is missing"),
         ({"persona": [], "histroy": ["hi"]}, "'history' is missing .there is 'histroy': a typo"),
         ({"persona": "i sing.", "history": ["hi"]}, "persona must be a list of strings"),

@@ -276,6 +276,25 @@ def test_figures_beside_the_papers_are_compared_where_the_runs_have_them(tmp_pat
     assert not {"meteor", "persona_f1", "hits_1"} & (set(beside.rows[1].figures) | set(beside.rows[1].p))
 
 
+def test_nothing_is_measured_against_a_persona_that_is_what_is_written(tmp_path: Path) -> None:
+    for name, task in (("a", "response"), ("b", "persona")):
+        settings = {"data": {"task": task}}
+        write_run(tmp_path / name, TURNS, replies(TURNS, 0.3, 1), more=kept_by(0), settings=settings)
+    found = compared(tmp_path / "a", tmp_path / "b")
+    assert ["persona_f1" in row.figures for row in found.rows] == [True, False]
+
+
+def test_what_a_flag_may_have_overridden_is_told_only_where_it_is_recorded(tmp_path: Path) -> None:
+    recorded = ({}, {"evaluation.batch": 8})
+    for name, number in (("a", 0), ("b", 48)):
+        settings = {"evaluation": {"replies": number, "metrics": ["f1"] * (1 + number), "batch": number + 1}}
+        write_run(
+            tmp_path / name, TURNS, replies(TURNS, 0.3, 1), settings=settings, evaluated_with=recorded[number > 0]
+        )
+    told = [note for note in compared(tmp_path / "a", tmp_path / "b").notes if "evaluated with different" in note]
+    assert told == ["The runs were evaluated with different evaluation.batch: 1 (a), 8 (b)."]
+
+
 def test_figures_that_were_computed_in_different_ways_are_left_out_with_a_sentence(tmp_path: Path) -> None:
     for place, name in enumerate("ab"):
         definitions = {"meteor": f"METEOR with WordNet 3.{place}", "hits_1": "the same"}
@@ -526,6 +545,15 @@ def test_latex_is_balanced_and_escaped(runs: list[Path]) -> None:
     assert len(lines) == 1 + 2 * 3
     columns = len(re.findall(r"\\begin\{tabular\}\{(l(r+))\}", text)[0][0])
     assert {len(re.split(r"(?<!\\)&", line)) for line in lines} == {columns}
+    assert text.isascii()
+
+
+def test_latex_has_the_greek_of_meteors_definition(tmp_path: Path) -> None:
+    for place, name in enumerate("ab"):
+        definitions = {"meteor": f"METEOR (α = 0.{place}, β = 3, γ = 0.5; ×)"}
+        write_run(tmp_path / name, TURNS, replies(TURNS, 0.3, 1), definitions=definitions, more=kept_by(place))
+    text = latex_text(compared(tmp_path / "a", tmp_path / "b"))
+    assert "$\\alpha$ = 0.0" in text
     assert text.isascii()
 
 

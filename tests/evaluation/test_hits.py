@@ -257,7 +257,7 @@ def test_a_candidate_beyond_the_lms_context_is_refused_by_its_turn() -> None:
     rows = list(pack([long], ENCODER, layout="dialogue", max_length=224).rows)
     turns = ranked_turns(rows, [long], [(0, 0)], PlainTemplate(), ENCODER)
     with pytest.raises(
-        UserError, match=r"a candidate of turn 1 of dialogue 1 needs \d+ positions, but this LM has 256"
+        UserError, match=r"a candidate of turn 0 of dialogue 0 needs \d+ positions, but this LM has 256"
     ):
         scored(rows=rows, turns=turns, prompts=1)
 

@@ -275,6 +275,14 @@ def test_candidates_of_the_answered_turns_are_ranked_on_request():
     assert alone.results["columns"][AFTER]["hits_1"] == 100
 
 
+def test_a_candidate_that_is_too_long_is_told_before_anything_is_scored(monkeypatch):
+    setting = experiment(metrics=("hits",))
+    monkeypatch.setattr("spt_jax.evaluation.columns.score_rows", lambda *_, **__: pytest.fail("turns were scored"))
+    dialogues = with_candidates(("x" * 300,))
+    with pytest.raises(UserError, match=r"a candidate of turn \d+ of dialogue \d+ needs \d+ positions, but"):
+        evaluate_run(setting, tiny.trainable(), None, dialogues, replies=4)
+
+
 @pytest.mark.parametrize("batches", [0, 1, 3])
 def test_a_ranking_that_was_stopped_goes_on_and_scores_no_candidate_twice(tmp_path, monkeypatch, batches):
     setting = experiment(metrics=("hits",), batch=2)

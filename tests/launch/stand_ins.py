@@ -62,7 +62,7 @@ class StandIns:
         matches none fails, and is kept among the unexpected calls. Without rules, everything succeeds silently.
         """
         (self.folder / f"{name}.rules").write_text(json.dumps(list(rules.items())))
-        self.program(name, PROGRAM.format(python=sys.executable, folder=str(self.folder), name=name))
+        self.program(name, PROGRAM.format(python=os.path.realpath(sys.executable), folder=str(self.folder), name=name))
 
     def program(self, name: str, text: str) -> None:
         """A command of one's own."""

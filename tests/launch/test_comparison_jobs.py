@@ -9,6 +9,7 @@ import contextlib
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -186,3 +187,59 @@ def test_a_stop_ends_the_runs_that_are_under_way_and_begins_none(tmp_path, jobs,
     assert process.returncode == 75, err
     assert "stopped; the same command goes on" in err
     assert (tmp_path / "notes").read_text().split() == ["begins"] * jobs + ["saves"] * jobs
+
+
+def mistaken(folder: Path, *flags: str) -> str:
+    """What the program says to a mistake, after which nothing was trained."""
+    command, environment = prepare(
+        folder, MAIN.format(notes=str(folder / "notes"), jobs=1, failing="", diverging=""), 1
+    )
+    done = subprocess.run(
+        [*command, *flags], cwd=folder, env=environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2 and not (folder / "notes").exists()
+    assert done.stderr.startswith("comparison: ") and len(done.stderr.splitlines()) == 1, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "sentence"),
+    [
+        (["--baseline=promt_tuning"], "--baseline is 'promt_tuning'; allowed: one of the methods that are compared"),
+        (["--baseline=zero_shot"], "allowed: one of the methods that are compared, lora, spt."),
+        (["--methods", "lorra"], "there is no method 'lorra'; allowed: "),
+        (["--methods", "lora", "--options", "spt_balanced"], "add spt to --methods"),
+        (["--test=gone.txt"], "--test: there is no file gone.txt"),
+        (["--train=gone.txt"], "--train: there is no file gone.txt"),
+    ],
+)
+def test_a_mistake_is_told_before_anything_is_trained(tmp_path, flags, sentence):
+    assert sentence in mistaken(tmp_path, *flags)
+
+
+def test_the_first_test_dialogues_are_those_of_the_file_that_is_given(tmp_path):
+    def compared(test: str) -> subprocess.CompletedProcess[str]:
+        shutil.rmtree(tmp_path / "stand_in", ignore_errors=True)
+        program = MAIN.format(notes=str(tmp_path / "notes"), jobs=1, failing="nothing", diverging="nothing")
+        command, environment = prepare(tmp_path, program, 1)
+        flags = [f"--test={test}", "--test_dialogues=1", "--out=~/out"]
+        return subprocess.run(
+            [*command, *flags],
+            cwd=tmp_path,
+            env=environment | {"HOME": str(tmp_path)},
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+        )
+
+    (tmp_path / "a.txt").write_text("1 your persona: i sail.\n2 hi\tyo\n1 your persona: i ski.\n", encoding="utf-8-sig")
+    (tmp_path / "b.txt").write_text("1 your persona: i row.\n2 hi\tyo\n")
+    done = compared("~/a.txt")
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "out" / "test_1.txt").read_text() == "1 your persona: i sail.\n2 hi\tyo\n"
+    assert not (tmp_path / "~").exists()
+    assert compared("~/a.txt").returncode == 0
+    other = compared("~/b.txt")
+    assert other.returncode == 2
+    assert "test_1.txt holds other dialogues than --test=" in other.stderr

@@ -36,7 +36,7 @@ def stand_ins(tmp_path: Path) -> StandIns:
     return commands
 
 
-def run(stand_ins: StandIns, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run(stand_ins: StandIns, *arguments: str, home: Path | None = None) -> subprocess.CompletedProcess[str]:
     """The script, called from a folder that is not the project's."""
     caller = stand_ins.folder.parents[2] / "caller"
     caller.mkdir(exist_ok=True)
@@ -46,7 +46,7 @@ def run(stand_ins: StandIns, *arguments: str) -> subprocess.CompletedProcess[str
         ["bash", str(script), *arguments],
         capture_output=True,
         text=True,
-        env=stand_ins.environment(),
+        env=stand_ins.environment() | ({"HOME": str(home)} if home else {}),
         cwd=caller,
         timeout=60,
         check=False,
@@ -91,6 +91,17 @@ def test_a_file_and_a_folder_of_the_caller_are_taken_from_where_it_is(stand_ins,
         [*TRAIN, f"--workdir={caller}/runs/a", *data],
         ["evaluate", f"--workdir={caller}/runs/a", "--reuse"],
     ]
+
+
+def test_a_home_and_a_bucket_are_not_looked_for_where_the_caller_is(stand_ins):
+    home = stand_ins.folder.parents[2] / "home"
+    home.mkdir()
+    (home / "talk.txt").write_text("1 your persona: i sail.\n2 hi\thello\n")
+    done = run(stand_ins, "--data=~/talk.txt", "--workdir=gs://bucket/run", home=home)
+    assert done.returncode == 0, done.stderr
+    assert commands(stand_ins)[0][2:4] == ["--workdir=gs://bucket/run", f"--config.data.train={home}/talk.txt"]
+    done = run(stand_ins, "--workdir=~/run", home=home)
+    assert commands(stand_ins)[2][2] == f"--workdir={home}/run"
 
 
 def test_a_file_of_ones_own_has_a_run_of_its_own(stand_ins):
