@@ -56,8 +56,7 @@ def write_stream(descriptor: int, content: bytes) -> None:
     Raises:
         OSError: It is closed, full, or nobody reads it any more.
     """
-    for stream in (sys.stdout, sys.stderr):
-        stream.flush()
+    sys.stdout.flush()
     with open(os.dup(descriptor), "wb") as file:
         file.write(content)
 

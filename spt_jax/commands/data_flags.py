@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 
-from spt_jax.config import Config
-from spt_jax.data.problems import ON_ERROR
+if TYPE_CHECKING:  # --help does not wait for it
+    from spt_jax.config import Config
 
 
 def define_on_error(flag_values: flags.FlagValues) -> None:
     """Adds ``--on_error``."""
     text = "A malformed line of the dialogues: raise, or skip (told on standard error). Else the run's data.on_error."
-    flags.DEFINE_enum("on_error", None, list(ON_ERROR), text, flag_values=flag_values)
+    flags.DEFINE_enum("on_error", None, ["raise", "skip"], text, flag_values=flag_values)
 
 
 def reading_of(config: Config, given: Mapping[str, Any]) -> Config:

@@ -21,7 +21,7 @@ from spt_jax.data.official import official_prompt
 from spt_jax.data.template import Template, encode_context
 from spt_jax.errors import UserError
 from spt_jax.generation.replies import cut_reply_official
-from spt_jax.models.loading import LanguageModel
+from spt_jax.models.loading import LanguageModel, LMIdentity
 from spt_jax.parallel.distributed import is_lead
 from spt_jax.parallel.mesh import mesh_sizes
 from spt_jax.parallel.rules import replicated
@@ -154,11 +154,15 @@ class FoundRun:
         workdir: Where it lies: a folder, of a bucket's run its local copy.
         config: Its configuration.
         step: ``best``, ``latest`` or a step's number; there is such a checkpoint.
+        lm: The LM that it was trained on.
+        tokenizer: That LM's tokenizer's fingerprint.
     """
 
     workdir: Path
     config: Config
     step: str
+    lm: LMIdentity
+    tokenizer: str
 
     def open(self) -> Run:
         """Loads the LM and restores the checkpoint.
@@ -166,13 +170,12 @@ class FoundRun:
         Raises:
             UserError: The LM is not the one it was trained on, or cannot be loaded; or no checkpoint is whole.
         """
-        config, identity, fingerprint = read_config(self.workdir)
+        config = self.config.copy_and_resolve_references()
         _fit_mesh(config, jax.device_count())
         with Checkpoints(self.workdir / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
-            checkpoints.check(self.step)
             experiment = open_experiment(config).load()
             lm = experiment.lm
-            check_lm(self.workdir, identity, lm.identity, fingerprint, lm.tokenizer.fingerprint)
+            check_lm(self.workdir, self.lm, lm.identity, self.tokenizer, lm.tokenizer.fingerprint)
             targets = {"trainable": _targets(experiment)}
             restored = checkpoints.restore(self.step, targets)
         if restored is None:
@@ -193,10 +196,10 @@ def find_run(workdir: str, step: str = "best") -> FoundRun:
     if step not in ("best", "latest") and not names_a_step(step):
         raise UserError(f"the checkpoint is {step!r}; allowed: best, latest or a step's number")
     folder = local_workdir(workdir, step)
-    config, _, _ = read_config(folder)
+    config, lm, tokenizer = read_config(folder)
     with Checkpoints(folder / CHECKPOINT_FOLDER, read_only=True) as checkpoints:
         checkpoints.check(step)
-    return FoundRun(folder, config, step)
+    return FoundRun(folder, config, step, lm, tokenizer)
 
 
 def open_run(workdir: str, step: str = "best") -> Run:

@@ -4,9 +4,12 @@ import json
 
 import numpy as np
 import pytest
+from absl import flags
 from tiny_run import TALK, walk, write_dialogues
 
+from spt_jax.commands.data_flags import define_on_error
 from spt_jax.commands.main import main
+from spt_jax.data.problems import ON_ERROR
 from spt_jax.data.sources import read_dialogues
 
 FIELDS = ["dialogue", "turn", "target_tokens", "nll", "scores", "selected"]
@@ -93,6 +96,12 @@ def test_an_output_that_cannot_be_written_is_told_before_the_run_is_opened(tmp_p
     out = tmp_path / "no" / "o.jsonl"
     assert main(["score", f"--workdir={tmp_path}", f"--data={data}", f"--out={out}"]) == 2
     assert "the folder" in capsys.readouterr().err
+
+
+def test_on_error_is_what_the_option_is():
+    flag_values = flags.FlagValues()
+    define_on_error(flag_values)
+    assert flag_values["on_error"].parser.enum_values == list(ON_ERROR)
 
 
 def test_malformed_lines_are_left_out_where_that_is_asked_for(score, tmp_path, capsys):
