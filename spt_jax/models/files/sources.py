@@ -90,7 +90,7 @@ def _is_one_model(files: list[Path]) -> bool:
 
 
 def _holds_weights(distribution: importlib.metadata.Distribution) -> bool:
-    return any(file.suffix in (".gguf", ".safetensors") for file in distribution.files or ())
+    return any(file.suffix in (".gguf", ".safetensors", ".bin") for file in distribution.files or ())
 
 
 def _in_package(source: str) -> Source:
