@@ -300,11 +300,14 @@ def _test_file(arguments: argparse.Namespace) -> Path:
     """The test dialogues, or a file of the first so many: a run's own test is what every method is evaluated on."""
     try:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        if not arguments.test_dialogues:
-            return arguments.test.resolve()
+    except OSError as error:
+        raise UserError(f"--out: the folder {arguments.out} cannot be made: {error.strerror}") from error
+    if not arguments.test_dialogues:
+        return arguments.test.resolve()
+    try:
         text = arguments.test.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeError) as error:
-        raise UserError(f"{arguments.test} cannot be read, or {arguments.out} not be made: {error}") from error
+        raise UserError(f"--test: {arguments.test} cannot be read: {error}") from error
     lines, begun = [], 0
     for line in text.splitlines(keepends=True):
         begun += line.startswith("1 ")
@@ -313,7 +316,7 @@ def _test_file(arguments: argparse.Namespace) -> Path:
         lines.append(line)
     path = arguments.out / f"test_{arguments.test_dialogues}.txt"
     content = "".join(lines)
-    if path.exists() and path.read_text(encoding="utf-8") != content:
+    if path.exists() and path.read_bytes() != content.encode():
         raise UserError(f"{path} holds other dialogues than --test={arguments.test}; choose another --out")
     write_atomically(path, content)
     return path.resolve()

@@ -210,10 +210,13 @@ def mistaken(folder: Path, *flags: str) -> str:
         (["--methods", "lorra"], "there is no method 'lorra'; allowed: "),
         (["--methods", "lora", "--options", "spt_balanced"], "add spt to --methods"),
         (["--test=gone.txt"], "--test: there is no file gone.txt"),
+        (["--test=bad.txt", "--test_dialogues=1"], "--test: bad.txt cannot be read: 'utf-8' codec"),
+        (["--out=bad.txt/out"], "--out: the folder bad.txt/out cannot be made: Not a directory"),
         (["--train=gone.txt"], "--train: there is no file gone.txt"),
     ],
 )
 def test_a_mistake_is_told_before_anything_is_trained(tmp_path, flags, sentence):
+    (tmp_path / "bad.txt").write_bytes(b"1 your persona: \xff\n")
     assert sentence in mistaken(tmp_path, *flags)
 
 
